@@ -1,0 +1,67 @@
+# How a backend and an instruction set declare themselves to the build. Each lives in a folder of its own; nothing
+# else names it.
+
+set_property(GLOBAL PROPERTY MARLINQ_BACKENDS "")
+set_property(GLOBAL PROPERTY MARLINQ_CPU_ISAS "")
+
+# marlinq_add_backend(NAME name TYPE c++-type HEADER public-header SOURCES file...)
+# Adds the object library marlinq_<name> from sources beside the calling backend.cmake.
+function(marlinq_add_backend)
+  cmake_parse_arguments(arg "" "NAME;TYPE;HEADER" "SOURCES" ${ARGN})
+  list(TRANSFORM arg_SOURCES PREPEND "${CMAKE_CURRENT_LIST_DIR}/")
+  add_library(marlinq_${arg_NAME} OBJECT ${arg_SOURCES})
+  marlinq_target_options(marlinq_${arg_NAME})
+  target_link_libraries(marlinq_${arg_NAME} PUBLIC marlinq_headers PRIVATE marlinq_internal)
+  set_property(GLOBAL APPEND PROPERTY MARLINQ_BACKENDS ${arg_NAME})
+  set_property(GLOBAL PROPERTY MARLINQ_BACKEND_${arg_NAME}_TYPE ${arg_TYPE})
+  set_property(GLOBAL PROPERTY MARLINQ_BACKEND_${arg_NAME}_HEADER ${arg_HEADER})
+endfunction()
+
+# Writes marlinq_backend_list.hpp for runtime/registry.cpp.
+function(marlinq_write_backend_list directory)
+  get_property(names GLOBAL PROPERTY MARLINQ_BACKENDS)
+  set(includes "")
+  set(entries "")
+  foreach(name IN LISTS names)
+    get_property(header GLOBAL PROPERTY MARLINQ_BACKEND_${name}_HEADER)
+    get_property(type GLOBAL PROPERTY MARLINQ_BACKEND_${name}_TYPE)
+    string(APPEND includes "#include \"${header}\"\n")
+    list(APPEND entries "erase_backend<${type}>()")
+  endforeach()
+  list(JOIN entries ", " entries)
+  file(CONFIGURE OUTPUT "${directory}/marlinq_backend_list.hpp"
+    CONTENT "#pragma once\n\n${includes}\n#define MARLINQ_BACKEND_LIST ${entries}\n")
+endfunction()
+
+# marlinq_add_cpu_isa(NAME name [PROCESSORS regex] [FLAGS flag...])
+# Compiles isa/<name>/kernels.cpp on its own with FLAGS, where CMAKE_SYSTEM_PROCESSOR matches.
+function(marlinq_add_cpu_isa)
+  cmake_parse_arguments(arg "" "NAME;PROCESSORS" "FLAGS" ${ARGN})
+  if(arg_PROCESSORS AND NOT CMAKE_SYSTEM_PROCESSOR MATCHES "^(${arg_PROCESSORS})$")
+    return()
+  endif()
+  add_library(marlinq_cpu_${arg_NAME} OBJECT "${CMAKE_CURRENT_LIST_DIR}/kernels.cpp")
+  marlinq_target_options(marlinq_cpu_${arg_NAME})
+  # Kernels are useless unoptimised, in every build type. Sanitizers keep their instrumentation.
+  target_compile_options(marlinq_cpu_${arg_NAME} PRIVATE -O3 -fno-exceptions ${arg_FLAGS})
+  # The intrinsics headers of GCC 12 and 13 read variables that they leave undefined on purpose.
+  target_compile_options(marlinq_cpu_${arg_NAME} PRIVATE
+    $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized -Wno-maybe-uninitialized>)
+  target_link_libraries(marlinq_cpu_${arg_NAME} PRIVATE marlinq_internal)
+  set_property(GLOBAL APPEND PROPERTY MARLINQ_CPU_ISAS ${arg_NAME})
+endfunction()
+
+# Writes marlinq_cpu_isa_list.hpp for cpu/dispatch.cpp.
+function(marlinq_write_cpu_isa_list)
+  get_property(names GLOBAL PROPERTY MARLINQ_CPU_ISAS)
+  set(declarations "")
+  set(entries "")
+  foreach(name IN LISTS names)
+    string(APPEND declarations "namespace marlinq::cpu::${name} {\nextern const IsaKernels kKernels;\n}\n")
+    list(APPEND entries "&${name}::kKernels")
+  endforeach()
+  list(JOIN entries ", " entries)
+  file(CONFIGURE OUTPUT "${CMAKE_CURRENT_BINARY_DIR}/generated/marlinq_cpu_isa_list.hpp"
+    CONTENT "#pragma once\n\n${declarations}\n#define MARLINQ_CPU_ISA_LIST ${entries}\n")
+  target_include_directories(marlinq_cpu PRIVATE "${CMAKE_CURRENT_BINARY_DIR}/generated")
+endfunction()

@@ -1,0 +1,129 @@
+// Type-erased handles: what C++ servers and the Python module hold, whatever the backend.
+// A handle is copyable, immutable and cheap to pass; a context handle is used by one thread at a time.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "marlinq/export.hpp"
+#include "marlinq/gptq.hpp"
+#include "marlinq/linear.hpp"
+#include "marlinq/load_options.hpp"
+#include "marlinq/moe_block.hpp"
+#include "marlinq/routing.hpp"
+#include "marlinq/types.hpp"
+
+namespace marlinq {
+
+namespace detail {
+class AnyContext;
+class AnyLinear;
+class AnyExpertStack;
+class AnyMoeBlock;
+}  // namespace detail
+
+class ContextHandle;
+
+/// A loaded linear layer; see Linear<B>.
+class MARLINQ_API LinearHandle {
+ public:
+  explicit LinearHandle(std::shared_ptr<const detail::AnyLinear> self) : self_(std::move(self)) {}
+
+  std::string_view backend() const noexcept;
+  std::int64_t in_features() const noexcept;
+  std::int64_t out_features() const noexcept;
+  Description describe() const;
+
+  /// As Linear<B>::forward. Throws invalid_argument also for a context of another backend.
+  void forward(const ContextHandle& context, const ConstMatrixView& input, const MatrixView& output,
+               std::int64_t m) const;
+
+  const detail::AnyLinear& any() const noexcept { return *self_; }
+
+ private:
+  std::shared_ptr<const detail::AnyLinear> self_;
+};
+
+/// A loaded stack of experts; see MarlinExpertStack<B>.
+class MARLINQ_API ExpertStackHandle {
+ public:
+  explicit ExpertStackHandle(std::shared_ptr<const detail::AnyExpertStack> self) : self_(std::move(self)) {}
+
+  std::string_view backend() const noexcept;
+  std::int64_t num_experts() const noexcept;
+  std::int64_t k() const noexcept;
+  std::int64_t n_per_expert() const noexcept;
+  Description describe() const;
+
+  LinearHandle expert(std::int64_t index) const;
+  void gemm_phase_batched(const ContextHandle& context, const ConstMatrixView& input,
+                          std::span<const ExpertDispatch> dispatches, const MatrixView& output) const;
+  void gemm_phase_fused(const ContextHandle& context, const ConstMatrixView& input, const FusedTiles& tiles,
+                        const MatrixView& output) const;
+
+  const detail::AnyExpertStack& any() const noexcept { return *self_; }
+
+ private:
+  std::shared_ptr<const detail::AnyExpertStack> self_;
+};
+
+/// A mixture-of-experts block; see MoeBlock<B>.
+class MARLINQ_API MoeBlockHandle {
+ public:
+  explicit MoeBlockHandle(std::shared_ptr<const detail::AnyMoeBlock> self) : self_(std::move(self)) {}
+
+  std::string_view backend() const noexcept;
+  std::int64_t hidden_size() const noexcept;
+  std::int64_t num_experts() const noexcept;
+
+  void forward(const ContextHandle& context, const MoeInput& input, const MatrixView& output) const;
+
+ private:
+  std::shared_ptr<const detail::AnyMoeBlock> self_;
+};
+
+/// MoeBlockParts over handles.
+struct MoeBlockSpec {
+  ExpertStackHandle gate_up;
+  ExpertStackHandle down;
+  Activation activation = Activation::kSilu;
+  RouterWeight router_weight = RouterWeight::kOnOutput;
+  std::optional<LinearHandle> shared_gate_up;  // both or neither
+  std::optional<LinearHandle> shared_down;
+  std::vector<float> shared_gate;
+};
+
+/// Device, stream and scratch. Make one per thread with open_context().
+class MARLINQ_API ContextHandle {
+ public:
+  explicit ContextHandle(std::shared_ptr<detail::AnyContext> self) : self_(std::move(self)) {}
+
+  std::string_view backend() const noexcept;
+  Device device() const;
+  int threads() const;  // host threads that a forward uses
+
+  /// The loaders throw invalid_argument, unsupported or out_of_memory, and change nothing then.
+  LinearHandle load_gptq(const GptqTensors& tensors, const GptqSpec& spec,
+                         const LoadOptions& options = {}) const;
+  ExpertStackHandle load_gptq_stacked(std::span<const GptqTensors> experts, const GptqSpec& spec,
+                                      const LoadOptions& options = {}) const;
+  MoeBlockHandle make_moe_block(const MoeBlockSpec& spec) const;
+
+  void pregrow_marlin_gather_scratch(std::int64_t required_elements) const;
+  void route(const ConstMatrixView& logits, const RouteOptions& options, const MatrixView& ids,
+             const MatrixView& weights) const;
+
+  /// How often this context's scratch has grown. A repeated size never changes it.
+  std::int64_t scratch_allocations() const;
+
+  detail::AnyContext& any() const noexcept { return *self_; }
+
+ private:
+  std::shared_ptr<detail::AnyContext> self_;
+};
+
+}  // namespace marlinq

@@ -1,0 +1,38 @@
+// Python arrays as the library's views: numpy by its buffer, everything else by DLPack, never a copy.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string_view>
+
+#include "bindings/dlpack.hpp"
+#include "marlinq/gptq.hpp"
+#include "marlinq/types.hpp"
+
+namespace marlinq::bindings {
+
+/// A numpy array (ml_dtypes' bfloat16 included) or a DLPack object. Throws invalid_argument.
+BorrowedArray borrow(pybind11::handle object, std::string_view name);
+
+/// [..., cols] as a matrix; leading axes must collapse into one row stride. A vector is one row.
+ConstMatrixView as_matrix(const BorrowedArray& array, std::string_view name);
+
+/// The same for memory that is written. Throws invalid_argument also for a read-only array.
+MatrixView as_output(const BorrowedArray& array, std::string_view name);
+
+/// A contiguous array of any rank as one dimension.
+ConstArrayView as_flat(const BorrowedArray& array, std::string_view name);
+
+/// A tensor of a checkpoint, kept alive by this object.
+struct OwnedTensor {
+  HostTensor tensor;
+  pybind11::object owner;
+};
+
+/// None is an absent tensor.
+OwnedTensor to_tensor(pybind11::handle object, std::string_view name);
+
+void bind_arrays(pybind11::module_& module);
+
+}  // namespace marlinq::bindings

@@ -1,0 +1,39 @@
+// The bind functions, and what more than one of them needs.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "marlinq/gptq.hpp"
+#include "marlinq/linear.hpp"
+#include "marlinq/load_options.hpp"
+
+namespace marlinq::bindings {
+
+void bind_context(pybind11::module_& module);
+void bind_linear(pybind11::module_& module);
+void bind_expert_stack(pybind11::module_& module);
+void bind_moe(pybind11::module_& module);
+
+/// A module of a checkpoint with the Python objects that own its tensors.
+struct PyModule {
+  GptqModule module;
+  std::vector<pybind11::object> owners;
+};
+
+
+/// Reads bits, group_size, k, zero_points, labelled and symmetry. Throws invalid_argument.
+GptqSpec make_spec(int bits, std::int64_t group_size, std::int64_t k, const std::string& zero_points,
+                   const std::string& labelled, const std::string& symmetry);
+
+LoadOptions make_options(const std::string& compute, bool batch_invariant, const std::string& kernel);
+
+/// The modules of one layer; their tensors stay borrowed.
+GptqTensors make_layer(const std::vector<const PyModule*>& modules);
+
+pybind11::dict to_dict(const Description& description);
+
+}  // namespace marlinq::bindings

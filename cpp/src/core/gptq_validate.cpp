@@ -1,0 +1,267 @@
+// Every check of a GPTQ layer, and the decision which zero-point convention its file follows.
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "core/codes.hpp"
+#include "core/concat.hpp"
+#include "core/elements.hpp"
+#include "core/integers.hpp"
+#include "marlinq/error.hpp"
+#include "marlinq/gptq.hpp"
+
+namespace marlinq {
+namespace {
+
+// Row and column indices are 32-bit in the packed weight's tables.
+constexpr std::int64_t kMaxExtent = std::numeric_limits<std::int32_t>::max() / 2;
+
+[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::kInvalidArgument, message); }
+
+std::string shape_of(const HostTensor& tensor) {
+  std::string text = "[";
+  for (int i = 0; i < tensor.rank; ++i) text += concat(i > 0 ? ", " : "", tensor.shape[i]);
+  return text + "]";
+}
+
+class ModuleChecker {
+ public:
+  ModuleChecker(const GptqModule& module, const GptqSpec& spec) : module_(module), spec_(spec) {}
+
+  std::int64_t input_features() const {
+    if (spec_.k > 0) return spec_.k;
+    if (module_.g_idx.present()) return module_.g_idx.shape[0];
+    return module_.qweight.shape[0] * 32 / spec_.bits;
+  }
+
+  ValidatedModule check(GptqWeights& layer) const {
+    const HostTensor& qweight = module_.qweight;
+    require(qweight, "qweight");
+    require(module_.scales, "scales");
+    expect_dtype(qweight, "qweight", false);
+    expect_rank(qweight, "qweight", 2, "[ceil(k * bits / 32), n]");
+    if (module_.g_idx.present()) {
+      expect_dtype(module_.g_idx, "g_idx", false);
+      expect_rank(module_.g_idx, "g_idx", 1, "[k]");
+    }
+
+    const std::int64_t k = input_features();
+    const std::int64_t n = qweight.shape[1];
+    if (k < 1 || k > kMaxExtent) {
+      refuse(concat(tensor_name("qweight"), ": k = ", k, " input features, expected 1 to ", kMaxExtent));
+    }
+    if (n < 1 || n > kMaxExtent) {
+      refuse(concat(tensor_name("qweight"), ": n = ", n, " output features, expected 1 to ", kMaxExtent));
+    }
+    const std::int64_t group_size = spec_.group_size == -1 ? k : spec_.group_size;
+    const std::int64_t groups = ceil_div(k, group_size);
+    expect_shape(qweight, "qweight", "[ceil(k * bits / 32), n]", {packed_words(k, spec_.bits), n});
+    expect_dtype(module_.scales, "scales", true);
+    expect_rank(module_.scales, "scales", 2, "[ceil(k / group_size), n]");
+    expect_shape(module_.scales, "scales", "[ceil(k / group_size), n]", {groups, n});
+    expect_finite(module_.scales, "scales");
+
+    ValidatedModule checked;
+    checked.name = module_.name;
+    checked.n = n;
+    checked.qweight = bytes_of(qweight);
+    checked.scales = bytes_of(module_.scales);
+    checked.scale_dtype = module_.scales.dtype;
+    if (module_.qzeros.present()) {
+      constexpr std::string_view kShape = "[ceil(k / group_size), ceil(n * bits / 32)]";
+      expect_dtype(module_.qzeros, "qzeros", false);
+      expect_rank(module_.qzeros, "qzeros", 2, kShape);
+      expect_shape(module_.qzeros, "qzeros", kShape, {groups, packed_words(n, spec_.bits)});
+      checked.qzeros = bytes_of(module_.qzeros);
+    }
+    if (module_.bias.present()) {
+      expect_dtype(module_.bias, "bias", true);
+      expect_rank(module_.bias, "bias", 1, "[n]");
+      expect_shape(module_.bias, "bias", "[n]", {n});
+      expect_finite(module_.bias, "bias");
+      checked.bias = bytes_of(module_.bias);
+      checked.bias_dtype = module_.bias.dtype;
+    }
+    read_groups(checked, k, group_size, groups);
+    decide_zero_points(checked, groups);
+    if (std::optional<std::string> warning = lost_zero_points(checked, groups)) {
+      layer.warnings.push_back(*std::move(warning));
+    }
+    for (const HostTensor* tensor :
+         {&qweight, &module_.scales, &module_.qzeros, &module_.g_idx, &module_.bias}) {
+      if (tensor->present()) checked.bytes += tensor->bytes;
+    }
+    layer.k = k;
+    layer.group_size = group_size;
+    layer.groups = groups;
+    return checked;
+  }
+
+ private:
+  std::string tensor_name(std::string_view tensor) const {
+    return module_.name.empty() ? std::string(tensor) : concat(module_.name, ".", tensor);
+  }
+
+  static const std::uint8_t* bytes_of(const HostTensor& tensor) {
+    return static_cast<const std::uint8_t*>(tensor.data);
+  }
+
+  void require(const HostTensor& tensor, std::string_view name) const {
+    if (!tensor.present()) refuse(concat(tensor_name(name), ": missing"));
+  }
+
+  void expect_dtype(const HostTensor& tensor, std::string_view name, bool floating) const {
+    if (floating ? !is_floating(tensor.dtype) : tensor.dtype != DType::kInt32) {
+      refuse(concat(tensor_name(name), ": dtype ", to_string(tensor.dtype), ", expected ",
+                    floating ? "float32, float16 or bfloat16" : "int32"));
+    }
+  }
+
+  void expect_rank(const HostTensor& tensor, std::string_view name, int rank, std::string_view meaning) const {
+    if (tensor.rank != rank) {
+      refuse(concat(tensor_name(name), ": ", tensor.rank, " dimensions, expected ", rank, ", ", meaning));
+    }
+  }
+
+  void expect_shape(const HostTensor& tensor, std::string_view name, std::string_view meaning,
+                    std::initializer_list<std::int64_t> expected) const {
+    bool same = true;
+    std::size_t elements = 1;
+    std::string text = "[";
+    int axis = 0;
+    for (const std::int64_t extent : expected) {
+      same = same && tensor.shape[static_cast<std::size_t>(axis)] == extent;
+      text += concat(axis > 0 ? ", " : "", extent);
+      elements *= static_cast<std::size_t>(extent);
+      ++axis;
+    }
+    if (!same) {
+      refuse(concat(tensor_name(name), ": shape ", shape_of(tensor), ", expected ", meaning, " = ", text,
+                    "] (k = ", input_features(), ", bits = ", spec_.bits, ", group_size = ", spec_.group_size, ")"));
+    }
+    if (tensor.data == nullptr || tensor.bytes != elements * size_of(tensor.dtype)) {
+      refuse(concat(tensor_name(name), ": ", tensor.data == nullptr ? 0 : tensor.bytes, " bytes, expected ",
+                    elements * size_of(tensor.dtype), " for shape ", shape_of(tensor)));
+    }
+  }
+
+  void expect_finite(const HostTensor& tensor, std::string_view name) const {
+    const std::int64_t columns = tensor.shape[static_cast<std::size_t>(tensor.rank - 1)];
+    const std::int64_t count = tensor.rank == 1 ? columns : columns * tensor.shape[0];
+    for (std::int64_t i = 0; i < count; ++i) {
+      const float value = read_float(tensor.data, tensor.dtype, i);
+      if (!std::isfinite(value)) {
+        const std::string place = tensor.rank == 1 ? concat(i) : concat(i / columns, ", ", i % columns);
+        refuse(concat(tensor_name(name), ": element [", place, "] is ", value, ", expected a finite number"));
+      }
+    }
+  }
+
+  void read_groups(ValidatedModule& checked, std::int64_t k, std::int64_t group_size, std::int64_t groups) const {
+    if (module_.g_idx.present()) expect_shape(module_.g_idx, "g_idx", "[k]", {k});
+    checked.group_of_row.resize(static_cast<std::size_t>(k));
+    for (std::int64_t row = 0; row < k; ++row) {
+      const std::int64_t plain = row / group_size;
+      std::int64_t group = plain;
+      if (module_.g_idx.present()) {
+        const std::int64_t stored = read_integer(module_.g_idx.data, DType::kInt32, row);
+        group = stored < 0 ? stored + groups : stored;
+        if (group < 0 || group >= groups) {
+          refuse(concat(tensor_name("g_idx"), ": element [", row, "] is ", stored, ", expected ", -groups, " to ",
+                        groups - 1, " for ", groups, " groups"));
+        }
+      }
+      checked.group_of_row[static_cast<std::size_t>(row)] = static_cast<std::int32_t>(group);
+      checked.act_order = checked.act_order || group != plain;
+    }
+  }
+
+  // True when every stored field equals `code`.
+  bool all_fields_are(const ValidatedModule& checked, std::int64_t groups, std::uint32_t code) const {
+    const std::int64_t words = packed_words(checked.n, spec_.bits);
+    for (std::int64_t group = 0; group < groups; ++group) {
+      for (std::int64_t column = 0; column < checked.n; ++column) {
+        if (read_field(checked.qzeros + group * words * 4, spec_.bits, column) != code) return false;
+      }
+    }
+    return true;
+  }
+
+  void decide_zero_points(ValidatedModule& checked, std::int64_t groups) const {
+    const std::uint32_t middle = 1U << (spec_.bits - 1);
+    checked.zero_points = spec_.zero_points != ZeroPoints::kAuto ? spec_.zero_points
+                          : spec_.labelled != ZeroPoints::kAuto  ? spec_.labelled
+                                                                 : ZeroPoints::kV1;
+    if (checked.qzeros == nullptr) {
+      checked.symmetric = true;
+      return;
+    }
+    const bool all_below_middle = all_fields_are(checked, groups, middle - 1);
+    const bool all_middle = !all_below_middle && all_fields_are(checked, groups, middle);
+    if (spec_.zero_points == ZeroPoints::kAuto && spec_.symmetry != Symmetry::kAsymmetric) {
+      if (all_below_middle) checked.zero_points = ZeroPoints::kV1;
+      if (all_middle) checked.zero_points = ZeroPoints::kV2;
+    }
+    checked.symmetric = checked.zero_points == ZeroPoints::kV1 ? all_below_middle : all_middle;
+  }
+
+  // An old writer of v1 files stored a zero point of 0 as all-ones from its field to the top of the word, so
+  // that the fields above it are lost. Today's writers borrow instead, which leaves lower fields above.
+  std::optional<std::string> lost_zero_points(const ValidatedModule& checked, std::int64_t groups) const {
+    if (checked.qzeros == nullptr || checked.zero_points != ZeroPoints::kV1 || spec_.bits == 3) return std::nullopt;
+    const int fields = 32 / spec_.bits;
+    const std::uint32_t ones = (1U << spec_.bits) - 1U;
+    const std::int64_t words = packed_words(checked.n, spec_.bits);
+    std::int64_t lost = 0;
+    for (std::int64_t i = 0; i < groups * words; ++i) {
+      if ((i % words + 1) * fields > checked.n) continue;  // padding above the last column tells nothing
+      const std::uint32_t word = load_word(checked.qzeros, i);
+      int field = 0;
+      while (field < fields && (word >> (field * spec_.bits) & ones) != ones) ++field;
+      if (field >= fields - 1) continue;
+      const std::uint32_t to_the_top = ~0U << (field * spec_.bits);
+      if ((word & to_the_top) != to_the_top) return std::nullopt;  // a borrow: the file is complete
+      ++lost;
+    }
+    if (lost == 0) return std::nullopt;
+    return concat(tensor_name("qzeros"), ": ", lost, " of ", groups * words,
+                  " words are all-ones from some field to the top, as an old writer left them where a zero point "
+                  "was 0; the zero points above it are lost in the file and read as 0 and 1");
+  }
+
+  const GptqModule& module_;
+  const GptqSpec& spec_;
+};
+
+}  // namespace
+
+GptqWeights validate(const GptqTensors& tensors, const GptqSpec& spec) {
+  if (spec.bits != 2 && spec.bits != 3 && spec.bits != 4 && spec.bits != 8) {
+    refuse(concat("bits: ", spec.bits, ", expected 2, 3, 4 or 8"));
+  }
+  if (spec.group_size != -1 && (spec.group_size < 1 || spec.group_size > kMaxExtent)) {
+    refuse(concat("group_size: ", spec.group_size, ", expected -1 or at least 1"));
+  }
+  if (spec.k < 0 || spec.k > kMaxExtent) refuse(concat("k: ", spec.k, ", expected 1 to ", kMaxExtent));
+  if (spec.n < 0 || spec.n > kMaxExtent) refuse(concat("n: ", spec.n, ", expected 1 to ", kMaxExtent));
+  if (tensors.modules.empty()) refuse("modules: none, expected at least one");
+
+  GptqWeights layer;
+  layer.bits = spec.bits;
+  GptqSpec shared = spec;
+  for (const GptqModule& module : tensors.modules) {
+    layer.modules.push_back(ModuleChecker(module, shared).check(layer));
+    layer.n += layer.modules.back().n;
+    shared.k = layer.k;  // fused modules share the input
+  }
+  if (layer.n > kMaxExtent) refuse(concat("n: ", layer.n, " in all, expected at most ", kMaxExtent));
+  if (spec.n != 0 && layer.n != spec.n) {
+    refuse(concat(tensors.modules.front().name, tensors.modules.front().name.empty() ? "" : ".", "qweight: n = ",
+                  layer.n, " output features, expected ", spec.n));
+  }
+  return layer;
+}
+
+}  // namespace marlinq

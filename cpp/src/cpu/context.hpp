@@ -1,0 +1,75 @@
+// What a CPU context owns between calls. Nothing here is shared with another context.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "core/moe_block_over_phases.hpp"
+#include "marlinq/cpu/cpu_backend.hpp"
+#include "marlinq/routing.hpp"
+
+namespace marlinq::cpu {
+
+/// Buffers of a context, each with one use at a time.
+enum class Scratch : std::uint8_t {
+  kInput,     // x as the kernels read it: the gather scratch
+  kInputSums,  // sums of x over runs of packed rows
+  kConvert,    // a row of x per thread, as float32
+  kMoe,        // first of the MoeScratch matrices
+};
+
+/// One row of the input through one row of the output.
+struct RowMap {
+  std::int64_t input = 0;
+  std::int64_t output = 0;
+  float weight = 1.0F;
+};
+
+/// Consecutive entries of the row maps that one expert multiplies.
+struct RowGroup {
+  std::int32_t expert = 0;
+  std::int64_t first = 0;
+  std::int64_t count = 0;
+};
+
+/// x of one row group in one packed row order, as the kernels read it.
+struct PreparedInput {
+  std::int32_t group = 0;  // of the row groups
+  std::int32_t order = 0;  // of the expert's orders
+  std::int64_t x = 0;      // offset in Scratch::kInput
+  std::int64_t sums = -1;  // offset in Scratch::kInputSums; -1: no zero points
+  std::int64_t tiles = 0;  // tiles of all prepared inputs before this one
+};
+
+/// One chunk of rows through all column blocks of one module.
+struct Segment {
+  std::int32_t prepared = 0;
+  std::int32_t module = 0;
+  std::int64_t first_row = 0;  // inside the row group
+  std::int32_t rows = 0;
+  std::int64_t cost = 0;       // of all segments before this one
+  std::int64_t block_cost = 0;
+};
+
+struct ContextState {
+  static constexpr std::size_t kScratches = static_cast<std::size_t>(Scratch::kMoe) +
+                                            static_cast<std::size_t>(MoeScratch::kShared) + 1;
+
+  int threads = 1;
+  std::int64_t scratch_allocations = 0;
+  std::array<CpuBuffer, kScratches> scratch;
+
+  // Lists of the call in progress, kept for their memory.
+  std::vector<RowMap> rows;
+  std::vector<RowGroup> groups;
+  std::vector<PreparedInput> prepared;
+  std::vector<Segment> segments;
+  TokenTiles tiles;
+
+  /// At least `elements` floats; grows only. Throws out_of_memory.
+  float* grow(std::size_t slot, std::int64_t elements);
+  float* grow(Scratch slot, std::int64_t elements) { return grow(static_cast<std::size_t>(slot), elements); }
+};
+
+}  // namespace marlinq::cpu

@@ -1,0 +1,144 @@
+// The CPU backend's side of the trait: one-liners into the shared load path, and how calls become row groups.
+#include "marlinq/cpu/cpu_backend.hpp"
+
+#include <cstring>
+
+#include "core/elements.hpp"
+#include "core/load_gptq.hpp"
+#include "core/moe_block_over_phases.hpp"
+#include "cpu/context.hpp"
+#include "cpu/dispatch.hpp"
+#include "cpu/features.hpp"
+#include "cpu/gemm.hpp"
+#include "cpu/packed.hpp"
+#include "cpu/parallel.hpp"
+
+namespace marlinq {
+
+static_assert(PackedGemm<CpuBackend>);
+static_assert(MoePrimitives<CpuBackend>);
+
+std::unique_ptr<Linear<CpuBackend>> CpuBackend::load_gptq(Context& context, const GptqTensors& tensors,
+                                                          const GptqSpec& spec, const LoadOptions& options) {
+  return load_gptq_with<CpuBackend>(context, tensors, spec, options);
+}
+
+std::shared_ptr<MarlinExpertStack<CpuBackend>> CpuBackend::load_gptq_stacked(Context& context,
+                                                                             std::span<const GptqTensors> experts,
+                                                                             const GptqSpec& spec,
+                                                                             const LoadOptions& options) {
+  return load_gptq_stacked_with<CpuBackend>(context, experts, spec, options);
+}
+
+std::unique_ptr<MoeBlock<CpuBackend>> CpuBackend::make_moe_block(Context&, const MoeBlockParts<CpuBackend>& parts) {
+  return std::make_unique<MoeBlockOverPhases<CpuBackend>>(parts);
+}
+
+void CpuBackend::pregrow_marlin_gather_scratch(Context& context, std::int64_t required_elements) {
+  if (required_elements < 0) {
+    refuse_argument(concat("required_elements: ", required_elements, ", expected at least 0"));
+  }
+  context.state().grow(cpu::Scratch::kInput, required_elements);
+}
+
+void CpuBackend::route(Context&, const ConstMatrixView& logits, const RouteOptions& options, const MatrixView& ids,
+                       const MatrixView& weights) {
+  marlinq::route(logits, options, ids, weights);
+}
+
+BackendInfo CpuBackend::info() {
+  BackendInfo info{.name = std::string(kName),
+                   .devices = {to_string(Device{})},
+                   .hardware = concat(cpu::host_name(), ", ", cpu::default_threads(), " threads"),
+                   .kernels = {},
+                   .compute = {std::string(to_string(Compute::kFloat32))}};
+  const cpu::IsaKernels& chosen = cpu::choose_isa({});
+  for (const cpu::IsaKernels* isa : cpu::isa_kernels()) {
+    info.kernels.push_back({.name = isa->name,
+                            .requires_features = cpu::feature_names(isa->required),
+                            .usable = (isa->required & cpu::host_features()) == isa->required,
+                            .chosen = isa == &chosen});
+  }
+  return info;
+}
+
+CpuBackend::Context CpuBackend::open(Device, const ContextOptions& options) { return Context(options.threads); }
+
+std::shared_ptr<const CpuBackend::Packed> CpuBackend::pack(Context& context, std::span<const GptqWeights> experts,
+                                                           const LoadOptions& options) {
+  if (options.compute != Compute::kAuto && options.compute != Compute::kFloat32) {
+    throw Error(ErrorCode::kUnsupported, concat("backend 'cpu' does not support compute '", to_string(options.compute),
+                                                "'; it supports 'float32'"));
+  }
+  return cpu::pack_experts(experts, cpu::choose_isa(options.kernel), context.threads());
+}
+
+Description CpuBackend::describe(const Packed& packed) { return packed.description(); }
+
+void CpuBackend::gemm(Context& context, const Packed& packed, std::int64_t expert, const ConstMatrixView& input,
+                      const MatrixView& output, std::int64_t m) {
+  const ExpertDispatch all{.expert = static_cast<std::int32_t>(expert), .rows = m};
+  gemm_batched(context, packed, input, {&all, 1}, output);
+}
+
+void CpuBackend::gemm_batched(Context& context, const Packed& packed, const ConstMatrixView& input,
+                              std::span<const ExpertDispatch> dispatches, const MatrixView& output) {
+  cpu::ContextState& state = context.state();
+  state.rows.clear();
+  state.groups.clear();
+  for (const ExpertDispatch& dispatch : dispatches) {
+    if (dispatch.rows == 0) continue;
+    state.groups.push_back({.expert = dispatch.expert,
+                            .first = static_cast<std::int64_t>(state.rows.size()),
+                            .count = dispatch.rows});
+    for (std::int64_t row = 0; row < dispatch.rows; ++row) {
+      state.rows.push_back({.input = dispatch.input_row + row, .output = dispatch.output_row + row});
+    }
+  }
+  if (!state.groups.empty()) cpu::run_row_groups(state, packed, input, output);
+}
+
+void CpuBackend::gemm_fused(Context& context, const Packed& packed, const ConstMatrixView& input,
+                            const FusedTiles& tiles, const MatrixView& output) {
+  const auto id_at = [](const ConstArrayView& view, std::int64_t i) { return read_integer(view.data, view.dtype, i); };
+  const std::int64_t entries = id_at(tiles.num_tokens_past_padded, 0);
+  if (entries < 0 || entries % tiles.block_size != 0 || entries > tiles.sorted_token_ids.size ||
+      entries / tiles.block_size > tiles.expert_ids.size) {
+    refuse_argument(concat("num_tokens_past_padded: ", entries, ", expected a multiple of block_size = ",
+                           tiles.block_size, " within sorted_token_ids (", tiles.sorted_token_ids.size,
+                           ") and expert_ids (", tiles.expert_ids.size, ")"));
+  }
+  cpu::ContextState& state = context.state();
+  state.rows.clear();
+  state.groups.clear();
+  const std::int64_t ids = tiles.num_tokens * tiles.top_k;
+  const std::size_t row_bytes = static_cast<std::size_t>(packed.n()) * size_of(output.dtype);
+  for (std::int64_t entry = 0; entry < entries; ++entry) {
+    const std::int64_t expert = id_at(tiles.expert_ids, entry / tiles.block_size);
+    if (expert < -1 || expert >= packed.num_experts()) {
+      refuse_argument(concat("expert_ids: element [", entry / tiles.block_size, "] is ", expert, ", expected -1 to ",
+                             packed.num_experts() - 1));
+    }
+    const std::int64_t id = id_at(tiles.sorted_token_ids, entry);
+    if (id < 0) {
+      refuse_argument(concat("sorted_token_ids: element [", entry, "] is ", id, ", expected at least 0"));
+    }
+    if (id >= ids) continue;  // padding
+    if (expert < 0) {
+      std::memset(static_cast<std::uint8_t*>(output.data) + static_cast<std::size_t>(id * output.row_stride) * size_of(output.dtype),
+                  0, row_bytes);
+      continue;
+    }
+    // Tiles of one expert that follow each other are one group of rows.
+    if (state.groups.empty() || state.groups.back().expert != expert) {
+      state.groups.push_back({.expert = static_cast<std::int32_t>(expert),
+                              .first = static_cast<std::int64_t>(state.rows.size())});
+    }
+    ++state.groups.back().count;
+    const float weight = tiles.topk_weights ? static_cast<const float*>(tiles.topk_weights->data)[id] : 1.0F;
+    state.rows.push_back({.input = id / tiles.top_k, .output = id, .weight = weight});
+  }
+  if (!state.groups.empty()) cpu::run_row_groups(state, packed, input, output);
+}
+
+}  // namespace marlinq

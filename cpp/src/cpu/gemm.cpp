@@ -1,0 +1,271 @@
+#include "cpu/gemm.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "core/elements.hpp"
+#include "core/integers.hpp"
+#include "cpu/parallel.hpp"
+
+namespace marlinq::cpu {
+namespace {
+
+// Below this many multiplications a call is over before another thread has woken up.
+constexpr std::int64_t kSerialWork = std::int64_t{1} << 17;
+// Floats between two threads' rows in Scratch::kConvert: a cache line.
+constexpr std::int64_t kConvertPadding = 16;
+
+FloatType float_type(DType dtype) noexcept {
+  return dtype == DType::kFloat16 ? FloatType::kF16 : dtype == DType::kBFloat16 ? FloatType::kBF16 : FloatType::kF32;
+}
+
+RowTiles cut(std::int64_t rows, std::int32_t most) noexcept {
+  const auto count = static_cast<std::int32_t>(ceil_div(rows, most));
+  return {.count = count,
+          .base = static_cast<std::int32_t>(rows / count),
+          .larger = static_cast<std::int32_t>(rows % count)};
+}
+
+std::int64_t first_row(const RowTiles& tiles, std::int64_t tile) noexcept {
+  return tile * tiles.base + std::min<std::int64_t>(tile, tiles.larger);
+}
+
+std::int32_t row_count(const RowTiles& tiles, std::int64_t tile) noexcept {
+  return tiles.base + (tile < tiles.larger ? 1 : 0);
+}
+
+class RowGroupProduct {
+ public:
+  RowGroupProduct(ContextState& state, const PackedExperts& packed, const ConstMatrixView& input,
+                  const MatrixView& output)
+      : state_(state), packed_(packed), isa_(packed.isa()), input_(input), output_(output) {}
+
+  void run() {
+    plan();
+    parallel_parts(static_cast<int>(std::min<std::int64_t>(threads_, tiles_)), [&](int part, int parts) {
+      prepare(part, tiles_ * part / parts, tiles_ * (part + 1) / parts);
+    });
+    parallel_parts(static_cast<int>(std::min<std::int64_t>(threads_, cost_)),
+                   [&](int part, int parts) { multiply(cost_ * part / parts, cost_ * (part + 1) / parts); });
+  }
+
+ private:
+  // Lists what has to be prepared and multiplied, and makes room for it.
+  void plan() {
+    state_.prepared.clear();
+    state_.segments.clear();
+    std::int64_t floats = 0;
+    std::int64_t sums = 0;
+    std::int64_t work = 0;
+    for (std::size_t g = 0; g < state_.groups.size(); ++g) {
+      const RowGroup& group = state_.groups[g];
+      const PackedExpert& expert = packed_.expert(group.expert);
+      const auto first_prepared = static_cast<std::int32_t>(state_.prepared.size());
+      for (std::size_t o = 0; o < expert.orders.size(); ++o) {
+        const RowOrder& order = *expert.orders[o];
+        const bool needs_sums = std::any_of(expert.modules.begin(), expert.modules.end(), [o](const auto& module) {
+          return module.order == static_cast<std::int32_t>(o) && module.zeros >= 0;
+        });
+        state_.prepared.push_back({.group = static_cast<std::int32_t>(g),
+                                   .order = static_cast<std::int32_t>(o),
+                                   .x = floats,
+                                   .sums = needs_sums ? sums : -1,
+                                   .tiles = tiles_});
+        floats += group.count * order.rows();
+        if (needs_sums) sums += group.count * static_cast<std::int64_t>(order.blocks.size());
+        tiles_ += tile_count(group.count);
+      }
+      add_segments(group, expert, first_prepared);
+      work += group.count * packed_.k() * packed_.n();
+    }
+    x_ = state_.grow(Scratch::kInput, floats);
+    sums_ = state_.grow(Scratch::kInputSums, sums);
+    threads_ = work < kSerialWork ? 1 : state_.threads;
+    if (input_.dtype != DType::kFloat32) convert_ = state_.grow(Scratch::kConvert, threads_ * convert_stride());
+  }
+
+  void add_segments(const RowGroup& group, const PackedExpert& expert, std::int32_t first_prepared) {
+    const RowTiles chunks = cut(group.count, kMaxTaskRows);
+    for (std::int32_t c = 0; c < chunks.count; ++c) {
+      for (std::size_t i = 0; i < expert.modules.size(); ++i) {
+        // Reading and unpacking a block costs about as much as multiplying it with this many rows.
+        constexpr std::int64_t kUnpackRows = 3;
+        Segment segment{.prepared = first_prepared + expert.modules[i].order,
+                        .module = static_cast<std::int32_t>(i),
+                        .first_row = first_row(chunks, c),
+                        .rows = row_count(chunks, c),
+                        .cost = cost_,
+                        .block_cost = row_count(chunks, c) + kUnpackRows};
+        state_.segments.push_back(segment);
+        cost_ += segment.block_cost * expert.modules[i].layout.blocks();
+      }
+    }
+  }
+
+  // Tiles of all chunks of a row group.
+  std::int64_t tile_count(std::int64_t rows) const noexcept {
+    const RowTiles chunks = cut(rows, kMaxTaskRows);
+    return chunks.larger * cut(chunks.base + 1, isa_.tile_rows).count +
+           (chunks.count - chunks.larger) * cut(chunks.base, isa_.tile_rows).count;
+  }
+
+  std::int64_t convert_stride() const noexcept { return round_up(packed_.k(), kConvertPadding) + kConvertPadding; }
+
+  // Row `row` of the input as float32; converted into `scratch` unless it is float32 already.
+  const float* float_row(std::int64_t row, float* scratch) const {
+    const std::uint8_t* source = element(input_.data, input_.dtype, row * input_.row_stride);
+    if (input_.dtype == DType::kFloat32) return reinterpret_cast<const float*>(source);
+    isa_.to_float(float_type(input_.dtype), source, scratch, packed_.k());
+    return scratch;
+  }
+
+  // Prepares the tiles [begin, end) as thread `part`.
+  void prepare(int part, std::int64_t begin, std::int64_t end) const {
+    float* scratch = convert_ == nullptr ? nullptr : convert_ + part * convert_stride();
+    auto next = std::upper_bound(state_.prepared.begin(), state_.prepared.end(), begin,
+                                 [](std::int64_t tile, const PreparedInput& p) { return tile < p.tiles; });
+    for (std::size_t i = static_cast<std::size_t>(next - state_.prepared.begin()) - 1;
+         i < state_.prepared.size() && state_.prepared[i].tiles < end; ++i) {
+      const PreparedInput& prepared = state_.prepared[i];
+      const RowGroup& group = state_.groups[static_cast<std::size_t>(prepared.group)];
+      const RowOrder& order = *packed_.expert(group.expert).orders[static_cast<std::size_t>(prepared.order)];
+      const RowTiles chunks = cut(group.count, kMaxTaskRows);
+      std::int64_t tile = prepared.tiles;
+      for (std::int64_t c = 0; c < chunks.count && tile < end; ++c) {
+        const RowTiles tiles = cut(row_count(chunks, c), isa_.tile_rows);
+        for (std::int64_t t = 0; t < tiles.count; ++t, ++tile) {
+          if (tile < begin || tile >= end) continue;
+          prepare_tile(prepared, group, order, first_row(chunks, c) + first_row(tiles, t), row_count(tiles, t), scratch);
+        }
+      }
+    }
+  }
+
+  // Writes `count` rows of x as [packed row][row], and their sums over each run.
+  void prepare_tile(const PreparedInput& prepared, const RowGroup& group, const RowOrder& order, std::int64_t row,
+                    std::int32_t count, float* scratch) const {
+    float* tile = x_ + prepared.x + row * order.rows();
+    for (std::int32_t r = 0; r < count; ++r) {
+      const float* source = float_row(state_.rows[static_cast<std::size_t>(group.first + row + r)].input, scratch);
+      float* target = tile + r;
+      if (order.identity) {
+        for (std::int64_t p = 0; p < packed_.k(); ++p) target[p * count] = source[p];
+        for (std::int64_t p = packed_.k(); p < order.rows(); ++p) target[p * count] = 0.0F;
+      } else {
+        for (std::int64_t p = 0; p < order.rows(); ++p) {
+          const std::int32_t from = order.source[static_cast<std::size_t>(p)];
+          target[p * count] = from < 0 ? 0.0F : source[from];
+        }
+      }
+    }
+    if (prepared.sums < 0) return;
+    const auto runs = static_cast<std::int64_t>(order.blocks.size());
+    for (std::int32_t r = 0; r < count; ++r) {
+      float* sums = sums_ + prepared.sums + (row + r) * runs;
+      for (std::int64_t i = 0; i < runs; ++i) {
+        const RowBlock& block = order.blocks[static_cast<std::size_t>(i)];
+        // Eight chains, added in pairs: fast, and less rounding than one chain.
+        float part[8] = {};
+        const float* values = tile + static_cast<std::int64_t>(block.first) * count + r;
+        for (std::int32_t p = 0; p < block.count; p += 8) {
+          for (std::int32_t j = 0; j < 8; ++j) part[j] += values[(p + j) * count];
+        }
+        sums[i] = ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+      }
+    }
+  }
+
+  // Runs the column blocks whose cost begins in [begin, end).
+  void multiply(std::int64_t begin, std::int64_t end) const {
+    alignas(64) float result[kMaxTaskRows * Layout::kBlockColumns];
+    auto next = std::upper_bound(state_.segments.begin(), state_.segments.end(), begin,
+                                 [](std::int64_t cost, const Segment& s) { return cost < s.cost; });
+    for (std::size_t i = static_cast<std::size_t>(next - state_.segments.begin()) - 1;
+         i < state_.segments.size() && state_.segments[i].cost < end; ++i) {
+      const Segment& segment = state_.segments[i];
+      const PreparedInput& prepared = state_.prepared[static_cast<std::size_t>(segment.prepared)];
+      const RowGroup& group = state_.groups[static_cast<std::size_t>(prepared.group)];
+      const PackedExpert& expert = packed_.expert(group.expert);
+      const PackedModule& module = expert.modules[static_cast<std::size_t>(segment.module)];
+      const std::int64_t first_block =
+          begin <= segment.cost ? 0 : ceil_div(begin - segment.cost, segment.block_cost);
+      const std::int64_t last_block =
+          std::min(module.layout.blocks(), ceil_div(end - segment.cost, segment.block_cost));
+      for (std::int64_t block = first_block; block < last_block; ++block) {
+        multiply_block(segment, prepared, expert, module, block, result);
+        store_block(segment, group, module, block, result);
+      }
+    }
+  }
+
+  void multiply_block(const Segment& segment, const PreparedInput& prepared, const PackedExpert& expert,
+                      const PackedModule& module, std::int64_t block, float* result) const {
+    const RowOrder& order = *expert.orders[static_cast<std::size_t>(module.order)];
+    const Layout& layout = module.layout;
+    const auto runs = static_cast<std::int32_t>(order.blocks.size());
+    const auto scale_size = module.scale_type == FloatType::kF32 ? 4 : 2;
+    const std::uint8_t* data = packed_.data();
+    const BlockTask task{
+        .codes = data + module.codes + layout.code_offset(block),
+        .scales = data + module.scales + layout.group_offset(block) * scale_size,
+        .zeros = module.zeros < 0 ? nullptr : data + module.zeros + layout.group_offset(block),
+        .scale_type = module.scale_type,
+        .code_bits = layout.code_bits,
+        .middle = packed_.middle(),
+        .columns = layout.block_columns(block),
+        .runs = order.blocks.data(),
+        .num_runs = runs,
+        .packed_rows = layout.packed_rows,
+        .x = x_ + prepared.x + segment.first_row * layout.packed_rows,
+        .x_sums = module.zeros < 0 ? nullptr : sums_ + prepared.sums + segment.first_row * runs,
+        .rows = segment.rows,
+        .tiles = cut(segment.rows, isa_.tile_rows),
+        .result = result,
+    };
+    isa_.gemm_float32(task);
+  }
+
+  // Adds the bias, applies the row's weight, rounds once.
+  void store_block(const Segment& segment, const RowGroup& group, const PackedModule& module, std::int64_t block,
+                   float* result) const {
+    const std::int64_t column = block * Layout::kBlockColumns;
+    const std::int64_t columns = std::min<std::int64_t>(module.layout.n - column, Layout::kBlockColumns);
+    const auto* bias = module.bias < 0 ? nullptr : reinterpret_cast<const float*>(packed_.data() + module.bias) + column;
+    for (std::int32_t r = 0; r < segment.rows; ++r) {
+      const RowMap& map = state_.rows[static_cast<std::size_t>(group.first + segment.first_row + r)];
+      float* values = result + r * Layout::kBlockColumns;
+      if (bias != nullptr) {
+        for (std::int64_t i = 0; i < columns; ++i) values[i] += bias[i];
+      }
+      if (map.weight != 1.0F) {
+        for (std::int64_t i = 0; i < columns; ++i) values[i] *= map.weight;
+      }
+      const std::int64_t place = map.output * output_.row_stride + module.first_column + column;
+      isa_.from_float(float_type(output_.dtype), values,
+                      static_cast<std::uint8_t*>(output_.data) + place * static_cast<std::int64_t>(size_of(output_.dtype)),
+                      columns);
+    }
+  }
+
+  ContextState& state_;
+  const PackedExperts& packed_;
+  const IsaKernels& isa_;
+  const ConstMatrixView& input_;
+  const MatrixView& output_;
+  int threads_ = 1;
+  std::int64_t tiles_ = 0;
+  std::int64_t cost_ = 0;
+  float* x_ = nullptr;
+  float* sums_ = nullptr;
+  float* convert_ = nullptr;
+};
+
+}  // namespace
+
+void run_row_groups(ContextState& state, const PackedExperts& packed, const ConstMatrixView& input,
+                    const MatrixView& output) {
+  RowGroupProduct(state, packed, input, output).run();
+}
+
+}  // namespace marlinq::cpu

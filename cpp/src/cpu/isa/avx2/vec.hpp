@@ -1,0 +1,63 @@
+// Eight-lane vectors: AVX2, FMA, F16C.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace marlinq::cpu::MARLINQ_CPU_ISA {
+
+struct Vec {
+  static constexpr int kLanes = 8;
+  // 4 rows x 2 vectors: 8 accumulators, 2 words, 2 weights, a broadcast, mask and middle in 16 registers.
+  static constexpr int kVectors = 2;
+  static constexpr int kTileRows = 4;
+
+  using F = __m256;
+  using I = __m256i;
+
+  [[gnu::always_inline]] static inline F zero() { return _mm256_setzero_ps(); }
+  [[gnu::always_inline]] static inline F broadcast(float value) { return _mm256_set1_ps(value); }
+  [[gnu::always_inline]] static inline F load(const float* p) { return _mm256_load_ps(p); }
+  [[gnu::always_inline]] static inline void store(float* p, F value) { _mm256_store_ps(p, value); }
+  [[gnu::always_inline]] static inline F load_unaligned(const void* p) {
+    return _mm256_loadu_ps(static_cast<const float*>(p));
+  }
+  [[gnu::always_inline]] static inline void store_unaligned(void* p, F value) {
+    _mm256_storeu_ps(static_cast<float*>(p), value);
+  }
+  [[gnu::always_inline]] static inline I load_words(const std::uint8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const I*>(p));
+  }
+  [[gnu::always_inline]] static inline F multiply_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  [[gnu::always_inline]] static inline F negative_multiply_add(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
+
+  [[gnu::always_inline]] static inline F load_float16(const std::uint8_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  [[gnu::always_inline]] static inline void store_float16(std::uint8_t* p, F value) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  }
+  [[gnu::always_inline]] static inline F load_bfloat16(const std::uint8_t* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  [[gnu::always_inline]] static inline F load_zeros(const std::uint8_t* p, std::int32_t middle) {
+    const I wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(wide, _mm256_set1_epi32(middle)));
+  }
+
+  struct Decoder {
+    F middle;
+    [[gnu::always_inline]] explicit inline Decoder(std::int32_t value) : middle(_mm256_set1_ps(static_cast<float>(value))) {}
+
+    /// float(code - middle) of the kBits bits of each word from bit kBit.
+    template <int kBits, int kBit>
+    [[gnu::always_inline]] inline F decode(I words) const {
+      const I codes = _mm256_and_si256(_mm256_srli_epi32(words, kBit), _mm256_set1_epi32((1 << kBits) - 1));
+      return _mm256_sub_ps(_mm256_cvtepi32_ps(codes), middle);
+    }
+  };
+};
+
+}  // namespace marlinq::cpu::MARLINQ_CPU_ISA

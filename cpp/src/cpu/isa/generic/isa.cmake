@@ -1,0 +1,1 @@
+marlinq_add_cpu_isa(NAME generic)

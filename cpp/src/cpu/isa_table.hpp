@@ -1,0 +1,67 @@
+// What an instruction set offers to the backend: plain data and function pointers. Included by the objects
+// that are compiled for one instruction set, so it holds no function and no standard container.
+#pragma once
+
+#include <cstdint>
+
+#include "core/row_block.hpp"
+
+namespace marlinq::cpu {
+
+/// Bits of the mask by which a kernel names its needs and features.hpp what the machine offers.
+enum Feature : std::uint32_t {
+  kAvx2 = 1U << 0,
+  kFma = 1U << 1,
+  kF16c = 1U << 2,
+  kAvx512 = 1U << 3,  // F, BW, DQ and VL
+  kAvx512Vnni = 1U << 4,
+  kAvx512Bf16 = 1U << 5,
+};
+
+enum class FloatType : std::uint8_t { kF32, kF16, kBF16 };
+
+/// Rows cut into tiles whose sizes differ by at most one: the first `larger` have base + 1 rows.
+struct RowTiles {
+  std::int32_t count;
+  std::int32_t base;
+  std::int32_t larger;
+};
+
+/// The product of some rows of x with one column block of a module; layout.hpp has the packed order.
+struct BlockTask {
+  const std::uint8_t* codes;   // of the block
+  const std::uint8_t* scales;  // of the block
+  const std::uint8_t* zeros;   // of the block; null: every zero point is `middle`
+  FloatType scale_type;
+  std::int32_t code_bits;  // 4 or 8
+  std::int32_t middle;     // 2^(b-1) of the checkpoint's bits
+  std::int32_t columns;    // 16 or 32
+  const RowBlock* runs;
+  std::int32_t num_runs;
+  std::int64_t packed_rows;
+  /// Tile after tile of [packed row][row of the tile] float32.
+  const float* x;
+  /// [row][run] sums of x over each run; null when `zeros` is.
+  const float* x_sums;
+  std::int32_t rows;  // 1 to kMaxTaskRows
+  RowTiles tiles;     // of `rows`, at most tile_rows each
+  float* result;      // [row][32], 64-byte aligned
+};
+
+// Two 64-row tasks' results (8 KB each), an unpacked panel (16 KB) and the x of one run (32 KB at 64 rows)
+// stay within L1 and L2 of any processor of the last ten years.
+inline constexpr std::int32_t kMaxTaskRows = 64;
+
+/// One entry of the table of instruction sets.
+struct IsaKernels {
+  const char* name;
+  std::int32_t priority;   // the usable entry with the highest is chosen
+  std::uint32_t required;  // mask of Feature
+  std::int32_t tile_rows;  // most rows of a tile of x
+
+  void (*gemm_float32)(const BlockTask&);
+  void (*to_float)(FloatType type, const std::uint8_t* source, float* target, std::int64_t count);
+  void (*from_float)(FloatType type, const float* source, std::uint8_t* target, std::int64_t count);
+};
+
+}  // namespace marlinq::cpu

@@ -1,0 +1,68 @@
+// Packed weights of the CPU backend, in the order of layout.hpp.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "core/row_order.hpp"
+#include "cpu/isa_table.hpp"
+#include "cpu/layout.hpp"
+#include "marlinq/cpu/cpu_backend.hpp"
+
+namespace marlinq::cpu {
+
+/// One module of one expert. Offsets are bytes from the start of the stack's memory.
+struct PackedModule {
+  Layout layout;
+  std::int64_t first_column = 0;  // of the output
+  std::int64_t codes = 0;
+  std::int64_t scales = 0;
+  std::int64_t zeros = -1;  // -1: absent
+  std::int64_t bias = -1;
+  FloatType scale_type = FloatType::kF32;
+  std::int32_t order = 0;  // index into PackedExpert::orders
+};
+
+/// One expert: modules fused along N, contiguous in memory.
+struct PackedExpert {
+  std::int64_t begin = 0;
+  std::int64_t bytes = 0;
+  std::vector<PackedModule> modules;
+  std::vector<std::shared_ptr<const RowOrder>> orders;  // the distinct ones
+};
+
+/// The weights of all experts of one projection. Immutable once pack() has returned it.
+class PackedExperts {
+ public:
+  std::int64_t num_experts() const noexcept { return static_cast<std::int64_t>(experts_.size()); }
+  std::int64_t k() const noexcept { return k_; }
+  std::int64_t n() const noexcept { return n_; }
+
+  const IsaKernels& isa() const noexcept { return *isa_; }
+  int middle() const noexcept { return 1 << (description_.bits - 1); }
+  const PackedExpert& expert(std::int64_t index) const { return experts_[static_cast<std::size_t>(index)]; }
+  const std::uint8_t* data() const noexcept { return static_cast<const std::uint8_t*>(memory_.data()); }
+  /// All packed bytes of one expert.
+  std::span<const std::uint8_t> bytes(std::int64_t index) const {
+    return {data() + expert(index).begin, static_cast<std::size_t>(expert(index).bytes)};
+  }
+  const Description& description() const noexcept { return description_; }
+
+ private:
+  friend class Packer;
+
+  CpuBuffer memory_;
+  std::vector<PackedExpert> experts_;
+  const IsaKernels* isa_ = nullptr;
+  std::int64_t k_ = 0;
+  std::int64_t n_ = 0;
+  Description description_;
+};
+
+/// Packs every expert with `threads` threads. Throws out_of_memory.
+std::shared_ptr<const PackedExperts> pack_experts(std::span<const GptqWeights> experts, const IsaKernels& isa,
+                                                  int threads);
+
+}  // namespace marlinq::cpu

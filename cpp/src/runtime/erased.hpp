@@ -1,0 +1,225 @@
+// The type-erased side of the handles, and its one implementation for every backend.
+#pragma once
+
+#include <memory>
+#include <new>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "core/concat.hpp"
+#include "marlinq/backend.hpp"
+#include "marlinq/handle.hpp"
+#include "marlinq/registry.hpp"
+
+namespace marlinq {
+namespace detail {
+
+class AnyContext {
+ public:
+  virtual ~AnyContext() = default;
+  virtual std::string_view backend() const noexcept = 0;
+  virtual Device device() const = 0;
+  virtual int threads() const = 0;
+  virtual std::int64_t scratch_allocations() const = 0;
+  virtual LinearHandle load_gptq(const GptqTensors&, const GptqSpec&, const LoadOptions&) = 0;
+  virtual ExpertStackHandle load_gptq_stacked(std::span<const GptqTensors>, const GptqSpec&, const LoadOptions&) = 0;
+  virtual MoeBlockHandle make_moe_block(const MoeBlockSpec&) = 0;
+  virtual void pregrow_marlin_gather_scratch(std::int64_t) = 0;
+  virtual void route(const ConstMatrixView&, const RouteOptions&, const MatrixView&, const MatrixView&) = 0;
+};
+
+class AnyLinear {
+ public:
+  virtual ~AnyLinear() = default;
+  virtual std::string_view backend() const noexcept = 0;
+  virtual std::int64_t in_features() const noexcept = 0;
+  virtual std::int64_t out_features() const noexcept = 0;
+  virtual Description describe() const = 0;
+  virtual void forward(AnyContext&, const ConstMatrixView&, const MatrixView&, std::int64_t) const = 0;
+};
+
+class AnyExpertStack {
+ public:
+  virtual ~AnyExpertStack() = default;
+  virtual std::string_view backend() const noexcept = 0;
+  virtual std::int64_t num_experts() const noexcept = 0;
+  virtual std::int64_t k() const noexcept = 0;
+  virtual std::int64_t n_per_expert() const noexcept = 0;
+  virtual Description describe() const = 0;
+  virtual LinearHandle expert(std::int64_t) const = 0;
+  virtual void gemm_phase_batched(AnyContext&, const ConstMatrixView&, std::span<const ExpertDispatch>,
+                                  const MatrixView&) const = 0;
+  virtual void gemm_phase_fused(AnyContext&, const ConstMatrixView&, const FusedTiles&, const MatrixView&) const = 0;
+};
+
+class AnyMoeBlock {
+ public:
+  virtual ~AnyMoeBlock() = default;
+  virtual std::string_view backend() const noexcept = 0;
+  virtual std::int64_t hidden_size() const noexcept = 0;
+  virtual std::int64_t num_experts() const noexcept = 0;
+  virtual void forward(AnyContext&, const MoeInput&, const MatrixView&) const = 0;
+};
+
+/// Runs f; memory that ran out anywhere becomes marlinq's own error.
+template <class F>
+auto guarded(F&& f) -> decltype(f()) {
+  try {
+    return f();
+  } catch (const std::bad_alloc&) {
+    throw Error(ErrorCode::kOutOfMemory, "out of host memory");
+  } catch (const std::length_error&) {
+    throw Error(ErrorCode::kOutOfMemory, "out of host memory");
+  }
+}
+
+template <BackendQuantMarlin B>
+class ContextModel;
+
+/// The backend's own object behind an erased one. Throws invalid_argument for another backend's.
+template <template <class> class Model, class B, class Any>
+auto& cast(Any& any, std::string_view what) {
+  if (any.backend() != B::kName) {
+    throw Error(ErrorCode::kInvalidArgument,
+                concat(what, ": of backend '", any.backend(), "', expected '", B::kName, "'"));
+  }
+  if constexpr (std::is_const_v<Any>) {
+    return static_cast<const Model<B>&>(any);
+  } else {
+    return static_cast<Model<B>&>(any);
+  }
+}
+
+template <BackendQuantMarlin B>
+class LinearModel final : public AnyLinear {
+ public:
+  explicit LinearModel(std::shared_ptr<const Linear<B>> linear) : linear_(std::move(linear)) {}
+
+  std::string_view backend() const noexcept override { return B::kName; }
+  std::int64_t in_features() const noexcept override { return linear_->in_features(); }
+  std::int64_t out_features() const noexcept override { return linear_->out_features(); }
+  Description describe() const override { return linear_->describe(); }
+  void forward(AnyContext& context, const ConstMatrixView& input, const MatrixView& output,
+               std::int64_t m) const override {
+    linear_->forward(cast<ContextModel, B>(context, "context").context(), input, output, m);
+  }
+  const std::shared_ptr<const Linear<B>>& typed() const noexcept { return linear_; }
+
+ private:
+  std::shared_ptr<const Linear<B>> linear_;
+};
+
+template <BackendQuantMarlin B>
+class ExpertStackModel final : public AnyExpertStack {
+ public:
+  explicit ExpertStackModel(std::shared_ptr<const MarlinExpertStack<B>> stack) : stack_(std::move(stack)) {}
+
+  std::string_view backend() const noexcept override { return B::kName; }
+  std::int64_t num_experts() const noexcept override { return stack_->num_experts(); }
+  std::int64_t k() const noexcept override { return stack_->k(); }
+  std::int64_t n_per_expert() const noexcept override { return stack_->n_per_expert(); }
+  Description describe() const override { return stack_->describe(); }
+  LinearHandle expert(std::int64_t index) const override {
+    return LinearHandle(std::make_shared<LinearModel<B>>(stack_->expert(index)));
+  }
+  void gemm_phase_batched(AnyContext& context, const ConstMatrixView& input,
+                          std::span<const ExpertDispatch> dispatches, const MatrixView& output) const override {
+    stack_->gemm_phase_batched(cast<ContextModel, B>(context, "context").context(), input, dispatches, output);
+  }
+  void gemm_phase_fused(AnyContext& context, const ConstMatrixView& input, const FusedTiles& tiles,
+                        const MatrixView& output) const override {
+    stack_->gemm_phase_fused(cast<ContextModel, B>(context, "context").context(), input, tiles, output);
+  }
+  const std::shared_ptr<const MarlinExpertStack<B>>& typed() const noexcept { return stack_; }
+
+ private:
+  std::shared_ptr<const MarlinExpertStack<B>> stack_;
+};
+
+template <BackendQuantMarlin B>
+class MoeBlockModel final : public AnyMoeBlock {
+ public:
+  explicit MoeBlockModel(std::unique_ptr<const MoeBlock<B>> block) : block_(std::move(block)) {}
+
+  std::string_view backend() const noexcept override { return B::kName; }
+  std::int64_t hidden_size() const noexcept override { return block_->hidden_size(); }
+  std::int64_t num_experts() const noexcept override { return block_->num_experts(); }
+  void forward(AnyContext& context, const MoeInput& input, const MatrixView& output) const override {
+    block_->forward(cast<ContextModel, B>(context, "context").context(), input, output);
+  }
+
+ private:
+  std::unique_ptr<const MoeBlock<B>> block_;
+};
+
+template <BackendQuantMarlin B>
+class ContextModel final : public AnyContext {
+ public:
+  explicit ContextModel(typename B::Context context) : context_(std::move(context)) {}
+
+  std::string_view backend() const noexcept override { return B::kName; }
+  Device device() const override { return context_.device(); }
+  int threads() const override { return context_.threads(); }
+  std::int64_t scratch_allocations() const override { return context_.scratch_allocations(); }
+
+  LinearHandle load_gptq(const GptqTensors& tensors, const GptqSpec& spec, const LoadOptions& options) override {
+    return LinearHandle(std::make_shared<LinearModel<B>>(B::load_gptq(context_, tensors, spec, options)));
+  }
+  ExpertStackHandle load_gptq_stacked(std::span<const GptqTensors> experts, const GptqSpec& spec,
+                                      const LoadOptions& options) override {
+    return ExpertStackHandle(
+        std::make_shared<ExpertStackModel<B>>(B::load_gptq_stacked(context_, experts, spec, options)));
+  }
+  MoeBlockHandle make_moe_block(const MoeBlockSpec& spec) override {
+    MoeBlockParts<B> parts{.gate_up = cast<ExpertStackModel, B>(spec.gate_up.any(), "gate_up").typed(),
+                           .down = cast<ExpertStackModel, B>(spec.down.any(), "down").typed(),
+                           .activation = spec.activation,
+                           .router_weight = spec.router_weight,
+                           .shared = std::nullopt,
+                           .shared_gate = spec.shared_gate};
+    if (spec.shared_gate_up.has_value() != spec.shared_down.has_value()) {
+      throw Error(ErrorCode::kInvalidArgument, "shared expert: gate_up and down are needed, only one was given");
+    }
+    if (spec.shared_gate_up) {
+      parts.shared = {.gate_up = cast<LinearModel, B>(spec.shared_gate_up->any(), "shared gate_up").typed(),
+                      .down = cast<LinearModel, B>(spec.shared_down->any(), "shared down").typed()};
+    }
+    return MoeBlockHandle(std::make_shared<MoeBlockModel<B>>(B::make_moe_block(context_, parts)));
+  }
+  void pregrow_marlin_gather_scratch(std::int64_t elements) override {
+    B::pregrow_marlin_gather_scratch(context_, elements);
+  }
+  void route(const ConstMatrixView& logits, const RouteOptions& options, const MatrixView& ids,
+             const MatrixView& weights) override {
+    B::route(context_, logits, options, ids, weights);
+  }
+
+  typename B::Context& context() noexcept { return context_; }
+
+ private:
+  typename B::Context context_;
+};
+
+}  // namespace detail
+
+/// What the registry knows of a backend.
+struct BackendEntry {
+  std::string_view name;
+  bool (*runs)(DeviceKind);
+  BackendInfo (*info)();
+  ContextHandle (*open)(Device, const ContextOptions&);
+};
+
+template <BackendQuantMarlin B>
+BackendEntry erase_backend() {
+  return {.name = B::kName,
+          .runs = [](DeviceKind kind) { return B::runs(kind); },
+          .info = [] { return B::info(); },
+          .open =
+              [](Device device, const ContextOptions& options) {
+                return ContextHandle(std::make_shared<detail::ContextModel<B>>(B::open(device, options)));
+              }};
+}
+
+}  // namespace marlinq

@@ -1,0 +1,392 @@
+"""`marlinq bench`: how long products take, beside numpy on the dequantised matrix."""
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from marlinq import _core
+from marlinq.cli._arguments import (
+    Commands,
+    add_checkpoint_options,
+    add_load_options,
+    new_command,
+    open_from,
+    positive,
+    rows_list,
+    select,
+)
+from marlinq.cli._output import duration, print_json, print_line, print_table, progress, size
+from marlinq.errors import InvalidArgumentError, MarlinqWarning
+from marlinq.linear import ExpertStack, Linear
+from marlinq.moe import MoeBlock
+from marlinq.reference import Weight
+
+_EXAMPLES = """\
+  marlinq bench
+  marlinq bench --shapes 4096x4096,14336x4096 --rows 1,16,128 --compute float32
+  marlinq bench path/to/checkpoint --rows 1 --no-numpy
+  marlinq bench --moe 128,8,2048,768 --rows 1,32
+
+Times are medians of repeated bursts. Every call takes the next of several copies of the weight,
+enough of them to leave the last-level cache; --hot uses one. GB/s counts packed bytes.
+"""
+_DEFAULT_SHAPES = "4096x4096,1024x4096,14336x4096,4096x14336"
+_SEED = 20240229
+_BURST_SECONDS = 0.02
+_FEWEST_BURSTS = 5
+_ASSUMED_CACHE = 64 << 20
+_LEAST_COLD, _MOST_COLD = 64 << 20, 1 << 30  # bytes that the copies of a weight take together
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A weight to measure; `load` makes a fresh copy of it."""
+
+    name: str
+    count: int
+    bits: int
+    group_size: int
+    load: Callable[[], Linear]
+    reference: Weight
+
+
+@dataclass(frozen=True)
+class _MoeShape:
+    experts: int
+    top_k: int
+    hidden: int
+    inner: int
+
+
+def _shapes(text: str) -> list[tuple[int, int]]:
+    shapes = []
+    for part in text.split(","):
+        n, separator, k = part.lower().partition("x")
+        if not separator:
+            raise argparse.ArgumentTypeError(f"{part!r}, expected NxK such as 14336x4096")
+        shapes.append((positive(n), positive(k)))
+    return shapes
+
+
+def _moe_shape(text: str) -> _MoeShape:
+    numbers = [positive(part) for part in text.split(",")]
+    if len(numbers) != len(fields(_MoeShape)):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected four numbers such as 128,8,2048,768")
+    return _MoeShape(*numbers)
+
+
+def add_command(commands: Commands) -> None:
+    """Adds the command to the parser."""
+    parser = new_command(commands, "bench", _run, "measure products on the CPU", _EXAMPLES)
+    add_checkpoint_options(parser, optional=True)
+    add_load_options(parser)
+    parser.add_argument(
+        "--shapes",
+        type=_shapes,
+        metavar="NxK,...",
+        help=f"random weights of these shapes (default: {_DEFAULT_SHAPES})",
+    )
+    parser.add_argument(
+        "--moe",
+        type=_moe_shape,
+        metavar="E,TOP_K,HIDDEN,INNER",
+        help="a whole mixture-of-experts block of random weights",
+    )
+    parser.add_argument(
+        "--rows", type=rows_list, default=[1, 16], help="row counts (default: 1,16)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="time per measurement (default: 0.5)"
+    )
+    parser.add_argument("--hot", action="store_true", help="use one copy of the weight")
+    parser.add_argument("--no-numpy", action="store_true", help="do not measure numpy")
+
+
+def _last_level_cache() -> int:
+    """Bytes of the largest cache that Linux tells of, else a guess."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [_ASSUMED_CACHE]
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        if text[-1:] in units and text[:-1].isdecimal():
+            sizes.append(int(text[:-1]) * units[text[-1]])
+    return max(sizes)
+
+
+def _copies(nbytes: int, *, hot: bool) -> int:
+    if hot:
+        return 1
+    cold = min(max(2 * _last_level_cache(), _LEAST_COLD), _MOST_COLD)
+    return max(1, -(-cold // max(nbytes, 1)))
+
+
+def _measure(calls: list[Callable[[], object]], seconds: float) -> float:
+    """Median seconds of one call, over bursts that go round all of them."""
+    position = 0
+
+    def burst(length: int) -> float:
+        nonlocal position
+        start = time.perf_counter()
+        for _ in range(length):
+            calls[position]()
+            position = (position + 1) % len(calls)
+        return (time.perf_counter() - start) / length
+
+    once = min(burst(1) for _ in range(3))
+    length = max(1, round(_BURST_SECONDS / max(once, 1e-9)))
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < _FEWEST_BURSTS or time.perf_counter() < end:
+        times.append(burst(length))
+    return statistics.median(times)
+
+
+def _random_weight(n: int, k: int, bits: int, group_size: int, seed: int) -> Weight:
+    random = np.random.default_rng(seed)
+    words = -(-k * bits // 32)
+    groups = 1 if group_size == -1 else -(-k // group_size)
+    qweight = random.integers(0, 1 << 32, (words, n), np.uint32).view(np.int32)
+    scales = random.uniform(0.5, 1.5, (groups, n)) / (1 << bits)
+    return Weight(qweight, scales.astype(np.float16), bits=bits, group_size=group_size, k=k)
+
+
+def _module(weight: Weight) -> _core.Module:
+    return _core.Module("random", weight.qweight, weight.scales)
+
+
+def _load_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    return {"compute": options.compute, "kernel": options.kernel or ""}
+
+
+def _random_format(options: argparse.Namespace) -> tuple[int, int]:
+    return options.bits or 4, 128 if options.group_size is None else options.group_size
+
+
+def _random_cases(options: argparse.Namespace, context: _core.Context) -> Iterator[_Case]:
+    bits, group_size = _random_format(options)
+    for n, k in options.shapes or _shapes(_DEFAULT_SHAPES):
+        weight = _random_weight(n, k, bits, group_size, _SEED)
+
+        def load(weight: Weight = weight, k: int = k) -> Linear:
+            return Linear(
+                _core.load_gptq(
+                    context,
+                    [_module(weight)],
+                    bits=bits,
+                    group_size=group_size,
+                    k=k,
+                    **_load_arguments(options),
+                )
+            )
+
+        yield _Case(f"{n}x{k}", 1, bits, group_size, load, weight)
+
+
+def _checkpoint_cases(options: argparse.Namespace, context: _core.Context) -> Iterator[_Case]:
+    checkpoint = open_from(options)
+    alike: dict[tuple[object, ...], list[str]] = {}
+    formats = {}
+    for info in select(checkpoint, options.modules):
+        if info.supported:
+            key = (info.n, info.k, info.bits, info.group_size, info.symmetric, info.act_order)
+            alike.setdefault(key, []).append(info.name)
+            formats[info.name] = (info.bits, info.group_size)
+    if not alike:
+        raise InvalidArgumentError(f"{checkpoint.path}: no module that marlinq can load")
+    for names in alike.values():
+        name = names[0]
+
+        def load(name: str = name) -> Linear:
+            return checkpoint.linear(
+                name, compute=options.compute, kernel=options.kernel, context=context
+            )
+
+        yield _Case(name, len(names), *formats[name], load, checkpoint.reference(name))
+
+
+def _matmul(x: Any, weight: Any) -> Callable[[], object]:
+    out = np.empty((len(x), len(weight)), np.float32)
+    return lambda: np.matmul(x, weight.T, out=out)
+
+
+def _forward(layer: Linear, x: Any, context: _core.Context) -> Callable[[], object]:
+    out = np.empty((len(x), layer.out_features), np.float32)
+    return lambda: layer(x, out=out, context=context)
+
+
+def _bench_case(
+    case: _Case, options: argparse.Namespace, context: _core.Context
+) -> list[dict[str, Any]]:
+    layers = [case.load()]
+    chosen = layers[0].describe()
+    packed = chosen["packed_bytes"]
+    layers += [case.load() for _ in range(_copies(packed, hot=options.hot) - 1)]
+    matrices = []
+    if not options.no_numpy:
+        matrices = [case.reference.dequantize(np.float32)]
+        copies = _copies(matrices[0].nbytes, hot=options.hot)
+        matrices += [matrices[0].copy() for _ in range(copies - 1)]
+    results = []
+    for m in options.rows:
+        k, n = layers[0].in_features, layers[0].out_features
+        x = np.random.default_rng(_SEED).standard_normal((m, k), np.float32)
+        seconds = _measure([_forward(layer, x, context) for layer in layers], options.seconds)
+        numpy = None
+        if matrices:
+            numpy = _measure([_matmul(x, matrix) for matrix in matrices], options.seconds)
+        results.append(
+            {
+                "name": case.name,
+                "count": case.count,
+                "n": n,
+                "k": k,
+                "bits": case.bits,
+                "group_size": case.group_size,
+                "act_order": chosen["act_order"],
+                "kernel": chosen["kernel"],
+                "compute": chosen["compute"],
+                "threads": context.threads,
+                "copies": len(layers),
+                "m": m,
+                "packed_bytes": packed,
+                "seconds": seconds,
+                "gb_per_second": packed / seconds / 1e9,
+                "gflop_per_second": 2 * m * n * k / seconds / 1e9,
+                "numpy_seconds": numpy,
+                "speedup": None if numpy is None else numpy / seconds,
+            }
+        )
+    return results
+
+
+def _random_stack(
+    experts: int, n: int, k: int, options: argparse.Namespace, context: _core.Context
+) -> ExpertStack:
+    bits, group_size = _random_format(options)
+    # A few different experts stand for all: what they hold does not change the time.
+    weights = [_random_weight(n, k, bits, group_size, _SEED + i) for i in range(min(experts, 4))]
+    return ExpertStack(
+        _core.load_gptq_stacked(
+            context,
+            [[_module(weights[index % len(weights)])] for index in range(experts)],
+            bits=bits,
+            group_size=group_size,
+            k=k,
+            **_load_arguments(options),
+        )
+    )
+
+
+def _bench_moe(options: argparse.Namespace, context: _core.Context) -> list[dict[str, Any]]:
+    shape: _MoeShape = options.moe
+    if shape.top_k > shape.experts:
+        raise InvalidArgumentError(f"--moe: top_k {shape.top_k} of {shape.experts} experts")
+
+    def block() -> MoeBlock:
+        gate_up = _random_stack(shape.experts, 2 * shape.inner, shape.hidden, options, context)
+        down = _random_stack(shape.experts, shape.hidden, shape.inner, options, context)
+        return MoeBlock(gate_up, down, context=context)
+
+    blocks = [block()]
+    parts = blocks[0].describe()
+    packed = parts["gate_up"]["packed_bytes"] + parts["down"]["packed_bytes"]
+    blocks += [block() for _ in range(_copies(packed, hot=options.hot) - 1)]
+    random = np.random.default_rng(_SEED)
+    results = []
+    for m in options.rows:
+        x = random.standard_normal((m, shape.hidden), np.float32)
+        ids = np.stack([random.permutation(shape.experts)[: shape.top_k] for _ in range(m)])
+        ids = ids.astype(np.int32)
+        shares = np.full(ids.shape, 1 / shape.top_k, np.float32)
+        out = np.empty_like(x)
+
+        def call(
+            block: MoeBlock, x: Any = x, ids: Any = ids, shares: Any = shares, out: Any = out
+        ) -> Callable[[], object]:
+            return lambda: block(x, ids, shares, out=out, context=context)
+
+        seconds = _measure([call(block) for block in blocks], options.seconds)
+        touched = packed * len(np.unique(ids)) // shape.experts
+        flops = 2 * m * shape.top_k * 3 * shape.hidden * shape.inner
+        results.append(
+            {
+                "name": f"moe {shape.experts} experts, top {shape.top_k}",
+                "count": 1,
+                "n": shape.inner,
+                "k": shape.hidden,
+                "bits": parts["gate_up"]["bits"],
+                "group_size": parts["gate_up"]["group_size"],
+                "act_order": False,
+                "kernel": parts["gate_up"]["kernel"],
+                "compute": parts["gate_up"]["compute"],
+                "threads": context.threads,
+                "copies": len(blocks),
+                "m": m,
+                "packed_bytes": touched,
+                "seconds": seconds,
+                "gb_per_second": touched / seconds / 1e9,
+                "gflop_per_second": flops / seconds / 1e9,
+                "numpy_seconds": None,
+                "speedup": None,
+            }
+        )
+    return results
+
+
+def _print(results: list[dict[str, Any]]) -> None:
+    numeric = ("count", "N x K", "m", "packed", "time", "GB/s", "GFLOP/s", "numpy", "ratio")
+    print_table(
+        ("weight", "count", "N x K", "format", "kernel", *numeric[2:]),
+        (
+            (
+                r["name"],
+                r["count"],
+                f"{r['n']} x {r['k']}",
+                f"{r['bits']} bits g{r['group_size']}{' act-order' if r['act_order'] else ''}",
+                f"{r['kernel']} {r['compute']}",
+                r["m"],
+                size(r["packed_bytes"]),
+                duration(r["seconds"]),
+                f"{r['gb_per_second']:.1f}",
+                f"{r['gflop_per_second']:.0f}",
+                "" if r["numpy_seconds"] is None else duration(r["numpy_seconds"]),
+                "" if r["speedup"] is None else f"{r['speedup']:.2f}",
+            )
+            for r in results
+        ),
+        numeric=numeric,
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.checkpoint is not None and (options.shapes or options.moe):
+        raise InvalidArgumentError(
+            "--shapes and --moe are for random weights, not for a checkpoint"
+        )
+    context = _core.Context("cpu", options.threads)
+    results: list[dict[str, Any]] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MarlinqWarning)
+        if options.moe is not None:
+            results += _bench_moe(options, context)
+        if options.moe is None or options.shapes:
+            cases = _random_cases if options.checkpoint is None else _checkpoint_cases
+            listed = list(cases(options, context))
+            with progress("measuring", len(listed)) as advance:
+                for case in listed:
+                    advance(case.name)
+                    results += _bench_case(case, options, context)
+    if options.json:
+        print_json({"threads": context.threads, "results": results})
+    else:
+        _print(results)
+        print_line("")
+        print_line(f"{context.threads} threads; ratio: numpy's time on float32 over marlinq's")
+    return 0

@@ -1,0 +1,240 @@
+"""Mixture-of-experts blocks and the routing that feeds them."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from marlinq import _core
+from marlinq._arrays import Array, allocate, device_of, same_kind, shape_of, to_float32
+from marlinq._context import context_for
+from marlinq.errors import InvalidArgumentError
+from marlinq.linear import ExpertStack, Linear
+
+SharedExpert: TypeAlias = tuple[Linear, Linear] | Callable[[Any], Any]
+"""The linears (gate_up, down), or a function of x `[T, H]` that returns `[T, H]`."""
+
+
+class MoeBlock:
+    """A whole mixture-of-experts block: tokens and their routing in, combined output out.
+
+    Made from two expert stacks, or by `Checkpoint.moe`. Immutable; any number of threads may use it
+    at once, if the callable of its shared expert can.
+    """
+
+    __slots__ = ("_device", "_handle", "_parts", "_shared_function")
+
+    def __init__(
+        self,
+        gate_up: ExpertStack,
+        down: ExpertStack,
+        *,
+        activation: str = "silu",
+        shared_expert: SharedExpert | None = None,
+        shared_gate: Array | None = None,
+        router_weight: str = "output",
+        context: _core.Context | None = None,
+    ) -> None:
+        """Joins the stacks; nothing is copied but `shared_gate`.
+
+        Args:
+            gate_up: Stack with k = H and n = 2 I, the gate's columns first.
+            down: Stack with k = I and n = H.
+            activation: "silu", "gelu", "gelu_tanh" or "clamped_swiglu".
+            shared_expert: An expert that every token passes: its linears (gate_up, down), or a
+                callable that takes x `[T, H]` and returns `[T, H]`, called at each forward.
+            shared_gate: `[H]` or `[1, H]`; the shared expert's output of a token x is multiplied by
+                sigmoid(x · shared_gate). Copied as float32.
+            router_weight: Where a routing weight applies: to an expert's "output" or "input" (Llama
+                4).
+            context: Used instead of this thread's own context.
+
+        Raises:
+            InvalidArgumentError: The parts do not fit together.
+        """
+        self._device = gate_up.device
+        self._shared_function: Callable[[Any], Any] | None = None
+        shared: tuple[Linear, Linear] | None = None
+        if callable(shared_expert):
+            self._shared_function = shared_expert
+        elif shared_expert is not None:
+            if len(shared_expert) != 2 or not all(isinstance(x, Linear) for x in shared_expert):
+                raise InvalidArgumentError(
+                    "shared_expert: expected the pair (gate_up, down) of Linear, or a callable"
+                )
+            shared = shared_expert
+        elif shared_gate is not None:
+            raise InvalidArgumentError("shared_gate: given without shared_expert")
+        self._handle = _core.MoeBlock(
+            context_for(self._device, context),
+            gate_up._handle,
+            down._handle,
+            activation=activation,
+            router_weight=router_weight,
+            shared_gate_up=None if shared is None else shared[0]._handle,
+            shared_down=None if shared is None else shared[1]._handle,
+            shared_gate=None if shared_gate is None else to_float32(shared_gate),
+        )
+        self._parts: dict[str, Any] = {
+            "gate_up": gate_up.describe(),
+            "down": down.describe(),
+            "activation": activation,
+            "router_weight": router_weight,
+            "shared_expert": None
+            if shared_expert is None
+            else "callable"
+            if shared is None
+            else {"gate_up": shared[0].describe(), "down": shared[1].describe()},
+            "shared_gate": shared_gate is not None,
+        }
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self._handle.hidden_size
+
+    @property
+    def num_experts(self) -> int:
+        """E, without the shared expert."""
+        return self._handle.num_experts
+
+    @property
+    def device(self) -> str:
+        """Where the weights lie: "cpu", "cuda:0"."""
+        return self._device
+
+    def describe(self) -> dict[str, Any]:
+        """The descriptions of the parts, and how they are joined."""
+        return dict(self._parts)
+
+    def __call__(
+        self,
+        x: Array,
+        topk_ids: Array,
+        topk_weights: Array,
+        *,
+        out: Array | None = None,
+        context: _core.Context | None = None,
+    ) -> Array:
+        """Runs the block.
+
+        Args:
+            x: `[T, H]`, float32, float16 or bfloat16, on the block's device.
+            topk_ids: `[T, top_k]`, int32 or int64, top_k from 1 to 16; -1 means "not here".
+            topk_weights: `[T, top_k]`, float32.
+            out: `[T, H]` of the dtype of x or float32; None allocates an array of the library and
+                dtype of x.
+            context: Used instead of this thread's own context.
+
+        Returns:
+            `out`, or the new array.
+
+        Raises:
+            InvalidArgumentError: A shape, dtype, device or id does not fit.
+        """
+        shape = shape_of(x, "x")
+        context = context_for(self._device, context)
+        output = None if out is not None else allocate(x, shape)
+        shared = None if self._shared_function is None else self._shared_function(x)
+        self._handle.forward(
+            context,
+            x,
+            topk_ids,
+            topk_weights,
+            out if output is None else output.target,
+            shared_output=shared,
+        )
+        return out if output is None else output.array()
+
+    def __repr__(self) -> str:
+        """Shape, activation and kernel."""
+        gate_up = self._parts["gate_up"]
+        return (
+            f"<marlinq.MoeBlock {self.num_experts} experts, hidden {self.hidden_size}, "
+            f"inner {gate_up['n'] // 2}, {self._parts['activation']}, {gate_up['bits']} bits, "
+            f"{self._device} {gate_up['kernel']} {gate_up['compute']}>"
+        )
+
+
+def route(
+    logits: Array,
+    top_k: int,
+    *,
+    scoring: str = "softmax",
+    renormalise: bool = True,
+    correction_bias: Array | None = None,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    scale: float = 1.0,
+    context: _core.Context | None = None,
+) -> tuple[Array, Array]:
+    """Chooses experts for each token.
+
+    Args:
+        logits: `[T, E]`, float32, float16 or bfloat16.
+        top_k: Experts a token, 1 to 16.
+        scoring: "softmax" over all experts, or "sigmoid" of each.
+        renormalise: Whether to divide the chosen weights by their sum.
+        correction_bias: float32 `[E]`, added to the scores for the choice alone.
+        num_groups: The experts form this many equal groups.
+        top_groups: Only the best so many groups are chosen from.
+        scale: The weights are multiplied by it at the end.
+        context: Used instead of this thread's own context for the device of logits.
+
+    Returns:
+        ids int32 `[T, top_k]` by falling score (equal scores: the lower index first) and weights
+        float32 `[T, top_k]`, of the library of logits.
+
+    Raises:
+        InvalidArgumentError: A shape, dtype or option does not fit.
+    """
+    shape = shape_of(logits, "logits")
+    if top_k < 1:
+        raise InvalidArgumentError(f"top_k: {top_k}, expected at least 1")
+    context = context_for(device_of(logits), context)
+    ids = allocate(logits, (*shape[:-1], top_k), "int32")
+    weights = allocate(logits, (*shape[:-1], top_k), "float32")
+    _core.route(
+        context,
+        logits,
+        ids.target,
+        weights.target,
+        top_k=top_k,
+        scoring=scoring,
+        renormalise=renormalise,
+        correction_bias=correction_bias,
+        num_groups=num_groups,
+        top_groups=top_groups,
+        scale=scale,
+    )
+    return ids.array(), weights.array()
+
+
+def moe_align_block_size(
+    topk_ids: Array, block_size: int, num_experts: int, expert_map: Array | None = None
+) -> tuple[Array, Array, int]:
+    """Sorts the routed tokens into tiles of one expert each, on the host.
+
+    Args:
+        topk_ids: `[T, top_k]`, int32 or int64, values -1 to num_experts - 1.
+        block_size: Entries a tile: 8, 16, 32, 48 or 64.
+        num_experts: 1 to 1024.
+        expert_map: int32 `[num_experts]`: what each expert is called here, -1 for "not here".
+
+    Returns:
+        (sorted_token_ids int32, expert_ids int32, num_tokens_past_padded): as
+        `ExpertStack.gemm_phase_fused` takes them, stable in order, arrays of the library of
+        topk_ids.
+
+    Raises:
+        InvalidArgumentError: A shape, dtype, id or size does not fit.
+    """
+    shape_of(topk_ids, "topk_ids")
+    tokens, experts, count = _core.moe_align_block_size(
+        topk_ids, block_size, num_experts, expert_map
+    )
+    return (
+        same_kind(topk_ids, np.asarray(tokens)),
+        same_kind(topk_ids, np.asarray(experts)),
+        count,
+    )
