@@ -1,5 +1,5 @@
-# How a backend and an instruction set declare themselves to the build. Each lives in a folder of its own; nothing
-# else names it.
+# How a backend and an instruction set declare themselves to the build. Each lives in a folder of
+# its own; nothing else names it.
 
 set_property(GLOBAL PROPERTY MARLINQ_BACKENDS "")
 set_property(GLOBAL PROPERTY MARLINQ_CPU_ISAS "")
@@ -57,7 +57,8 @@ function(marlinq_write_cpu_isa_list)
   set(declarations "")
   set(entries "")
   foreach(name IN LISTS names)
-    string(APPEND declarations "namespace marlinq::cpu::${name} {\nextern const IsaKernels kKernels;\n}\n")
+    string(APPEND declarations
+      "namespace marlinq::cpu::${name} {\nextern const IsaKernels kKernels;\n}\n")
     list(APPEND entries "&${name}::kKernels")
   endforeach()
   list(JOIN entries ", " entries)

@@ -1,4 +1,5 @@
-# Installs the library, its headers and find_package(marlinq). In a wheel everything lies inside the Python package.
+# Installs the library, its headers and find_package(marlinq). In a wheel everything lies inside the
+# Python package.
 include(CMakePackageConfigHelpers)
 
 if(SKBUILD)
@@ -18,6 +19,9 @@ install(EXPORT marlinqTargets NAMESPACE marlinq:: DESTINATION ${config_dir})
 set(MARLINQ_COMPONENTS ${backends})
 configure_package_config_file(${CMAKE_CURRENT_LIST_DIR}/marlinqConfig.cmake.in
   "${CMAKE_CURRENT_BINARY_DIR}/marlinqConfig.cmake" INSTALL_DESTINATION ${config_dir})
-write_basic_package_version_file("${CMAKE_CURRENT_BINARY_DIR}/marlinqConfigVersion.cmake" COMPATIBILITY SameMinorVersion)
-install(FILES "${CMAKE_CURRENT_BINARY_DIR}/marlinqConfig.cmake" "${CMAKE_CURRENT_BINARY_DIR}/marlinqConfigVersion.cmake"
+write_basic_package_version_file("${CMAKE_CURRENT_BINARY_DIR}/marlinqConfigVersion.cmake"
+  COMPATIBILITY SameMinorVersion)
+install(FILES
+  "${CMAKE_CURRENT_BINARY_DIR}/marlinqConfig.cmake"
+  "${CMAKE_CURRENT_BINARY_DIR}/marlinqConfigVersion.cmake"
   DESTINATION ${config_dir})

@@ -7,13 +7,16 @@ function(marlinq_target_options target)
     POSITION_INDEPENDENT_CODE ON
     CXX_VISIBILITY_PRESET hidden
     VISIBILITY_INLINES_HIDDEN ON)
-  # Contraction would round differently from place to place; fused products are written out where they are meant.
-  target_compile_options(${target} PRIVATE -Wall -Wextra -Wshadow -Wconversion -Wno-sign-conversion -ffp-contract=off)
+  # Contraction would round differently from place to place; fused products are written out where
+  # they are meant.
+  target_compile_options(${target} PRIVATE
+    -Wall -Wextra -Wshadow -Wconversion -Wno-sign-conversion -ffp-contract=off)
   if(MARLINQ_WERROR)
     target_compile_options(${target} PRIVATE -Werror)
   endif()
   if(MARLINQ_SANITIZE)
-    target_compile_options(${target} PRIVATE -fsanitize=${MARLINQ_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)
+    target_compile_options(${target} PRIVATE
+      -fsanitize=${MARLINQ_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)
     target_link_options(${target} PUBLIC -fsanitize=${MARLINQ_SANITIZE})
   endif()
 endfunction()

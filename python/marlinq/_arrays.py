@@ -129,7 +129,7 @@ def allocate(like: Array, shape: Sequence[int], dtype: str | None = None) -> Out
             f"{type(like).__name__} on {device_of(like)}: marlinq allocates there for torch and "
             "CuPy only, so pass out="
         )
-    return Output(_core.Buffer(shape, str(like.dtype) if dtype is None else dtype), namespace)
+    return Output(_core.HostBuffer(shape, str(like.dtype) if dtype is None else dtype), namespace)
 
 
 def clear(output: Output) -> None:
@@ -139,7 +139,7 @@ def clear(output: Output) -> None:
         InvalidArgumentError: The array is not marlinq's to write yet (libraries with immutable
             arrays).
     """
-    if isinstance(output.target, _core.Buffer):
+    if isinstance(output.target, _core.HostBuffer):
         raise InvalidArgumentError(
             "dispatches: some rows of the output belong to none; with this array library, pass out="
         )

@@ -1,95 +1,299 @@
-# Hand-written first draft; replaced by the stub generated from the compiled module.
-from collections.abc import Sequence
-from typing import Any
+"""
+The compiled core of marlinq. Use the marlinq package; this module's names may change.
+"""
 
+from __future__ import annotations
+import collections.abc
 import numpy
+import numpy.typing
+import typing
 
-__version__: str
-
-class Context:
-    """Device and scratch; used by one thread at a time."""
-    def __init__(self, device: str = "cpu", threads: int = 0) -> None: ...
-    @property
-    def device(self) -> str: ...
-    @property
-    def backend(self) -> str: ...
-    @property
-    def threads(self) -> int: ...
-    @property
-    def scratch_allocations(self) -> int: ...
-    def pregrow_marlin_gather_scratch(self, required_elements: int) -> None: ...
+__all__: list[str] = [
+    "Context",
+    "ExpertStack",
+    "HostBuffer",
+    "HostTensor",
+    "Linear",
+    "Module",
+    "MoeBlock",
+    "backends",
+    "load_gptq",
+    "load_gptq_stacked",
+    "moe_align_block_size",
+    "route",
+    "validate",
+]
 
 class HostTensor:
-    """A borrowed tensor in host memory. `buffer`: numpy array, DLPack object, or any bytes-like object.
-    With dtype ("int32", "float32", "float16", "bfloat16") and shape given, the bytes of `buffer` are read so
-    (any alignment); without them they are the array's own."""
-    def __init__(self, buffer: Any, dtype: str | None = None, shape: Sequence[int] | None = None) -> None: ...
+    """
+    A tensor in host memory that somebody else owns; nothing is copied.
+
+    Args:
+        buffer: A numpy array or DLPack object, or with dtype and shape any contiguous bytes, at any alignment.
+        dtype: "int32", "float32", "float16" or "bfloat16".
+        shape: The extents.
+
+    Raises:
+        InvalidArgumentError: For a dtype that no tensor of the format has, or memory that is not contiguous.
+    """
+    def __init__(
+        self,
+        buffer: typing.Any,
+        dtype: str | None = None,
+        shape: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] | None = None,
+    ) -> None: ...
     @property
     def dtype(self) -> str: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
 
+class HostBuffer:
+    """
+    Host memory, undefined at first, that other libraries take over by DLPack.
+    """
+    def __dlpack__(
+        self,
+        *,
+        stream: typing.Any = None,
+        max_version: typing.Any = None,
+        dl_device: typing.Any = None,
+        copy: typing.Any = None,
+    ) -> typing.Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+    def __init__(
+        self, shape: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], dtype: str
+    ) -> None: ...
+
+class Context:
+    """
+    Device, threads and scratch; used by one thread at a time.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+        threads: Host threads of a forward; 0 takes as many as the process may run on.
+
+    Raises:
+        UnsupportedError: If no backend of this build runs the device.
+        DeviceError: If the device does not exist.
+    """
+    def __init__(
+        self, device: str = "cpu", threads: typing.SupportsInt | typing.SupportsIndex = 0
+    ) -> None: ...
+    def pregrow_marlin_gather_scratch(
+        self, required_elements: typing.SupportsInt | typing.SupportsIndex
+    ) -> None:
+        """
+        Grows the scratch to m_total * (widest matmul input) elements; only ever grows.
+        """
+    @property
+    def backend(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def scratch_allocations(self) -> int:
+        """
+        How often the scratch has grown; a repeated size never changes it.
+        """
+    @property
+    def threads(self) -> int: ...
+
 class Module:
-    """One quantised module; tensors are HostTensor, or anything that HostTensor takes."""
-    def __init__(self, name: str, qweight: Any, scales: Any, qzeros: Any = None, g_idx: Any = None, bias: Any = None) -> None: ...
+    """
+    The tensors of one quantised module, borrowed.
+
+    Each tensor is a HostTensor or anything that HostTensor takes.
+    """
+    def __init__(
+        self,
+        name: str,
+        qweight: typing.Any,
+        scales: typing.Any,
+        qzeros: typing.Any = None,
+        g_idx: typing.Any = None,
+        bias: typing.Any = None,
+    ) -> None: ...
 
 class Linear:
+    """
+    A loaded linear layer; immutable, shared by any number of contexts.
+    """
+    def describe(self) -> dict[str, typing.Any]: ...
+    def forward(self, context: Context, x: typing.Any, out: typing.Any) -> None:
+        """
+        Writes x [..., K] times the weight into out [..., N].
+        """
+    @property
+    def backend(self) -> str: ...
     @property
     def in_features(self) -> int: ...
     @property
     def out_features(self) -> int: ...
-    @property
-    def backend(self) -> str: ...
-    def describe(self) -> dict[str, Any]: ...
-    def forward(self, context: Context, x: Any, out: Any) -> None:
-        """x [..., K], out [..., N]: numpy or DLPack, written in place."""
 
 class ExpertStack:
+    """
+    The weights of all experts of one projection; immutable.
+    """
+    def describe(self) -> dict[str, typing.Any]: ...
+    def expert(self, index: typing.SupportsInt | typing.SupportsIndex) -> Linear:
+        """
+        A view of one expert, without a copy.
+        """
+    def gemm_phase_batched(
+        self,
+        context: Context,
+        x: typing.Any,
+        dispatches: collections.abc.Sequence[
+            tuple[
+                typing.SupportsInt | typing.SupportsIndex,
+                typing.SupportsInt | typing.SupportsIndex,
+                typing.SupportsInt | typing.SupportsIndex,
+                typing.SupportsInt | typing.SupportsIndex,
+            ]
+        ],
+        out: typing.Any,
+    ) -> None:
+        """
+        Dispatches are (expert, input_row, output_row, rows), in any order.
+        """
+    def gemm_phase_fused(
+        self,
+        context: Context,
+        x: typing.Any,
+        sorted_token_ids: typing.Any,
+        expert_ids: typing.Any,
+        num_tokens_past_padded: typing.Any,
+        out: typing.Any,
+        *,
+        block_size: typing.SupportsInt | typing.SupportsIndex,
+        top_k: typing.SupportsInt | typing.SupportsIndex,
+        num_tokens: typing.SupportsInt | typing.SupportsIndex,
+        topk_weights: typing.Any = None,
+    ) -> None:
+        """
+        Tiles as moe_align_block_size makes them.
+        """
     @property
-    def num_experts(self) -> int: ...
+    def backend(self) -> str: ...
     @property
     def k(self) -> int: ...
     @property
     def n_per_expert(self) -> int: ...
     @property
-    def backend(self) -> str: ...
-    def describe(self) -> dict[str, Any]: ...
-    def expert(self, index: int) -> Linear: ...
-    def gemm_phase_batched(self, context: Context, x: Any, dispatches: Sequence[tuple[int, int, int, int]], out: Any) -> None:
-        """dispatches: (expert, input_row, output_row, rows)"""
-    def gemm_phase_fused(self, context: Context, x: Any, sorted_token_ids: Any, expert_ids: Any, num_tokens_past_padded: Any, out: Any, *, block_size: int, top_k: int, num_tokens: int, topk_weights: Any = None) -> None:
-        """The three lists are i32 arrays (num_tokens_past_padded: i32 [1])."""
+    def num_experts(self) -> int: ...
 
 class MoeBlock:
-    def __init__(self, context: Context, gate_up: ExpertStack, down: ExpertStack, *, activation: str = "silu", router_weight: str = "output", shared_gate_up: Linear | None = None, shared_down: Linear | None = None, shared_gate: Any = None) -> None:
-        """activation: silu, gelu, gelu_tanh, clamped_swiglu. router_weight: output, input. shared_gate: f32 [H] numpy."""
+    """
+    A mixture-of-experts block over two expert stacks; immutable.
+    """
+    def __init__(
+        self,
+        context: Context,
+        gate_up: ExpertStack,
+        down: ExpertStack,
+        *,
+        activation: str = "silu",
+        router_weight: str = "output",
+        shared_gate_up: Linear | None = None,
+        shared_down: Linear | None = None,
+        shared_gate: typing.Any = None,
+    ) -> None: ...
+    def forward(
+        self,
+        context: Context,
+        x: typing.Any,
+        topk_ids: typing.Any,
+        topk_weights: typing.Any,
+        out: typing.Any,
+        shared_output: typing.Any = None,
+    ) -> None: ...
+    @property
+    def backend(self) -> str: ...
     @property
     def hidden_size(self) -> int: ...
     @property
     def num_experts(self) -> int: ...
-    @property
-    def backend(self) -> str: ...
-    def forward(self, context: Context, x: Any, topk_ids: Any, topk_weights: Any, out: Any, shared_output: Any = None) -> None: ...
 
-class Buffer:
-    """Uninitialised host memory that other libraries take over by DLPack."""
-    def __init__(self, shape: Sequence[int], dtype: str) -> None: ...
-    def __dlpack__(self, *, stream: Any = None, max_version: Any = None, dl_device: Any = None, copy: Any = None) -> Any: ...
-    def __dlpack_device__(self) -> tuple[int, int]: ...
+def backends() -> list[dict[str, typing.Any]]:
+    """
+    The backends of this build: name, devices, hardware, compute, kernels.
+    """
 
-def load_gptq(context: Context, modules: Sequence[Module], *, bits: int = 4, group_size: int = 128, k: int = 0, zero_points: str = "auto", labelled: str = "auto", symmetry: str = "unknown", compute: str = "auto", batch_invariant: bool = False, kernel: str = "") -> Linear:
-    """zero_points, labelled: auto, v1, v2. symmetry: unknown, symmetric, asymmetric. Several modules are fused along N."""
+def load_gptq(
+    context: Context,
+    modules: collections.abc.Sequence[Module],
+    *,
+    bits: typing.SupportsInt | typing.SupportsIndex = 4,
+    group_size: typing.SupportsInt | typing.SupportsIndex = 128,
+    k: typing.SupportsInt | typing.SupportsIndex = 0,
+    zero_points: str = "auto",
+    labelled: str = "auto",
+    symmetry: str = "unknown",
+    compute: str = "auto",
+    batch_invariant: bool = False,
+    kernel: str = "",
+) -> Linear:
+    """
+    Loads one layer; several modules are fused along N.
+    """
 
-def load_gptq_stacked(context: Context, experts: Sequence[Sequence[Module]], *, bits: int = 4, group_size: int = 128, k: int = 0, zero_points: str = "auto", labelled: str = "auto", symmetry: str = "unknown", compute: str = "auto", batch_invariant: bool = False, kernel: str = "") -> ExpertStack: ...
+def load_gptq_stacked(
+    context: Context,
+    experts: collections.abc.Sequence[collections.abc.Sequence[Module]],
+    *,
+    bits: typing.SupportsInt | typing.SupportsIndex = 4,
+    group_size: typing.SupportsInt | typing.SupportsIndex = 128,
+    k: typing.SupportsInt | typing.SupportsIndex = 0,
+    zero_points: str = "auto",
+    labelled: str = "auto",
+    symmetry: str = "unknown",
+    compute: str = "auto",
+    batch_invariant: bool = False,
+    kernel: str = "",
+) -> ExpertStack:
+    """
+    Loads one layer per expert, all of one shape; modules of an expert are fused along N.
+    """
 
-def validate(modules: Sequence[Module], *, bits: int = 4, group_size: int = 128, k: int = 0, zero_points: str = "auto", labelled: str = "auto", symmetry: str = "unknown") -> dict[str, Any]:
-    """Checks without loading: k, n, groups, group_size, symmetric, act_order, zero_points, bytes, warnings."""
+def moe_align_block_size(
+    topk_ids: typing.Any,
+    block_size: typing.SupportsInt | typing.SupportsIndex,
+    num_experts: typing.SupportsInt | typing.SupportsIndex,
+    expert_map: typing.Any = None,
+) -> tuple[numpy.typing.NDArray[numpy.int32], numpy.typing.NDArray[numpy.int32], int]:
+    """
+    (sorted_token_ids i32, expert_ids i32, num_tokens_past_padded).
+    """
 
-def route(context: Context, logits: Any, ids: Any, weights: Any, *, top_k: int, scoring: str = "softmax", renormalise: bool = True, correction_bias: Any = None, num_groups: int = 1, top_groups: int = 1, scale: float = 1.0) -> None:
-    """Writes ids (i32 [T, top_k]) and weights (f32 [T, top_k])."""
+def route(
+    context: Context,
+    logits: typing.Any,
+    ids: typing.Any,
+    weights: typing.Any,
+    *,
+    top_k: typing.SupportsInt | typing.SupportsIndex,
+    scoring: str = "softmax",
+    renormalise: bool = True,
+    correction_bias: typing.Any = None,
+    num_groups: typing.SupportsInt | typing.SupportsIndex = 1,
+    top_groups: typing.SupportsInt | typing.SupportsIndex = 1,
+    scale: typing.SupportsFloat | typing.SupportsIndex = 1.0,
+) -> None:
+    """
+    Writes ids (i32 [T, top_k]) and weights (f32 [T, top_k]).
+    """
 
-def moe_align_block_size(topk_ids: Any, block_size: int, num_experts: int, expert_map: Any = None) -> tuple[numpy.ndarray[Any, Any], numpy.ndarray[Any, Any], int]:
-    """(sorted_token_ids i32, expert_ids i32, num_tokens_past_padded)"""
+def validate(
+    modules: collections.abc.Sequence[Module],
+    *,
+    bits: typing.SupportsInt | typing.SupportsIndex = 4,
+    group_size: typing.SupportsInt | typing.SupportsIndex = 128,
+    k: typing.SupportsInt | typing.SupportsIndex = 0,
+    zero_points: str = "auto",
+    labelled: str = "auto",
+    symmetry: str = "unknown",
+) -> dict[str, typing.Any]:
+    """
+    Checks a layer without loading it and tells what it is.
+    """
 
-def backends() -> list[dict[str, Any]]:
-    """name, devices, hardware, compute, kernels: [{name, requires, usable, chosen}]"""
+__version__: str = "0.1.0"

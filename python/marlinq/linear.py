@@ -41,7 +41,7 @@ def issue_warnings(description: dict[str, Any], stacklevel: int) -> None:
 
 def _summary(description: dict[str, Any]) -> str:
     traits = [f"{description['bits']} bits", f"group {description['group_size']}"]
-    traits += [name for name in ("act_order", "bias", "batch_invariant") if description[name]]
+    traits += [name for name in ("act_order", "bias") if description[name]]
     runs = " ".join(description[name] for name in ("device", "kernel", "compute"))
     return f"{', '.join(traits)}, {runs}"
 

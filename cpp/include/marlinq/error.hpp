@@ -22,7 +22,8 @@ enum class ErrorCode {
 /// "invalid_argument", "invalid_file", ...
 MARLINQ_API std::string_view to_string(ErrorCode code) noexcept;
 
-/// Everything marlinq throws. The message names the tensor or argument, what came and what was needed.
+/// Everything marlinq throws. The message names the tensor or argument, what came and what was
+/// needed.
 class MARLINQ_API Error : public std::runtime_error {
  public:
   Error(ErrorCode code, const std::string& message,

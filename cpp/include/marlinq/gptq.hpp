@@ -1,5 +1,6 @@
 // A GPTQ weight as a checkpoint holds it, and the check that everything else relies on.
-// Format: docs/format.md. With K input features, N output features, b bits and G = ceil(K / group_size):
+// Format: docs/format.md. With K input features, N output features, b bits and G = ceil(K /
+// group_size):
 //   y[m, n] = sum_k x[m, k] * (q[k, n] - zero[g(k), n]) * scale[g(k), n] + bias[n]
 #pragma once
 
@@ -30,18 +31,22 @@ struct GptqModule {
   std::string name;
   HostTensor qweight;  // i32 [ceil(K * b / 32), N], codes packed along K
   HostTensor scales;   // f32, f16 or bf16 [G, N]
-  HostTensor qzeros;   // i32 [G, ceil(N * b / 32)], packed along N; absent: every zero point is 2^(b-1)
-  HostTensor g_idx;    // i32 [K], group of each row, negative values count from G; absent: k / group_size
-  HostTensor bias;     // f32, f16 or bf16 [N]; absent: none
+  HostTensor
+      qzeros;  // i32 [G, ceil(N * b / 32)], packed along N; absent: every zero point is 2^(b-1)
+  HostTensor
+      g_idx;  // i32 [K], group of each row, negative values count from G; absent: k / group_size
+  HostTensor bias;  // f32, f16 or bf16 [N]; absent: none
 };
 
-/// One linear layer: a module, or several that share K and are fused along N in the order given. Each
-/// keeps its own act-order permutation.
+/// One linear layer: a module, or several that share K and are fused along N in the order given.
+/// Each keeps its own act-order permutation.
 struct GptqTensors {
   std::vector<GptqModule> modules;
 
   GptqTensors() = default;
-  GptqTensors(GptqModule module) { modules.push_back(std::move(module)); }  // NOLINT: a module is a layer
+  GptqTensors(GptqModule module) {
+    modules.push_back(std::move(module));
+  }  // NOLINT: a module is a layer
   explicit GptqTensors(std::vector<GptqModule> parts) : modules(std::move(parts)) {}
 };
 
@@ -56,10 +61,10 @@ enum class Symmetry : std::uint8_t { kUnknown, kSymmetric, kAsymmetric };
 
 /// What the caller knows of a layer. Everything is checked against the tensors.
 struct GptqSpec {
-  int bits = 4;                 // 2, 3, 4 or 8
+  int bits = 4;                   // 2, 3, 4 or 8
   std::int64_t group_size = 128;  // -1: one group over all of K
-  std::int64_t k = 0;           // input features; 0: from g_idx, else from the rows of qweight
-  std::int64_t n = 0;           // output features of all fused modules; 0: from qweight
+  std::int64_t k = 0;             // input features; 0: from g_idx, else from the rows of qweight
+  std::int64_t n = 0;             // output features of all fused modules; 0: from qweight
   ZeroPoints zero_points = ZeroPoints::kAuto;
   /// What the checkpoint's configuration claims. With kAuto, a module whose stored codes are all
   /// 2^(b-1) - 1 is v1 and one whose codes are all 2^(b-1) is v2 unless the configuration says
@@ -94,7 +99,8 @@ struct GptqWeights {
   std::int64_t group_size = 0;  // k where the spec said -1
   std::int64_t groups = 0;
   std::vector<ValidatedModule> modules;
-  std::vector<std::string> warnings;  // what a user should hear of, such as zero points an old writer lost
+  std::vector<std::string>
+      warnings;  // what a user should hear of, such as zero points an old writer lost
 };
 
 /// Checks shapes, lengths, dtypes and ranges, and decides the zero-point convention.

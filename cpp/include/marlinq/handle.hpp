@@ -1,5 +1,6 @@
 // Type-erased handles: what C++ servers and the Python module hold, whatever the backend.
-// A handle is copyable, immutable and cheap to pass; a context handle is used by one thread at a time.
+// A handle is copyable, immutable and cheap to pass; a context handle is used by one thread at a
+// time.
 #pragma once
 
 #include <cstdint>
@@ -51,7 +52,8 @@ class MARLINQ_API LinearHandle {
 /// A loaded stack of experts; see MarlinExpertStack<B>.
 class MARLINQ_API ExpertStackHandle {
  public:
-  explicit ExpertStackHandle(std::shared_ptr<const detail::AnyExpertStack> self) : self_(std::move(self)) {}
+  explicit ExpertStackHandle(std::shared_ptr<const detail::AnyExpertStack> self)
+      : self_(std::move(self)) {}
 
   std::string_view backend() const noexcept;
   std::int64_t num_experts() const noexcept;
@@ -61,9 +63,10 @@ class MARLINQ_API ExpertStackHandle {
 
   LinearHandle expert(std::int64_t index) const;
   void gemm_phase_batched(const ContextHandle& context, const ConstMatrixView& input,
-                          std::span<const ExpertDispatch> dispatches, const MatrixView& output) const;
-  void gemm_phase_fused(const ContextHandle& context, const ConstMatrixView& input, const FusedTiles& tiles,
-                        const MatrixView& output) const;
+                          std::span<const ExpertDispatch> dispatches,
+                          const MatrixView& output) const;
+  void gemm_phase_fused(const ContextHandle& context, const ConstMatrixView& input,
+                        const FusedTiles& tiles, const MatrixView& output) const;
 
   const detail::AnyExpertStack& any() const noexcept { return *self_; }
 
@@ -74,7 +77,8 @@ class MARLINQ_API ExpertStackHandle {
 /// A mixture-of-experts block; see MoeBlock<B>.
 class MARLINQ_API MoeBlockHandle {
  public:
-  explicit MoeBlockHandle(std::shared_ptr<const detail::AnyMoeBlock> self) : self_(std::move(self)) {}
+  explicit MoeBlockHandle(std::shared_ptr<const detail::AnyMoeBlock> self)
+      : self_(std::move(self)) {}
 
   std::string_view backend() const noexcept;
   std::int64_t hidden_size() const noexcept;

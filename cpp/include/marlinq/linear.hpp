@@ -48,8 +48,9 @@ class Linear {
   virtual std::int64_t in_features() const noexcept = 0;
   virtual std::int64_t out_features() const noexcept = 0;
 
-  /// Appends the product of the first m rows to the context's stream: input [m, K] f32, f16 or bf16,
-  /// output [m, N] of the input's dtype or f32. Throws invalid_argument for views that do not fit.
+  /// Appends the product of the first m rows to the context's stream: input [m, K] f32, f16 or
+  /// bf16, output [m, N] of the input's dtype or f32. Throws invalid_argument for views that do not
+  /// fit.
   virtual void forward(typename B::Context& context, const ConstMatrixView& input,
                        const MatrixView& output, std::int64_t m) const = 0;
 
@@ -64,14 +65,14 @@ struct ExpertDispatch {
   std::int64_t rows = 0;
 };
 
-/// Tiles as moe_align_block_size makes them. Entry i of `sorted_token_ids` is an id: its input row is
-/// id / top_k and its output row is id; an id of num_tokens * top_k or more is padding.
-/// Tile i holds block_size entries, for the expert expert_ids[i]; -1 means "not here": zeros are written.
+/// Tiles as moe_align_block_size makes them. Entry i of `sorted_token_ids` is an id: its input row
+/// is id / top_k and its output row is id; an id of num_tokens * top_k or more is padding. Tile i
+/// holds block_size entries, for the expert expert_ids[i]; -1 means "not here": zeros are written.
 struct FusedTiles {
-  ConstArrayView sorted_token_ids;       // i32
-  ConstArrayView expert_ids;             // i32, one a tile
+  ConstArrayView sorted_token_ids;        // i32
+  ConstArrayView expert_ids;              // i32, one a tile
   ConstArrayView num_tokens_past_padded;  // i32 [1]: how many entries count
-  int block_size = 16;                   // 8, 16, 32, 48 or 64
+  int block_size = 16;                    // 8, 16, 32, 48 or 64
   int top_k = 1;
   std::int64_t num_tokens = 0;
   /// f32 [num_tokens * top_k]: each output row is multiplied by its weight, bias included.
@@ -91,8 +92,8 @@ class MarlinExpertStack {
   /// A view of one expert that shares the stack's memory. Throws invalid_argument.
   virtual std::shared_ptr<const Linear<B>> expert(std::int64_t index) const = 0;
 
-  /// Runs every dispatch in one launch. Dispatches may come in any order; rows of the output that none
-  /// names are left alone, and two that name the same output row are the caller's mistake.
+  /// Runs every dispatch in one launch. Dispatches may come in any order; rows of the output that
+  /// none names are left alone, and two that name the same output row are the caller's mistake.
   virtual void gemm_phase_batched(typename B::Context& context, const ConstMatrixView& input,
                                   std::span<const ExpertDispatch> dispatches,
                                   const MatrixView& output) const = 0;

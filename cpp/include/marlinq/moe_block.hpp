@@ -53,7 +53,8 @@ struct MoeInput {
   ConstMatrixView x;             // [T, H] f32, f16 or bf16
   ConstMatrixView topk_ids;      // [T, top_k] i32 or i64; -1: not here, adds nothing
   ConstMatrixView topk_weights;  // [T, top_k] f32
-  /// [T, H]: the output of a shared expert that the caller ran; not together with MoeBlockParts::shared.
+  /// [T, H]: the output of a shared expert that the caller ran; not together with
+  /// MoeBlockParts::shared.
   std::optional<ConstMatrixView> shared_output;
 };
 

@@ -11,10 +11,10 @@
 namespace marlinq {
 
 struct KernelInfo {
-  std::string name;      // what LoadOptions::kernel takes
+  std::string name;               // what LoadOptions::kernel takes
   std::string requires_features;  // what the hardware must offer, for people
-  bool usable = false;   // this machine can run it
-  bool chosen = false;   // what an empty LoadOptions::kernel gets
+  bool usable = false;            // this machine can run it
+  bool chosen = false;            // what an empty LoadOptions::kernel gets
 };
 
 struct BackendInfo {
@@ -29,11 +29,12 @@ struct BackendInfo {
 MARLINQ_API std::vector<BackendInfo> backends();
 
 struct ContextOptions {
-  int threads = 0;           // host threads; 0: as many as the process may run on
-  void* stream = nullptr;    // a CUDA stream for CUDA devices; not owned
+  int threads = 0;         // host threads; 0: as many as the process may run on
+  void* stream = nullptr;  // a CUDA stream for CUDA devices; not owned
 };
 
-/// Throws `device` where the device does not exist, `unsupported` where no backend of this build runs it.
+/// Throws `device` where the device does not exist, `unsupported` where no backend of this build
+/// runs it.
 MARLINQ_API ContextHandle open_context(Device device, const ContextOptions& options = {});
 
 /// The version of the library that is running.

@@ -2,6 +2,7 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
+#include <pybind11/typing.h>
 
 #include <optional>
 #include <string>
@@ -17,7 +18,9 @@ namespace py = pybind11;
 namespace marlinq::bindings {
 namespace {
 
-[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::kInvalidArgument, message); }
+[[noreturn]] void refuse(const std::string& message) {
+  throw Error(ErrorCode::kInvalidArgument, message);
+}
 
 std::optional<DType> parse_dtype(std::string_view name) {
   if (name == "float32") return DType::kFloat32;
@@ -51,8 +54,8 @@ BorrowedArray borrow_numpy(const py::array& array, std::string_view name) {
   for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) {
     borrowed.shape.push_back(array.shape(axis));
     if (array.strides(axis) % size != 0) {
-      refuse(concat(name, ": stride of ", array.strides(axis), " bytes on axis ", axis, ", expected a multiple of ",
-                    size));
+      refuse(concat(name, ": stride of ", array.strides(axis), " bytes on axis ", axis,
+                    ", expected a multiple of ", size));
     }
     borrowed.strides.push_back(array.strides(axis) / size);
   }
@@ -62,7 +65,8 @@ BorrowedArray borrow_numpy(const py::array& array, std::string_view name) {
 
 std::string shape_text(const BorrowedArray& array) {
   std::string text = "[";
-  for (std::size_t i = 0; i < array.shape.size(); ++i) text += concat(i > 0 ? ", " : "", array.shape[i]);
+  for (std::size_t i = 0; i < array.shape.size(); ++i)
+    text += concat(i > 0 ? ", " : "", array.shape[i]);
   return text + "]";
 }
 
@@ -85,21 +89,29 @@ bool is_contiguous(const BorrowedArray& array) {
 template <class View>
 View matrix_view(const BorrowedArray& array, std::string_view name) {
   if (array.shape.empty()) refuse(concat(name, ": no dimensions, expected at least one"));
-  View view{.data = array.data, .dtype = array.dtype, .device = array.device, .rows = 1, .cols = array.shape.back(), .row_stride = array.shape.back()};
+  View view{.data = array.data,
+            .dtype = array.dtype,
+            .device = array.device,
+            .rows = 1,
+            .cols = array.shape.back(),
+            .row_stride = array.shape.back()};
   const std::size_t last = array.shape.size() - 1;
   for (std::size_t axis = 0; axis < last; ++axis) view.rows *= array.shape[axis];
   if (view.rows == 0 || view.cols == 0) return view;
   if (view.cols > 1 && array.strides[last] != 1) {
-    refuse(concat(name, ": stride ", array.strides[last], " along the last axis, expected 1 (contiguous rows)"));
+    refuse(concat(name, ": stride ", array.strides[last],
+                  " along the last axis, expected 1 (contiguous rows)"));
   }
-  // Leading axes of more than one element, innermost first, each the size of all inside it times their stride.
+  // Leading axes of more than one element, innermost first, each the size of all inside it times
+  // their stride.
   std::int64_t rows = 1;
   for (std::size_t axis = last; axis-- > 0;) {
     if (array.shape[axis] == 1) continue;
     if (rows == 1) view.row_stride = array.strides[axis];
     if (array.strides[axis] != view.row_stride * rows) {
-      refuse(concat(name, ": the leading axes of shape ", shape_text(array),
-                    " have no common row stride, expected ones that reshape to a matrix without a copy"));
+      refuse(concat(
+          name, ": the leading axes of shape ", shape_text(array),
+          " have no common row stride, expected ones that reshape to a matrix without a copy"));
     }
     rows *= array.shape[axis];
   }
@@ -115,7 +127,8 @@ class PyHostTensor {
       if (array.device.kind != DeviceKind::kCpu) {
         refuse(concat("tensor: on ", to_string(array.device), ", expected host memory"));
       }
-      if (!is_contiguous(array)) refuse(concat("tensor: shape ", shape_text(array), " is not contiguous"));
+      if (!is_contiguous(array))
+        refuse(concat("tensor: shape ", shape_text(array), " is not contiguous"));
       set_shape(array.shape);
       tensor_.data = array.data;
       tensor_.dtype = array.dtype;
@@ -126,9 +139,12 @@ class PyHostTensor {
     }
     if (!dtype || !shape) refuse("tensor: dtype and shape go together");
     const std::optional<DType> parsed = parse_dtype(*dtype);
-    if (!parsed) refuse(concat("tensor: dtype ", *dtype, ", expected float32, float16, bfloat16, int32 or int64"));
+    if (!parsed)
+      refuse(concat("tensor: dtype ", *dtype,
+                    ", expected float32, float16, bfloat16, int32 or int64"));
     view_ = py::cast<py::buffer>(buffer).request();
-    if (view_->ndim != 1 || view_->strides[0] != view_->itemsize) refuse("tensor: the buffer is not contiguous bytes");
+    if (view_->ndim != 1 || view_->strides[0] != view_->itemsize)
+      refuse("tensor: the buffer is not contiguous bytes");
     set_shape(*shape);
     tensor_.data = view_->ptr;
     tensor_.dtype = *parsed;
@@ -138,9 +154,10 @@ class PyHostTensor {
 
   const HostTensor& tensor() const noexcept { return tensor_; }
 
-  py::tuple shape() const {
+  py::typing::Tuple<py::int_, py::ellipsis> shape() const {
     py::tuple shape(tensor_.rank);
-    for (int i = 0; i < tensor_.rank; ++i) shape[static_cast<std::size_t>(i)] = tensor_.shape[static_cast<std::size_t>(i)];
+    for (int i = 0; i < tensor_.rank; ++i)
+      shape[static_cast<std::size_t>(i)] = tensor_.shape[static_cast<std::size_t>(i)];
     return shape;
   }
 
@@ -149,7 +166,8 @@ class PyHostTensor {
     // More dimensions than any tensor of the format has; validation names what was expected.
     tensor_.rank = static_cast<int>(shape.size());
     if (shape.empty()) refuse("tensor: a scalar, expected at least one dimension");
-    for (std::size_t i = 0; i < shape.size() && i < tensor_.shape.size(); ++i) tensor_.shape[i] = shape[i];
+    for (std::size_t i = 0; i < shape.size() && i < tensor_.shape.size(); ++i)
+      tensor_.shape[i] = shape[i];
   }
 
   HostTensor tensor_;
@@ -162,13 +180,15 @@ class PyBuffer {
  public:
   PyBuffer(std::vector<std::int64_t> shape, const std::string& dtype) {
     const std::optional<DType> parsed = parse_dtype(dtype);
-    if (!parsed) refuse(concat("dtype: ", dtype, ", expected float32, float16, bfloat16, int32 or int64"));
+    if (!parsed)
+      refuse(concat("dtype: ", dtype, ", expected float32, float16, bfloat16, int32 or int64"));
     array_.dtype = *parsed;
     array_.shape = std::move(shape);
     array_.strides.resize(array_.shape.size());
     std::int64_t step = 1;
     for (std::size_t axis = array_.shape.size(); axis-- > 0;) {
-      if (array_.shape[axis] < 0) refuse(concat("shape: ", shape_text(array_), ", expected no negative extent"));
+      if (array_.shape[axis] < 0)
+        refuse(concat("shape: ", shape_text(array_), ", expected no negative extent"));
       array_.strides[axis] = step;
       step *= array_.shape[axis];
     }
@@ -187,7 +207,8 @@ class PyBuffer {
 
 BorrowedArray borrow(py::handle object, std::string_view name) {
   if (py::isinstance<PyBuffer>(object)) return py::cast<const PyBuffer&>(object).array();
-  if (py::isinstance<py::array>(object)) return borrow_numpy(py::reinterpret_borrow<py::array>(object), name);
+  if (py::isinstance<py::array>(object))
+    return borrow_numpy(py::reinterpret_borrow<py::array>(object), name);
   return import_dlpack(object, name);
 }
 
@@ -201,8 +222,12 @@ MatrixView as_output(const BorrowedArray& array, std::string_view name) {
 }
 
 ConstArrayView as_flat(const BorrowedArray& array, std::string_view name) {
-  if (!is_contiguous(array)) refuse(concat(name, ": shape ", shape_text(array), " is not contiguous"));
-  return {.data = array.data, .dtype = array.dtype, .device = array.device, .size = element_count(array)};
+  if (!is_contiguous(array))
+    refuse(concat(name, ": shape ", shape_text(array), " is not contiguous"));
+  return {.data = array.data,
+          .dtype = array.dtype,
+          .device = array.device,
+          .size = element_count(array)};
 }
 
 OwnedTensor to_tensor(py::handle object, std::string_view name) {
@@ -212,11 +237,13 @@ OwnedTensor to_tensor(py::handle object, std::string_view name) {
     owner = py::reinterpret_borrow<py::object>(object);
   } else {
     try {
-      owner = py::cast(PyHostTensor(py::reinterpret_borrow<py::object>(object), std::nullopt, std::nullopt));
+      owner = py::cast(
+          PyHostTensor(py::reinterpret_borrow<py::object>(object), std::nullopt, std::nullopt));
     } catch (const Error& error) {
       std::string message = error.what();
       constexpr std::string_view kGeneric = "tensor";
-      if (message.starts_with(kGeneric)) message = std::string(name) + message.substr(kGeneric.size());
+      if (message.starts_with(kGeneric))
+        message = std::string(name) + message.substr(kGeneric.size());
       throw Error(error.code(), message);
     }
   }
@@ -225,7 +252,8 @@ OwnedTensor to_tensor(py::handle object, std::string_view name) {
 }
 
 void bind_arrays(py::module_& module) {
-  py::class_<PyHostTensor>(module, "HostTensor", R"(A tensor in host memory that somebody else owns; nothing is copied.
+  py::class_<PyHostTensor>(module, "HostTensor",
+                           R"(A tensor in host memory that somebody else owns; nothing is copied.
 
 Args:
     buffer: A numpy array or DLPack object, or with dtype and shape any contiguous bytes, at any alignment.
@@ -234,18 +262,21 @@ Args:
 
 Raises:
     InvalidArgumentError: For a dtype that no tensor of the format has, or memory that is not contiguous.)")
-      .def(py::init<py::object, std::optional<std::string>, std::optional<std::vector<std::int64_t>>>(),
+      .def(py::init<py::object, std::optional<std::string>,
+                    std::optional<std::vector<std::int64_t>>>(),
            py::arg("buffer"), py::arg("dtype") = py::none(), py::arg("shape") = py::none())
-      .def_property_readonly("dtype", [](const PyHostTensor& self) { return std::string(to_string(self.tensor().dtype)); })
+      .def_property_readonly(
+          "dtype",
+          [](const PyHostTensor& self) { return std::string(to_string(self.tensor().dtype)); })
       .def_property_readonly("shape", &PyHostTensor::shape);
 
-  py::class_<PyBuffer>(module, "Buffer", "Host memory, undefined at first, that other libraries take over by DLPack.")
+  py::class_<PyBuffer>(module, "HostBuffer",
+                       "Host memory, undefined at first, that other libraries take over by DLPack.")
       .def(py::init<std::vector<std::int64_t>, std::string>(), py::arg("shape"), py::arg("dtype"))
       .def(
           "__dlpack__",
-          [](const PyBuffer& self, const py::object&, const py::object&, const py::object&, const py::object&) {
-            return export_dlpack(self.array());
-          },
+          [](const PyBuffer& self, const py::object&, const py::object&, const py::object&,
+             const py::object&) { return py::object(export_dlpack(self.array())); },
           py::kw_only(), py::arg("stream") = py::none(), py::arg("max_version") = py::none(),
           py::arg("dl_device") = py::none(), py::arg("copy") = py::none())
       .def("__dlpack_device__", [](const PyBuffer&) {

@@ -1,4 +1,5 @@
-// Python arrays as the library's views: numpy by its buffer, everything else by DLPack, never a copy.
+// Python arrays as the library's views: numpy by its buffer, everything else by DLPack, never a
+// copy.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,6 +1,7 @@
 // Context, the list of backends, routing.
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
+#include <pybind11/typing.h>
 
 #include <memory>
 #include <span>
@@ -17,8 +18,8 @@ namespace py = pybind11;
 namespace marlinq::bindings {
 namespace {
 
-py::list list_backends() {
-  py::list all;
+py::typing::List<py::typing::Dict<py::str, py::object>> list_backends() {
+  py::typing::List<py::typing::Dict<py::str, py::object>> all;
   for (const BackendInfo& backend : backends()) {
     py::list kernels;
     for (const KernelInfo& kernel : backend.kernels) {
@@ -43,8 +44,9 @@ py::list list_backends() {
 template <class T>
 std::span<const T> typed_span(const ConstArrayView& view, DType dtype, const char* name) {
   if (view.device.kind != DeviceKind::kCpu || view.dtype != dtype) {
-    throw Error(ErrorCode::kInvalidArgument, concat(name, ": ", to_string(view.dtype), " on ", to_string(view.device),
-                                                    ", expected ", to_string(dtype), " on cpu"));
+    throw Error(ErrorCode::kInvalidArgument,
+                concat(name, ": ", to_string(view.dtype), " on ", to_string(view.device),
+                       ", expected ", to_string(dtype), " on cpu"));
   }
   return {static_cast<const T*>(view.data), static_cast<std::size_t>(view.size)};
 }
@@ -64,7 +66,8 @@ void route_with(const ContextHandle& context, const py::object& logits, const py
   BorrowedArray bias;
   if (!correction_bias.is_none()) {
     bias = borrow(correction_bias, "correction_bias");
-    options.correction_bias = typed_span<float>(as_flat(bias, "correction_bias"), DType::kFloat32, "correction_bias");
+    options.correction_bias =
+        typed_span<float>(as_flat(bias, "correction_bias"), DType::kFloat32, "correction_bias");
   }
   const ConstMatrixView logits_view = as_matrix(in, "logits");
   const MatrixView ids_view = as_output(out_ids, "ids");
@@ -73,7 +76,10 @@ void route_with(const ContextHandle& context, const py::object& logits, const py
   context.route(logits_view, options, ids_view, weights_view);
 }
 
-py::tuple align(const py::object& topk_ids, int block_size, int num_experts, const py::object& expert_map) {
+using Ids = py::array_t<std::int32_t>;
+
+py::typing::Tuple<Ids, Ids, py::int_> align(const py::object& topk_ids, int block_size,
+                                            int num_experts, const py::object& expert_map) {
   const BorrowedArray ids = borrow(topk_ids, "topk_ids");
   BorrowedArray map;
   std::span<const std::int32_t> map_span;
@@ -81,17 +87,20 @@ py::tuple align(const py::object& topk_ids, int block_size, int num_experts, con
     map = borrow(expert_map, "expert_map");
     map_span = typed_span<std::int32_t>(as_flat(map, "expert_map"), DType::kInt32, "expert_map");
   }
-  const TokenTiles tiles = moe_align_block_size(as_matrix(ids, "topk_ids"), block_size, num_experts, map_span);
+  const TokenTiles tiles =
+      moe_align_block_size(as_matrix(ids, "topk_ids"), block_size, num_experts, map_span);
   const auto to_array = [](const std::vector<std::int32_t>& values) {
-    return py::array_t<std::int32_t>(static_cast<py::ssize_t>(values.size()), values.data());
+    return Ids(static_cast<py::ssize_t>(values.size()), values.data());
   };
-  return py::make_tuple(to_array(tiles.sorted_token_ids), to_array(tiles.expert_ids), tiles.num_tokens_past_padded);
+  return py::make_tuple(to_array(tiles.sorted_token_ids), to_array(tiles.expert_ids),
+                        tiles.num_tokens_past_padded);
 }
 
 }  // namespace
 
 void bind_context(py::module_& module) {
-  py::class_<ContextHandle>(module, "Context", R"(Device, threads and scratch; used by one thread at a time.
+  py::class_<ContextHandle>(module, "Context",
+                            R"(Device, threads and scratch; used by one thread at a time.
 
 Args:
     device: "cpu", "cuda" or "cuda:N".
@@ -104,21 +113,27 @@ Raises:
              return open_context(parse_device(device), {.threads = threads});
            }),
            py::arg("device") = "cpu", py::arg("threads") = 0)
-      .def_property_readonly("device", [](const ContextHandle& self) { return to_string(self.device()); })
-      .def_property_readonly("backend", [](const ContextHandle& self) { return std::string(self.backend()); })
+      .def_property_readonly("device",
+                             [](const ContextHandle& self) { return to_string(self.device()); })
+      .def_property_readonly("backend",
+                             [](const ContextHandle& self) { return std::string(self.backend()); })
       .def_property_readonly("threads", &ContextHandle::threads)
       .def_property_readonly("scratch_allocations", &ContextHandle::scratch_allocations,
                              "How often the scratch has grown; a repeated size never changes it.")
-      .def("pregrow_marlin_gather_scratch", &ContextHandle::pregrow_marlin_gather_scratch, py::arg("required_elements"),
+      .def("pregrow_marlin_gather_scratch", &ContextHandle::pregrow_marlin_gather_scratch,
+           py::arg("required_elements"),
            "Grows the scratch to m_total * (widest matmul input) elements; only ever grows.");
 
-  module.def("backends", &list_backends, "The backends of this build: name, devices, hardware, compute, kernels.");
-  module.def("route", &route_with, py::arg("context"), py::arg("logits"), py::arg("ids"), py::arg("weights"),
-             py::kw_only(), py::arg("top_k"), py::arg("scoring") = "softmax", py::arg("renormalise") = true,
-             py::arg("correction_bias") = py::none(), py::arg("num_groups") = 1, py::arg("top_groups") = 1,
-             py::arg("scale") = 1.0F, "Writes ids (i32 [T, top_k]) and weights (f32 [T, top_k]).");
-  module.def("moe_align_block_size", &align, py::arg("topk_ids"), py::arg("block_size"), py::arg("num_experts"),
-             py::arg("expert_map") = py::none(), "(sorted_token_ids i32, expert_ids i32, num_tokens_past_padded).");
+  module.def("backends", &list_backends,
+             "The backends of this build: name, devices, hardware, compute, kernels.");
+  module.def("route", &route_with, py::arg("context"), py::arg("logits"), py::arg("ids"),
+             py::arg("weights"), py::kw_only(), py::arg("top_k"), py::arg("scoring") = "softmax",
+             py::arg("renormalise") = true, py::arg("correction_bias") = py::none(),
+             py::arg("num_groups") = 1, py::arg("top_groups") = 1, py::arg("scale") = 1.0F,
+             "Writes ids (i32 [T, top_k]) and weights (f32 [T, top_k]).");
+  module.def("moe_align_block_size", &align, py::arg("topk_ids"), py::arg("block_size"),
+             py::arg("num_experts"), py::arg("expert_map") = py::none(),
+             "(sorted_token_ids i32, expert_ids i32, num_tokens_past_padded).");
 }
 
 }  // namespace marlinq::bindings

@@ -19,7 +19,8 @@ ZeroPoints parse_zero_points(const char* what, const std::string& text) {
   if (text == "auto") return ZeroPoints::kAuto;
   if (text == "v1") return ZeroPoints::kV1;
   if (text == "v2") return ZeroPoints::kV2;
-  throw Error(ErrorCode::kInvalidArgument, concat(what, ": '", text, "', expected 'auto', 'v1' or 'v2'"));
+  throw Error(ErrorCode::kInvalidArgument,
+              concat(what, ": '", text, "', expected 'auto', 'v1' or 'v2'"));
 }
 
 Symmetry parse_symmetry(const std::string& text) {
@@ -30,13 +31,14 @@ Symmetry parse_symmetry(const std::string& text) {
               concat("symmetry: '", text, "', expected 'unknown', 'symmetric' or 'asymmetric'"));
 }
 
-PyModule make_module(std::string name, const py::object& qweight, const py::object& scales, const py::object& qzeros,
-                     const py::object& g_idx, const py::object& bias) {
+PyModule make_module(std::string name, const py::object& qweight, const py::object& scales,
+                     const py::object& qzeros, const py::object& g_idx, const py::object& bias) {
   PyModule module;
   module.module.name = std::move(name);
   const auto take = [&](const py::object& object, const char* tensor) {
     const std::string& prefix = module.module.name;
-    OwnedTensor owned = to_tensor(object, prefix.empty() ? std::string(tensor) : concat(prefix, ".", tensor));
+    OwnedTensor owned =
+        to_tensor(object, prefix.empty() ? std::string(tensor) : concat(prefix, ".", tensor));
     if (owned.owner) module.owners.push_back(std::move(owned.owner));
     return owned.tensor;
   };
@@ -48,8 +50,11 @@ PyModule make_module(std::string name, const py::object& qweight, const py::obje
   return module;
 }
 
-py::dict check(const std::vector<const PyModule*>& modules, int bits, std::int64_t group_size, std::int64_t k,
-               const std::string& zero_points, const std::string& labelled, const std::string& symmetry) {
+py::typing::Dict<py::str, py::object> check(const std::vector<const PyModule*>& modules, int bits,
+                                            std::int64_t group_size, std::int64_t k,
+                                            const std::string& zero_points,
+                                            const std::string& labelled,
+                                            const std::string& symmetry) {
   const GptqTensors layer = make_layer(modules);
   const GptqSpec spec = make_spec(bits, group_size, k, zero_points, labelled, symmetry);
   GptqWeights weights;
@@ -68,7 +73,7 @@ py::dict check(const std::vector<const PyModule*>& modules, int bits, std::int64
     (module.zero_points == ZeroPoints::kV1 ? v1 : v2) = true;
     bytes += module.bytes;
   }
-  py::dict result;
+  py::typing::Dict<py::str, py::object> result;
   result["k"] = weights.k;
   result["n"] = weights.n;
   result["group_size"] = weights.group_size;
@@ -81,10 +86,10 @@ py::dict check(const std::vector<const PyModule*>& modules, int bits, std::int64
   return result;
 }
 
-LinearHandle load(const ContextHandle& context, const std::vector<const PyModule*>& modules, int bits,
-                  std::int64_t group_size, std::int64_t k, const std::string& zero_points, const std::string& labelled,
-                  const std::string& symmetry, const std::string& compute, bool batch_invariant,
-                  const std::string& kernel) {
+LinearHandle load(const ContextHandle& context, const std::vector<const PyModule*>& modules,
+                  int bits, std::int64_t group_size, std::int64_t k, const std::string& zero_points,
+                  const std::string& labelled, const std::string& symmetry,
+                  const std::string& compute, bool batch_invariant, const std::string& kernel) {
   const GptqTensors layer = make_layer(modules);
   const GptqSpec spec = make_spec(bits, group_size, k, zero_points, labelled, symmetry);
   const LoadOptions options = make_options(compute, batch_invariant, kernel);
@@ -92,13 +97,15 @@ LinearHandle load(const ContextHandle& context, const std::vector<const PyModule
   return context.load_gptq(layer, spec, options);
 }
 
-void forward(const LinearHandle& self, const ContextHandle& context, const py::object& x, const py::object& out) {
+void forward(const LinearHandle& self, const ContextHandle& context, const py::object& x,
+             const py::object& out) {
   const BorrowedArray in = borrow(x, "x");
   const BorrowedArray result = borrow(out, "out");
   const ConstMatrixView in_view = as_matrix(in, "x");
   const MatrixView out_view = as_output(result, "out");
   if (out_view.rows != in_view.rows) {
-    throw Error(ErrorCode::kInvalidArgument, concat("out: ", out_view.rows, " rows, expected ", in_view.rows));
+    throw Error(ErrorCode::kInvalidArgument,
+                concat("out: ", out_view.rows, " rows, expected ", in_view.rows));
   }
   const py::gil_scoped_release release;
   self.forward(context, in_view, out_view, in_view.rows);
@@ -106,8 +113,9 @@ void forward(const LinearHandle& self, const ContextHandle& context, const py::o
 
 }  // namespace
 
-GptqSpec make_spec(int bits, std::int64_t group_size, std::int64_t k, const std::string& zero_points,
-                   const std::string& labelled, const std::string& symmetry) {
+GptqSpec make_spec(int bits, std::int64_t group_size, std::int64_t k,
+                   const std::string& zero_points, const std::string& labelled,
+                   const std::string& symmetry) {
   return {.bits = bits,
           .group_size = group_size,
           .k = k,
@@ -117,20 +125,27 @@ GptqSpec make_spec(int bits, std::int64_t group_size, std::int64_t k, const std:
           .symmetry = parse_symmetry(symmetry)};
 }
 
-LoadOptions make_options(const std::string& compute, bool batch_invariant, const std::string& kernel) {
+LoadOptions make_options(const std::string& compute, bool batch_invariant,
+                         const std::string& kernel) {
   return {.compute = parse_compute(compute),
-          .batch_invariance = batch_invariant ? BatchInvariance::kRequired : BatchInvariance::kNotRequired,
+          .batch_invariance =
+              batch_invariant ? BatchInvariance::kRequired : BatchInvariance::kNotRequired,
           .kernel = kernel};
 }
 
 GptqTensors make_layer(const std::vector<const PyModule*>& modules) {
   GptqTensors layer;
-  for (const PyModule* module : modules) layer.modules.push_back(module->module);
+  for (const PyModule* module : modules) {
+    if (module == nullptr) {
+      throw Error(ErrorCode::kInvalidArgument, "modules: an entry is None, expected a Module");
+    }
+    layer.modules.push_back(module->module);
+  }
   return layer;
 }
 
-py::dict to_dict(const Description& d) {
-  py::dict result;
+py::typing::Dict<py::str, py::object> to_dict(const Description& d) {
+  py::typing::Dict<py::str, py::object> result;
   result["backend"] = d.backend;
   result["device"] = d.device;
   result["arch"] = d.arch;
@@ -162,24 +177,29 @@ void bind_linear(py::module_& module) {
 
 Each tensor is a HostTensor or anything that HostTensor takes.)")
       .def(py::init(&make_module), py::arg("name"), py::arg("qweight"), py::arg("scales"),
-           py::arg("qzeros") = py::none(), py::arg("g_idx") = py::none(), py::arg("bias") = py::none());
+           py::arg("qzeros") = py::none(), py::arg("g_idx") = py::none(),
+           py::arg("bias") = py::none());
 
-  py::class_<LinearHandle>(module, "Linear", "A loaded linear layer; immutable, shared by any number of contexts.")
+  py::class_<LinearHandle>(module, "Linear",
+                           "A loaded linear layer; immutable, shared by any number of contexts.")
       .def_property_readonly("in_features", &LinearHandle::in_features)
       .def_property_readonly("out_features", &LinearHandle::out_features)
-      .def_property_readonly("backend", [](const LinearHandle& self) { return std::string(self.backend()); })
+      .def_property_readonly("backend",
+                             [](const LinearHandle& self) { return std::string(self.backend()); })
       .def("describe", [](const LinearHandle& self) { return to_dict(self.describe()); })
       .def("forward", &forward, py::arg("context"), py::arg("x"), py::arg("out"),
            "Writes x [..., K] times the weight into out [..., N].");
 
-  module.def("load_gptq", &load, py::arg("context"), py::arg("modules"), py::kw_only(), py::arg("bits") = 4,
-             py::arg("group_size") = 128, py::arg("k") = 0, py::arg("zero_points") = "auto",
-             py::arg("labelled") = "auto", py::arg("symmetry") = "unknown", py::arg("compute") = "auto",
+  module.def("load_gptq", &load, py::arg("context"), py::arg("modules"), py::kw_only(),
+             py::arg("bits") = 4, py::arg("group_size") = 128, py::arg("k") = 0,
+             py::arg("zero_points") = "auto", py::arg("labelled") = "auto",
+             py::arg("symmetry") = "unknown", py::arg("compute") = "auto",
              py::arg("batch_invariant") = false, py::arg("kernel") = "",
              "Loads one layer; several modules are fused along N.");
-  module.def("validate", &check, py::arg("modules"), py::kw_only(), py::arg("bits") = 4, py::arg("group_size") = 128,
-             py::arg("k") = 0, py::arg("zero_points") = "auto", py::arg("labelled") = "auto",
-             py::arg("symmetry") = "unknown", "Checks a layer without loading it and tells what it is.");
+  module.def("validate", &check, py::arg("modules"), py::kw_only(), py::arg("bits") = 4,
+             py::arg("group_size") = 128, py::arg("k") = 0, py::arg("zero_points") = "auto",
+             py::arg("labelled") = "auto", py::arg("symmetry") = "unknown",
+             "Checks a layer without loading it and tells what it is.");
 }
 
 }  // namespace marlinq::bindings

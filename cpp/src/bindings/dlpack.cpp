@@ -43,7 +43,9 @@ constexpr const char* kUsed = "used_dltensor";
 enum DeviceType : std::int32_t { kCpu = 1, kCuda = 2, kCudaHost = 3 };
 enum TypeCode : std::uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6 };
 
-[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::kInvalidArgument, message); }
+[[noreturn]] void refuse(const std::string& message) {
+  throw Error(ErrorCode::kInvalidArgument, message);
+}
 
 DType dtype_of(DLDataType type, std::string_view name) {
   if (type.lanes == 1) {
@@ -54,9 +56,14 @@ DType dtype_of(DLDataType type, std::string_view name) {
     if ((type.code == kInt || type.code == kUInt) && type.bits == 32) return DType::kInt32;
     if (type.code == kInt && type.bits == 64) return DType::kInt64;
   }
-  const char* family = type.code == kFloat ? "float" : type.code == kInt ? "int" : type.code == kUInt ? "uint"
-                       : type.code == kBfloat ? "bfloat" : type.code == kBool ? "bool" : "unknown dtype ";
-  refuse(concat(name, ": dtype ", family, static_cast<int>(type.bits), type.lanes > 1 ? " in vectors" : "",
+  const char* family = type.code == kFloat    ? "float"
+                       : type.code == kInt    ? "int"
+                       : type.code == kUInt   ? "uint"
+                       : type.code == kBfloat ? "bfloat"
+                       : type.code == kBool   ? "bool"
+                                              : "unknown dtype ";
+  refuse(concat(name, ": dtype ", family, static_cast<int>(type.bits),
+                type.lanes > 1 ? " in vectors" : "",
                 ", expected float32, float16, bfloat16, int32 or int64"));
 }
 
@@ -79,7 +86,8 @@ DLDataType type_of(DType dtype) {
 Device device_of(DLDevice device, std::string_view name) {
   if (device.device_type == kCpu || device.device_type == kCudaHost) return {};
   if (device.device_type == kCuda) return {DeviceKind::kCuda, device.device_id};
-  refuse(concat(name, ": DLPack device type ", device.device_type, ", expected a CPU or CUDA array"));
+  refuse(
+      concat(name, ": DLPack device type ", device.device_type, ", expected a CPU or CUDA array"));
 }
 
 py::object take_capsule(py::handle object, std::string_view name) {
@@ -98,7 +106,8 @@ py::object take_capsule(py::handle object, std::string_view name) {
 }  // namespace
 
 BorrowedArray import_dlpack(py::handle object, std::string_view name) {
-  if (py::hasattr(object, "requires_grad") && py::cast<bool>(py::bool_(object.attr("requires_grad")))) {
+  if (py::hasattr(object, "requires_grad") &&
+      py::cast<bool>(py::bool_(object.attr("requires_grad")))) {
     refuse(concat(name, ": the tensor requires grad, expected one without (detach() it)"));
   }
   py::object capsule = take_capsule(object, name);
@@ -137,16 +146,19 @@ py::capsule export_dlpack(const BorrowedArray& array) {
   };
   auto exported = std::make_unique<Exported>(Exported{array, {}});
   DLManagedTensor& managed = exported->managed;
-  managed.dl_tensor = {.data = array.data,
-                       .device = {.device_type = array.device.kind == DeviceKind::kCpu ? kCpu : kCuda,
-                                  .device_id = array.device.index},
-                       .ndim = static_cast<std::int32_t>(array.shape.size()),
-                       .dtype = type_of(array.dtype),
-                       .shape = exported->array.shape.data(),
-                       .strides = exported->array.strides.data(),
-                       .byte_offset = 0};
+  managed.dl_tensor = {
+      .data = array.data,
+      .device = {.device_type = array.device.kind == DeviceKind::kCpu ? kCpu : kCuda,
+                 .device_id = array.device.index},
+      .ndim = static_cast<std::int32_t>(array.shape.size()),
+      .dtype = type_of(array.dtype),
+      .shape = exported->array.shape.data(),
+      .strides = exported->array.strides.data(),
+      .byte_offset = 0};
   managed.manager_ctx = exported.get();
-  managed.deleter = [](DLManagedTensor* tensor) { delete static_cast<Exported*>(tensor->manager_ctx); };
+  managed.deleter = [](DLManagedTensor* tensor) {
+    delete static_cast<Exported*>(tensor->manager_ctx);
+  };
   py::capsule capsule(&exported->managed, kFresh, [](PyObject* object) {
     // A consumer that took the tensor renamed the capsule and calls the deleter itself.
     if (PyCapsule_IsValid(object, kFresh) == 0) return;

@@ -1,5 +1,6 @@
-// DLPack: the C structures of its ABI, version 0.x of the exchange ("dltensor" capsules), and the two directions
-// over them. Declared after the specification at https://dmlc.github.io/dlpack; the only file that knows the ABI.
+// DLPack: the C structures of its ABI, version 0.x of the exchange ("dltensor" capsules), and the
+// two directions over them. Declared after the specification at https://dmlc.github.io/dlpack; the
+// only file that knows the ABI.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -24,7 +25,8 @@ struct BorrowedArray {
   std::shared_ptr<void> owner;
 };
 
-/// Takes an object's array through its __dlpack__(). `name` goes into messages. Throws invalid_argument.
+/// Takes an object's array through its __dlpack__(). `name` goes into messages. Throws
+/// invalid_argument.
 BorrowedArray import_dlpack(pybind11::handle object, std::string_view name);
 
 /// A "dltensor" capsule over memory that `owner` keeps alive.

@@ -8,7 +8,8 @@
 
 PYBIND11_MODULE(_core, module) {
   using namespace marlinq::bindings;
-  module.doc() = "The compiled core of marlinq. Use the marlinq package; this module's names may change.";
+  module.doc() =
+      "The compiled core of marlinq. Use the marlinq package; this module's names may change.";
   module.attr("__version__") = std::string(marlinq::version());
   register_errors();
   bind_arrays(module);

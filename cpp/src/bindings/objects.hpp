@@ -2,6 +2,7 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/typing.h>
 
 #include <cstdint>
 #include <string>
@@ -24,16 +25,17 @@ struct PyModule {
   std::vector<pybind11::object> owners;
 };
 
-
 /// Reads bits, group_size, k, zero_points, labelled and symmetry. Throws invalid_argument.
-GptqSpec make_spec(int bits, std::int64_t group_size, std::int64_t k, const std::string& zero_points,
-                   const std::string& labelled, const std::string& symmetry);
+GptqSpec make_spec(int bits, std::int64_t group_size, std::int64_t k,
+                   const std::string& zero_points, const std::string& labelled,
+                   const std::string& symmetry);
 
-LoadOptions make_options(const std::string& compute, bool batch_invariant, const std::string& kernel);
+LoadOptions make_options(const std::string& compute, bool batch_invariant,
+                         const std::string& kernel);
 
 /// The modules of one layer; their tensors stay borrowed.
 GptqTensors make_layer(const std::vector<const PyModule*>& modules);
 
-pybind11::dict to_dict(const Description& description);
+pybind11::typing::Dict<pybind11::str, pybind11::object> to_dict(const Description& description);
 
 }  // namespace marlinq::bindings

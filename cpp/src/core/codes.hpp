@@ -1,6 +1,7 @@
 // Reads packed codes and zero points, of any bit width, from bytes of any alignment.
-// A packed axis is a little-endian bit stream of 32-bit words: code i has bits [i * b, (i + 1) * b) of it,
-// which for 2, 4 and 8 bits means low field first and for 3 bits that some codes straddle two words.
+// A packed axis is a little-endian bit stream of 32-bit words: code i has bits [i * b, (i + 1) * b)
+// of it, which for 2, 4 and 8 bits means low field first and for 3 bits that some codes straddle
+// two words.
 #pragma once
 
 #include <cstdint>
@@ -18,9 +19,12 @@ inline std::uint32_t load_word(const std::uint8_t* words, std::int64_t index) no
 }
 
 /// Words that hold `codes` codes of `bits` bits.
-constexpr std::int64_t packed_words(std::int64_t codes, int bits) noexcept { return ceil_div(codes * bits, 32); }
+constexpr std::int64_t packed_words(std::int64_t codes, int bits) noexcept {
+  return ceil_div(codes * bits, 32);
+}
 
-/// qweight is [packed_words(k), n]; writes the codes of input row `row`, columns [column, column + count).
+/// qweight is [packed_words(k), n]; writes the codes of input row `row`, columns [column, column +
+/// count).
 inline void read_code_row(const std::uint8_t* qweight, int bits, std::int64_t n, std::int64_t row,
                           std::int64_t column, int count, std::uint8_t* codes) noexcept {
   const std::int64_t bit = row * bits;
@@ -47,10 +51,11 @@ inline std::uint32_t read_field(const std::uint8_t* words, int bits, std::int64_
 }
 
 /// Zero points of one group, columns [column, column + count), each in [0, 2^bits).
-/// v1 stores z - 1. Writers subtract the repeated 1 from the whole word, so that a zero point of 0 borrows
-/// from the next field; adding it back modulo 2^32 undoes that. 3 bits are written field by field.
-inline void read_zero_points(const ValidatedModule& module, int bits, std::int64_t group, std::int64_t column,
-                             int count, std::uint8_t* zeros) noexcept {
+/// v1 stores z - 1. Writers subtract the repeated 1 from the whole word, so that a zero point of 0
+/// borrows from the next field; adding it back modulo 2^32 undoes that. 3 bits are written field by
+/// field.
+inline void read_zero_points(const ValidatedModule& module, int bits, std::int64_t group,
+                             std::int64_t column, int count, std::uint8_t* zeros) noexcept {
   if (module.qzeros == nullptr) {
     std::memset(zeros, 1 << (bits - 1), static_cast<std::size_t>(count));
     return;
@@ -67,7 +72,8 @@ inline void read_zero_points(const ValidatedModule& module, int bits, std::int64
   const std::uint32_t repeated_one = one * (0xFFFFFFFFU / mask);
   for (int i = 0; i < count; ++i) {
     const std::int64_t bit = (column + i) * bits;
-    zeros[i] = static_cast<std::uint8_t>(((load_word(words, bit / 32) + repeated_one) >> (bit % 32)) & mask);
+    zeros[i] = static_cast<std::uint8_t>(
+        ((load_word(words, bit / 32) + repeated_one) >> (bit % 32)) & mask);
   }
 }
 

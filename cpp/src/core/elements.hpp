@@ -1,4 +1,5 @@
-// Reads and writes one element of an array whose dtype is known at run time. For places that are not hot.
+// Reads and writes one element of an array whose dtype is known at run time. For places that are
+// not hot.
 #pragma once
 
 #include <cstdint>

@@ -81,10 +81,14 @@ Error::Error(ErrorCode code, const std::string& message, std::source_location wh
 std::string_view to_string(ErrorCode code) noexcept { return name_of(kErrorCodes, code); }
 std::string_view to_string(DType dtype) noexcept { return name_of(kDTypes, dtype); }
 std::string_view to_string(Compute compute) noexcept { return name_of(kComputes, compute); }
-std::string_view to_string(Activation activation) noexcept { return name_of(kActivations, activation); }
+std::string_view to_string(Activation activation) noexcept {
+  return name_of(kActivations, activation);
+}
 
 Compute parse_compute(std::string_view text) { return value_of(kComputes, "compute", text); }
-Activation parse_activation(std::string_view text) { return value_of(kActivations, "activation", text); }
+Activation parse_activation(std::string_view text) {
+  return value_of(kActivations, "activation", text);
+}
 Scoring parse_scoring(std::string_view text) { return value_of(kScorings, "scoring", text); }
 
 std::string to_string(Device device) {
@@ -103,7 +107,8 @@ Device parse_device(std::string_view text) {
       return {DeviceKind::kCuda, index};
     }
   }
-  throw Error(ErrorCode::kInvalidArgument, concat("device: '", text, "', expected 'cpu', 'cuda' or 'cuda:N'"));
+  throw Error(ErrorCode::kInvalidArgument,
+              concat("device: '", text, "', expected 'cpu', 'cuda' or 'cuda:N'"));
 }
 
 }  // namespace marlinq

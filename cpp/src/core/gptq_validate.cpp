@@ -18,7 +18,9 @@ namespace {
 // Row and column indices are 32-bit in the packed weight's tables.
 constexpr std::int64_t kMaxExtent = std::numeric_limits<std::int32_t>::max() / 2;
 
-[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::kInvalidArgument, message); }
+[[noreturn]] void refuse(const std::string& message) {
+  throw Error(ErrorCode::kInvalidArgument, message);
+}
 
 std::string shape_of(const HostTensor& tensor) {
   std::string text = "[";
@@ -50,10 +52,12 @@ class ModuleChecker {
     const std::int64_t k = input_features();
     const std::int64_t n = qweight.shape[1];
     if (k < 1 || k > kMaxExtent) {
-      refuse(concat(tensor_name("qweight"), ": k = ", k, " input features, expected 1 to ", kMaxExtent));
+      refuse(concat(tensor_name("qweight"), ": k = ", k, " input features, expected 1 to ",
+                    kMaxExtent));
     }
     if (n < 1 || n > kMaxExtent) {
-      refuse(concat(tensor_name("qweight"), ": n = ", n, " output features, expected 1 to ", kMaxExtent));
+      refuse(concat(tensor_name("qweight"), ": n = ", n, " output features, expected 1 to ",
+                    kMaxExtent));
     }
     const std::int64_t group_size = spec_.group_size == -1 ? k : spec_.group_size;
     const std::int64_t groups = ceil_div(k, group_size);
@@ -119,9 +123,11 @@ class ModuleChecker {
     }
   }
 
-  void expect_rank(const HostTensor& tensor, std::string_view name, int rank, std::string_view meaning) const {
+  void expect_rank(const HostTensor& tensor, std::string_view name, int rank,
+                   std::string_view meaning) const {
     if (tensor.rank != rank) {
-      refuse(concat(tensor_name(name), ": ", tensor.rank, " dimensions, expected ", rank, ", ", meaning));
+      refuse(concat(tensor_name(name), ": ", tensor.rank, " dimensions, expected ", rank, ", ",
+                    meaning));
     }
   }
 
@@ -138,12 +144,14 @@ class ModuleChecker {
       ++axis;
     }
     if (!same) {
-      refuse(concat(tensor_name(name), ": shape ", shape_of(tensor), ", expected ", meaning, " = ", text,
-                    "] (k = ", input_features(), ", bits = ", spec_.bits, ", group_size = ", spec_.group_size, ")"));
+      refuse(concat(tensor_name(name), ": shape ", shape_of(tensor), ", expected ", meaning, " = ",
+                    text, "] (k = ", input_features(), ", bits = ", spec_.bits,
+                    ", group_size = ", spec_.group_size, ")"));
     }
     if (tensor.data == nullptr || tensor.bytes != elements * size_of(tensor.dtype)) {
-      refuse(concat(tensor_name(name), ": ", tensor.data == nullptr ? 0 : tensor.bytes, " bytes, expected ",
-                    elements * size_of(tensor.dtype), " for shape ", shape_of(tensor)));
+      refuse(concat(tensor_name(name), ": ", tensor.data == nullptr ? 0 : tensor.bytes,
+                    " bytes, expected ", elements * size_of(tensor.dtype), " for shape ",
+                    shape_of(tensor)));
     }
   }
 
@@ -153,13 +161,16 @@ class ModuleChecker {
     for (std::int64_t i = 0; i < count; ++i) {
       const float value = read_float(tensor.data, tensor.dtype, i);
       if (!std::isfinite(value)) {
-        const std::string place = tensor.rank == 1 ? concat(i) : concat(i / columns, ", ", i % columns);
-        refuse(concat(tensor_name(name), ": element [", place, "] is ", value, ", expected a finite number"));
+        const std::string place =
+            tensor.rank == 1 ? concat(i) : concat(i / columns, ", ", i % columns);
+        refuse(concat(tensor_name(name), ": element [", place, "] is ", value,
+                      ", expected a finite number"));
       }
     }
   }
 
-  void read_groups(ValidatedModule& checked, std::int64_t k, std::int64_t group_size, std::int64_t groups) const {
+  void read_groups(ValidatedModule& checked, std::int64_t k, std::int64_t group_size,
+                   std::int64_t groups) const {
     if (module_.g_idx.present()) expect_shape(module_.g_idx, "g_idx", "[k]", {k});
     checked.group_of_row.resize(static_cast<std::size_t>(k));
     for (std::int64_t row = 0; row < k; ++row) {
@@ -169,8 +180,8 @@ class ModuleChecker {
         const std::int64_t stored = read_integer(module_.g_idx.data, DType::kInt32, row);
         group = stored < 0 ? stored + groups : stored;
         if (group < 0 || group >= groups) {
-          refuse(concat(tensor_name("g_idx"), ": element [", row, "] is ", stored, ", expected ", -groups, " to ",
-                        groups - 1, " for ", groups, " groups"));
+          refuse(concat(tensor_name("g_idx"), ": element [", row, "] is ", stored, ", expected ",
+                        -groups, " to ", groups - 1, " for ", groups, " groups"));
         }
       }
       checked.group_of_row[static_cast<std::size_t>(row)] = static_cast<std::int32_t>(group);
@@ -179,11 +190,13 @@ class ModuleChecker {
   }
 
   // True when every stored field equals `code`.
-  bool all_fields_are(const ValidatedModule& checked, std::int64_t groups, std::uint32_t code) const {
+  bool all_fields_are(const ValidatedModule& checked, std::int64_t groups,
+                      std::uint32_t code) const {
     const std::int64_t words = packed_words(checked.n, spec_.bits);
     for (std::int64_t group = 0; group < groups; ++group) {
       for (std::int64_t column = 0; column < checked.n; ++column) {
-        if (read_field(checked.qzeros + group * words * 4, spec_.bits, column) != code) return false;
+        if (read_field(checked.qzeros + group * words * 4, spec_.bits, column) != code)
+          return false;
       }
     }
     return true;
@@ -207,16 +220,20 @@ class ModuleChecker {
     checked.symmetric = checked.zero_points == ZeroPoints::kV1 ? all_below_middle : all_middle;
   }
 
-  // An old writer of v1 files stored a zero point of 0 as all-ones from its field to the top of the word, so
-  // that the fields above it are lost. Today's writers borrow instead, which leaves lower fields above.
-  std::optional<std::string> lost_zero_points(const ValidatedModule& checked, std::int64_t groups) const {
-    if (checked.qzeros == nullptr || checked.zero_points != ZeroPoints::kV1 || spec_.bits == 3) return std::nullopt;
+  // An old writer of v1 files stored a zero point of 0 as all-ones from its field to the top of the
+  // word, so that the fields above it are lost. Today's writers borrow instead, which leaves lower
+  // fields above.
+  std::optional<std::string> lost_zero_points(const ValidatedModule& checked,
+                                              std::int64_t groups) const {
+    if (checked.qzeros == nullptr || checked.zero_points != ZeroPoints::kV1 || spec_.bits == 3)
+      return std::nullopt;
     const int fields = 32 / spec_.bits;
     const std::uint32_t ones = (1U << spec_.bits) - 1U;
     const std::int64_t words = packed_words(checked.n, spec_.bits);
     std::int64_t lost = 0;
     for (std::int64_t i = 0; i < groups * words; ++i) {
-      if ((i % words + 1) * fields > checked.n) continue;  // padding above the last column tells nothing
+      if ((i % words + 1) * fields > checked.n)
+        continue;  // padding above the last column tells nothing
       const std::uint32_t word = load_word(checked.qzeros, i);
       int field = 0;
       while (field < fields && (word >> (field * spec_.bits) & ones) != ones) ++field;
@@ -227,7 +244,8 @@ class ModuleChecker {
     }
     if (lost == 0) return std::nullopt;
     return concat(tensor_name("qzeros"), ": ", lost, " of ", groups * words,
-                  " words are all-ones from some field to the top, as an old writer left them where a zero point "
+                  " words are all-ones from some field to the top, as an old writer left them "
+                  "where a zero point "
                   "was 0; the zero points above it are lost in the file and read as 0 and 1");
   }
 
@@ -244,8 +262,10 @@ GptqWeights validate(const GptqTensors& tensors, const GptqSpec& spec) {
   if (spec.group_size != -1 && (spec.group_size < 1 || spec.group_size > kMaxExtent)) {
     refuse(concat("group_size: ", spec.group_size, ", expected -1 or at least 1"));
   }
-  if (spec.k < 0 || spec.k > kMaxExtent) refuse(concat("k: ", spec.k, ", expected 1 to ", kMaxExtent));
-  if (spec.n < 0 || spec.n > kMaxExtent) refuse(concat("n: ", spec.n, ", expected 1 to ", kMaxExtent));
+  if (spec.k < 0 || spec.k > kMaxExtent)
+    refuse(concat("k: ", spec.k, ", expected 1 to ", kMaxExtent));
+  if (spec.n < 0 || spec.n > kMaxExtent)
+    refuse(concat("n: ", spec.n, ", expected 1 to ", kMaxExtent));
   if (tensors.modules.empty()) refuse("modules: none, expected at least one");
 
   GptqWeights layer;
@@ -256,10 +276,11 @@ GptqWeights validate(const GptqTensors& tensors, const GptqSpec& spec) {
     layer.n += layer.modules.back().n;
     shared.k = layer.k;  // fused modules share the input
   }
-  if (layer.n > kMaxExtent) refuse(concat("n: ", layer.n, " in all, expected at most ", kMaxExtent));
+  if (layer.n > kMaxExtent)
+    refuse(concat("n: ", layer.n, " in all, expected at most ", kMaxExtent));
   if (spec.n != 0 && layer.n != spec.n) {
-    refuse(concat(tensors.modules.front().name, tensors.modules.front().name.empty() ? "" : ".", "qweight: n = ",
-                  layer.n, " output features, expected ", spec.n));
+    refuse(concat(tensors.modules.front().name, tensors.modules.front().name.empty() ? "" : ".",
+                  "qweight: n = ", layer.n, " output features, expected ", spec.n));
   }
   return layer;
 }

@@ -1,5 +1,6 @@
-// Scalar conversions between float32 and the 16-bit formats. Always inlined: objects that are compiled for one
-// instruction set include this, and must not leave copies of it for the linker to choose from.
+// Scalar conversions between float32 and the 16-bit formats. Always inlined: objects that are
+// compiled for one instruction set include this, and must not leave copies of it for the linker to
+// choose from.
 #pragma once
 
 #include <cstdint>
@@ -39,9 +40,11 @@ namespace marlinq {
   if (magnitude > 0x7F800000U) return static_cast<std::uint16_t>(sign | 0x7E00U);
   if (magnitude >= 0x477FF000U) return static_cast<std::uint16_t>(sign | 0x7C00U);  // 65520 and up
   if (magnitude < 0x38800000U) {
-    // Below 2^-14: adding 0.5 leaves the value, as a multiple of 2^-24, in the low bits, rounded by the unit.
+    // Below 2^-14: adding 0.5 leaves the value, as a multiple of 2^-24, in the low bits, rounded by
+    // the unit.
     const float shifted = __builtin_bit_cast(float, magnitude) + 0.5F;
-    return static_cast<std::uint16_t>(sign | (__builtin_bit_cast(std::uint32_t, shifted) - 0x3F000000U));
+    return static_cast<std::uint16_t>(sign |
+                                      (__builtin_bit_cast(std::uint32_t, shifted) - 0x3F000000U));
   }
   const std::uint32_t rounded = magnitude + 0xFFFU + ((magnitude >> 13) & 1U);
   return static_cast<std::uint16_t>(sign | ((rounded - 0x38000000U) >> 13));

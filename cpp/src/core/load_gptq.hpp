@@ -1,4 +1,5 @@
-// The load path that backends share: validate, pack, construct. A backend's loaders are one-liners into it.
+// The load path that backends share: validate, pack, construct. A backend's loaders are one-liners
+// into it.
 #pragma once
 
 #include <memory>
@@ -21,7 +22,8 @@ std::unique_ptr<Linear<B>> load_gptq_with(typename B::Context& context, const Gp
 }
 
 /// Experts share k, n, bits, group size and the split into fused modules.
-inline std::vector<GptqWeights> validate_experts(std::span<const GptqTensors> experts, const GptqSpec& spec) {
+inline std::vector<GptqWeights> validate_experts(std::span<const GptqTensors> experts,
+                                                 const GptqSpec& spec) {
   if (experts.empty()) refuse_argument("experts: none, expected at least one");
   std::vector<GptqWeights> validated;
   validated.reserve(experts.size());
@@ -38,17 +40,20 @@ inline std::vector<GptqWeights> validate_experts(std::span<const GptqTensors> ex
     for (std::size_t i = 0; i < here.modules.size(); ++i) {
       const ValidatedModule& module = here.modules[i];
       const ValidatedModule& model = first.modules[i];
-      const std::string place = concat("experts[", e, "]", module.name.empty() ? "" : " ", module.name);
+      const std::string place =
+          concat("experts[", e, "]", module.name.empty() ? "" : " ", module.name);
       if (module.n != model.n) {
-        refuse_argument(concat(place, ": n = ", module.n, ", expected ", model.n, " as in experts[0]"));
+        refuse_argument(
+            concat(place, ": n = ", module.n, ", expected ", model.n, " as in experts[0]"));
       }
       if (module.scale_dtype != model.scale_dtype) {
         refuse_argument(concat(place, ": scales are ", to_string(module.scale_dtype), ", expected ",
                                to_string(model.scale_dtype), " as in experts[0]"));
       }
       if ((module.bias == nullptr) != (model.bias == nullptr)) {
-        refuse_argument(concat(place, module.bias == nullptr ? ": no bias, but experts[0] has one"
-                                                             : ": a bias, but experts[0] has none"));
+        refuse_argument(concat(place, module.bias == nullptr
+                                          ? ": no bias, but experts[0] has one"
+                                          : ": a bias, but experts[0] has none"));
       }
     }
   }
@@ -58,7 +63,8 @@ inline std::vector<GptqWeights> validate_experts(std::span<const GptqTensors> ex
 template <PackedGemm B>
 std::shared_ptr<MarlinExpertStack<B>> load_gptq_stacked_with(typename B::Context& context,
                                                              std::span<const GptqTensors> experts,
-                                                             const GptqSpec& spec, const LoadOptions& options) {
+                                                             const GptqSpec& spec,
+                                                             const LoadOptions& options) {
   const std::vector<GptqWeights> validated = validate_experts(experts, spec);
   return std::make_shared<MarlinExpertStackImpl<B>>(B::pack(context, validated, options));
 }

@@ -1,5 +1,6 @@
-// Linear and MarlinExpertStack over a backend's packed weight, written once for every backend that offers
-// the primitives of PackedGemm: views are checked here, so that a primitive only ever sees a sound problem.
+// Linear and MarlinExpertStack over a backend's packed weight, written once for every backend that
+// offers the primitives of PackedGemm: views are checked here, so that a primitive only ever sees a
+// sound problem.
 #pragma once
 
 #include <concepts>
@@ -12,22 +13,26 @@
 namespace marlinq {
 
 /// What the shared load path and the classes below need of a backend. `Packed` is the weight of all
-/// experts of one projection (a plain linear is a stack of one) in the backend's own tile order, immutable.
+/// experts of one projection (a plain linear is a stack of one) in the backend's own tile order,
+/// immutable.
 template <class B>
-concept PackedGemm = Backend<B> && requires(typename B::Context& context, const typename B::Packed& packed,
-                                            std::span<const GptqWeights> experts, const LoadOptions& options,
-                                            std::int64_t index, const ConstMatrixView& input,
-                                            const MatrixView& output, std::span<const ExpertDispatch> dispatches,
-                                            const FusedTiles& tiles) {
-  { B::pack(context, experts, options) } -> std::same_as<std::shared_ptr<const typename B::Packed>>;
-  { B::gemm(context, packed, index, input, output, index) } -> std::same_as<void>;
-  { B::gemm_batched(context, packed, input, dispatches, output) } -> std::same_as<void>;
-  { B::gemm_fused(context, packed, input, tiles, output) } -> std::same_as<void>;
-  { B::describe(packed) } -> std::same_as<Description>;
-  { packed.num_experts() } -> std::same_as<std::int64_t>;
-  { packed.k() } -> std::same_as<std::int64_t>;
-  { packed.n() } -> std::same_as<std::int64_t>;
-};
+concept PackedGemm =
+    Backend<B> &&
+    requires(typename B::Context& context, const typename B::Packed& packed,
+             std::span<const GptqWeights> experts, const LoadOptions& options, std::int64_t index,
+             const ConstMatrixView& input, const MatrixView& output,
+             std::span<const ExpertDispatch> dispatches, const FusedTiles& tiles) {
+      {
+        B::pack(context, experts, options)
+      } -> std::same_as<std::shared_ptr<const typename B::Packed>>;
+      { B::gemm(context, packed, index, input, output, index) } -> std::same_as<void>;
+      { B::gemm_batched(context, packed, input, dispatches, output) } -> std::same_as<void>;
+      { B::gemm_fused(context, packed, input, tiles, output) } -> std::same_as<void>;
+      { B::describe(packed) } -> std::same_as<Description>;
+      { packed.num_experts() } -> std::same_as<std::int64_t>;
+      { packed.k() } -> std::same_as<std::int64_t>;
+      { packed.n() } -> std::same_as<std::int64_t>;
+    };
 
 /// One expert of a packed weight, as a linear layer that shares its memory.
 template <PackedGemm B>
@@ -59,7 +64,8 @@ class MarlinLinear final : public Linear<B> {
 template <PackedGemm B>
 class MarlinExpertStackImpl final : public MarlinExpertStack<B> {
  public:
-  explicit MarlinExpertStackImpl(std::shared_ptr<const typename B::Packed> packed) : packed_(std::move(packed)) {}
+  explicit MarlinExpertStackImpl(std::shared_ptr<const typename B::Packed> packed)
+      : packed_(std::move(packed)) {}
 
   std::int64_t num_experts() const noexcept override { return packed_->num_experts(); }
   std::int64_t k() const noexcept override { return packed_->k(); }
@@ -73,7 +79,8 @@ class MarlinExpertStackImpl final : public MarlinExpertStack<B> {
   }
 
   void gemm_phase_batched(typename B::Context& context, const ConstMatrixView& input,
-                          std::span<const ExpertDispatch> dispatches, const MatrixView& output) const override {
+                          std::span<const ExpertDispatch> dispatches,
+                          const MatrixView& output) const override {
     check_input(input, "x", context.device(), 0, k());
     check_output(output, "out", context.device(), 0, n_per_expert(), input.dtype);
     for (std::size_t i = 0; i < dispatches.size(); ++i) {
@@ -82,11 +89,12 @@ class MarlinExpertStackImpl final : public MarlinExpertStack<B> {
     if (!dispatches.empty()) B::gemm_batched(context, *packed_, input, dispatches, output);
   }
 
-  void gemm_phase_fused(typename B::Context& context, const ConstMatrixView& input, const FusedTiles& tiles,
-                        const MatrixView& output) const override {
+  void gemm_phase_fused(typename B::Context& context, const ConstMatrixView& input,
+                        const FusedTiles& tiles, const MatrixView& output) const override {
     check_tiles(tiles, context.device());
     check_input(input, "x", context.device(), tiles.num_tokens, k());
-    check_output(output, "out", context.device(), tiles.num_tokens * tiles.top_k, n_per_expert(), input.dtype);
+    check_output(output, "out", context.device(), tiles.num_tokens * tiles.top_k, n_per_expert(),
+                 input.dtype);
     if (tiles.num_tokens > 0) B::gemm_fused(context, *packed_, input, tiles, output);
   }
 

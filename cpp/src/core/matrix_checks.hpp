@@ -1,4 +1,5 @@
-// Checks of the views that a forward receives; every backend uses these, so messages are the same everywhere.
+// Checks of the views that a forward receives; every backend uses these, so messages are the same
+// everywhere.
 #pragma once
 
 #include <string_view>
@@ -21,7 +22,8 @@ template <class View>
 void check_matrix(const View& view, std::string_view name, Device device, std::int64_t min_rows,
                   std::int64_t cols) {
   if (view.device != device) {
-    refuse_argument(concat(name, ": on ", to_string(view.device), ", expected ", to_string(device)));
+    refuse_argument(
+        concat(name, ": on ", to_string(view.device), ", expected ", to_string(device)));
   }
   if (view.cols != cols) {
     refuse_argument(concat(name, ": ", view.cols, " columns, expected ", cols));
@@ -30,7 +32,8 @@ void check_matrix(const View& view, std::string_view name, Device device, std::i
     refuse_argument(concat(name, ": ", view.rows, " rows, expected at least ", min_rows));
   }
   if (view.rows > 1 && view.row_stride < view.cols) {
-    refuse_argument(concat(name, ": row stride ", view.row_stride, ", expected at least ", view.cols));
+    refuse_argument(
+        concat(name, ": row stride ", view.row_stride, ", expected at least ", view.cols));
   }
   if (view.data == nullptr && view.rows > 0 && view.cols > 0) {
     refuse_argument(concat(name, ": null data"));
@@ -40,27 +43,30 @@ void check_matrix(const View& view, std::string_view name, Device device, std::i
 inline void check_input(const ConstMatrixView& view, std::string_view name, Device device,
                         std::int64_t min_rows, std::int64_t cols) {
   if (!is_floating(view.dtype)) {
-    refuse_argument(concat(name, ": dtype ", to_string(view.dtype), ", expected float32, float16 or bfloat16"));
+    refuse_argument(
+        concat(name, ": dtype ", to_string(view.dtype), ", expected float32, float16 or bfloat16"));
   }
   check_matrix(view, name, device, min_rows, cols);
 }
 
-inline void check_output(const MatrixView& view, std::string_view name, Device device, std::int64_t min_rows,
-                         std::int64_t cols, DType input) {
+inline void check_output(const MatrixView& view, std::string_view name, Device device,
+                         std::int64_t min_rows, std::int64_t cols, DType input) {
   if (view.dtype != input && view.dtype != DType::kFloat32) {
-    refuse_argument(concat(name, ": dtype ", to_string(view.dtype), ", expected the input's ", to_string(input),
-                           input == DType::kFloat32 ? "" : " or float32"));
+    refuse_argument(concat(name, ": dtype ", to_string(view.dtype), ", expected the input's ",
+                           to_string(input), input == DType::kFloat32 ? "" : " or float32"));
   }
   check_matrix(view, name, device, min_rows, cols);
 }
 
-inline void check_array(const ConstArrayView& view, std::string_view name, Device device, DType dtype,
-                        std::int64_t min_size) {
+inline void check_array(const ConstArrayView& view, std::string_view name, Device device,
+                        DType dtype, std::int64_t min_size) {
   if (view.device != device) {
-    refuse_argument(concat(name, ": on ", to_string(view.device), ", expected ", to_string(device)));
+    refuse_argument(
+        concat(name, ": on ", to_string(view.device), ", expected ", to_string(device)));
   }
   if (view.dtype != dtype) {
-    refuse_argument(concat(name, ": dtype ", to_string(view.dtype), ", expected ", to_string(dtype)));
+    refuse_argument(
+        concat(name, ": dtype ", to_string(view.dtype), ", expected ", to_string(dtype)));
   }
   if (view.size < min_size) {
     refuse_argument(concat(name, ": ", view.size, " elements, expected at least ", min_size));
@@ -72,16 +78,17 @@ inline void check_rows(std::int64_t m) {
   if (m < 0) refuse_argument(concat("m: ", m, ", expected at least 0"));
 }
 
-inline void check_dispatch(const ExpertDispatch& dispatch, std::size_t index, std::int64_t num_experts,
-                           std::int64_t input_rows, std::int64_t output_rows) {
+inline void check_dispatch(const ExpertDispatch& dispatch, std::size_t index,
+                           std::int64_t num_experts, std::int64_t input_rows,
+                           std::int64_t output_rows) {
   if (dispatch.expert < 0 || dispatch.expert >= num_experts) {
-    refuse_argument(
-        concat("dispatches[", index, "]: expert ", dispatch.expert, ", expected 0 to ", num_experts - 1));
+    refuse_argument(concat("dispatches[", index, "]: expert ", dispatch.expert, ", expected 0 to ",
+                           num_experts - 1));
   }
   const auto check_range = [&](std::string_view what, std::int64_t first, std::int64_t available) {
     if (first < 0 || dispatch.rows < 0 || first > available || dispatch.rows > available - first) {
-      refuse_argument(concat("dispatches[", index, "]: ", what, " rows ", first, " + ", dispatch.rows, " of ",
-                             available));
+      refuse_argument(concat("dispatches[", index, "]: ", what, " rows ", first, " + ",
+                             dispatch.rows, " of ", available));
     }
   };
   check_range("input", dispatch.input_row, input_rows);
@@ -89,7 +96,8 @@ inline void check_dispatch(const ExpertDispatch& dispatch, std::size_t index, st
 }
 
 constexpr bool is_tile_size(int block_size) noexcept {
-  return block_size == 8 || block_size == 16 || block_size == 32 || block_size == 48 || block_size == 64;
+  return block_size == 8 || block_size == 16 || block_size == 32 || block_size == 48 ||
+         block_size == 64;
 }
 
 inline void check_tile_size(int block_size) {
@@ -102,12 +110,14 @@ inline void check_tile_size(int block_size) {
 inline void check_tiles(const FusedTiles& tiles, Device device) {
   check_tile_size(tiles.block_size);
   if (tiles.top_k < 1) refuse_argument(concat("top_k: ", tiles.top_k, ", expected at least 1"));
-  if (tiles.num_tokens < 0) refuse_argument(concat("num_tokens: ", tiles.num_tokens, ", expected at least 0"));
+  if (tiles.num_tokens < 0)
+    refuse_argument(concat("num_tokens: ", tiles.num_tokens, ", expected at least 0"));
   check_array(tiles.sorted_token_ids, "sorted_token_ids", device, DType::kInt32, 0);
   check_array(tiles.expert_ids, "expert_ids", device, DType::kInt32, 0);
   check_array(tiles.num_tokens_past_padded, "num_tokens_past_padded", device, DType::kInt32, 1);
   if (tiles.topk_weights) {
-    check_array(*tiles.topk_weights, "topk_weights", device, DType::kFloat32, tiles.num_tokens * tiles.top_k);
+    check_array(*tiles.topk_weights, "topk_weights", device, DType::kFloat32,
+                tiles.num_tokens * tiles.top_k);
   }
 }
 

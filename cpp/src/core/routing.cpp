@@ -1,5 +1,5 @@
-// Routing on the host. The grouped choice follows DeepSeek-V2 (best expert of a group) and DeepSeek-V3
-// (sum of the best two, with the correction bias), as their published model code does.
+// Routing on the host. The grouped choice follows DeepSeek-V2 (best expert of a group) and
+// DeepSeek-V3 (sum of the best two, with the correction bias), as their published model code does.
 #include "core/routing.hpp"
 
 #include <algorithm>
@@ -27,19 +27,23 @@ void check_route(const ConstMatrixView& logits, const RouteOptions& options, con
   }
   if (options.top_k < 1 || options.top_k > std::min<std::int64_t>(kMaxTopK, experts)) {
     refuse_argument(concat("top_k: ", options.top_k, ", expected 1 to ",
-                           std::min<std::int64_t>(kMaxTopK, experts), " for ", experts, " experts"));
+                           std::min<std::int64_t>(kMaxTopK, experts), " for ", experts,
+                           " experts"));
   }
   if (options.num_groups < 1 || experts % options.num_groups != 0) {
-    refuse_argument(concat("num_groups: ", options.num_groups, ", expected a divisor of ", experts, " experts"));
+    refuse_argument(concat("num_groups: ", options.num_groups, ", expected a divisor of ", experts,
+                           " experts"));
   }
   if (options.top_groups < 1 || options.top_groups > options.num_groups ||
       options.top_groups * (experts / options.num_groups) < options.top_k) {
-    refuse_argument(concat("top_groups: ", options.top_groups, ", expected 1 to ", options.num_groups,
-                           " and at least top_k = ", options.top_k, " experts in them"));
+    refuse_argument(concat("top_groups: ", options.top_groups, ", expected 1 to ",
+                           options.num_groups, " and at least top_k = ", options.top_k,
+                           " experts in them"));
   }
   if (!options.correction_bias.empty() &&
       static_cast<std::int64_t>(options.correction_bias.size()) != experts) {
-    refuse_argument(concat("correction_bias: ", options.correction_bias.size(), " elements, expected ", experts));
+    refuse_argument(concat("correction_bias: ", options.correction_bias.size(),
+                           " elements, expected ", experts));
   }
   check_matrix(ids, "ids", host, logits.rows, options.top_k);
   check_matrix(weights, "weights", host, logits.rows, options.top_k);
@@ -75,8 +79,10 @@ void keep_top_groups(std::vector<double>& choice, const RouteOptions& options) {
   const auto per_group = static_cast<std::ptrdiff_t>(choice.size()) / options.num_groups;
   std::vector<double> group_scores;
   for (int group = 0; group < options.num_groups; ++group) {
-    std::vector<double> members(choice.begin() + group * per_group, choice.begin() + (group + 1) * per_group);
-    const std::ptrdiff_t best = options.correction_bias.empty() ? 1 : std::min<std::ptrdiff_t>(2, per_group);
+    std::vector<double> members(choice.begin() + group * per_group,
+                                choice.begin() + (group + 1) * per_group);
+    const std::ptrdiff_t best =
+        options.correction_bias.empty() ? 1 : std::min<std::ptrdiff_t>(2, per_group);
     std::partial_sort(members.begin(), members.begin() + best, members.end(), std::greater<>());
     group_scores.push_back(std::accumulate(members.begin(), members.begin() + best, 0.0));
   }
@@ -85,7 +91,8 @@ void keep_top_groups(std::vector<double>& choice, const RouteOptions& options) {
   std::stable_sort(groups.begin(), groups.end(), [&](int a, int b) {
     return group_scores[static_cast<std::size_t>(a)] > group_scores[static_cast<std::size_t>(b)];
   });
-  for (std::size_t rank = static_cast<std::size_t>(options.top_groups); rank < groups.size(); ++rank) {
+  for (std::size_t rank = static_cast<std::size_t>(options.top_groups); rank < groups.size();
+       ++rank) {
     const std::ptrdiff_t first = groups[rank] * per_group;
     std::fill(choice.begin() + first, choice.begin() + first + per_group, kNever);
   }
@@ -102,7 +109,8 @@ void route(const ConstMatrixView& logits, const RouteOptions& options, const Mat
   std::vector<std::int32_t> order(experts);
   for (std::int64_t row = 0; row < logits.rows; ++row) {
     for (std::size_t e = 0; e < experts; ++e) {
-      scores[e] = read_float(logits.data, logits.dtype, row * logits.row_stride + static_cast<std::int64_t>(e));
+      scores[e] = read_float(logits.data, logits.dtype,
+                             row * logits.row_stride + static_cast<std::int64_t>(e));
     }
     score(scores, options.scoring);
     choice = scores;
@@ -112,15 +120,17 @@ void route(const ConstMatrixView& logits, const RouteOptions& options, const Mat
     }
     if (options.top_groups < options.num_groups) keep_top_groups(choice, options);
     std::iota(order.begin(), order.end(), 0);
-    std::partial_sort(order.begin(), order.begin() + options.top_k, order.end(), [&](std::int32_t a, std::int32_t b) {
-      const double x = choice[static_cast<std::size_t>(a)];
-      const double y = choice[static_cast<std::size_t>(b)];
-      return x != y ? x > y : a < b;
-    });
+    std::partial_sort(order.begin(), order.begin() + options.top_k, order.end(),
+                      [&](std::int32_t a, std::int32_t b) {
+                        const double x = choice[static_cast<std::size_t>(a)];
+                        const double y = choice[static_cast<std::size_t>(b)];
+                        return x != y ? x > y : a < b;
+                      });
     double sum = 0;
-    for (int slot = 0; slot < options.top_k; ++slot) sum += scores[static_cast<std::size_t>(order[static_cast<std::size_t>(slot)])];
-    const double factor =
-        static_cast<double>(options.scale) / (options.renormalise == Renormalise::kYes && sum > 0 ? sum : 1.0);
+    for (int slot = 0; slot < options.top_k; ++slot)
+      sum += scores[static_cast<std::size_t>(order[static_cast<std::size_t>(slot)])];
+    const double factor = static_cast<double>(options.scale) /
+                          (options.renormalise == Renormalise::kYes && sum > 0 ? sum : 1.0);
     auto* id = static_cast<std::int32_t*>(ids.data) + row * ids.row_stride;
     auto* weight = static_cast<float*>(weights.data) + row * weights.row_stride;
     for (int slot = 0; slot < options.top_k; ++slot) {
@@ -140,7 +150,8 @@ TokenTiles moe_align_block_size(const ConstMatrixView& topk_ids, int block_size,
 void align_tokens(const ConstMatrixView& topk_ids, int block_size, int num_experts,
                   std::span<const std::int32_t> expert_map, TokenTiles& tiles) {
   if (topk_ids.dtype != DType::kInt32 && topk_ids.dtype != DType::kInt64) {
-    refuse_argument(concat("topk_ids: dtype ", to_string(topk_ids.dtype), ", expected int32 or int64"));
+    refuse_argument(
+        concat("topk_ids: dtype ", to_string(topk_ids.dtype), ", expected int32 or int64"));
   }
   check_matrix(topk_ids, "topk_ids", Device{}, 0, topk_ids.cols);
   check_tile_size(block_size);
@@ -159,10 +170,11 @@ void align_tokens(const ConstMatrixView& topk_ids, int block_size, int num_exper
   const auto bucket_of = [&](std::int64_t index) {
     const std::int64_t row = index / topk_ids.cols;
     const std::int64_t column = index % topk_ids.cols;
-    const std::int64_t id = read_integer(topk_ids.data, topk_ids.dtype, row * topk_ids.row_stride + column);
+    const std::int64_t id =
+        read_integer(topk_ids.data, topk_ids.dtype, row * topk_ids.row_stride + column);
     if (id < -1 || id >= num_experts) {
-      refuse_argument(concat("topk_ids: element [", row, ", ", column, "] is ", id, ", expected -1 to ",
-                             num_experts - 1));
+      refuse_argument(concat("topk_ids: element [", row, ", ", column, "] is ", id,
+                             ", expected -1 to ", num_experts - 1));
     }
     return static_cast<std::size_t>(id < 0 ? num_experts : id);
   };
@@ -173,7 +185,8 @@ void align_tokens(const ConstMatrixView& topk_ids, int block_size, int num_exper
   std::int64_t first = 0;
   for (std::size_t bucket = 0; bucket < buckets; ++bucket) {
     const std::int64_t count = ceil_div(next[bucket], block_size);
-    std::int32_t name = bucket == static_cast<std::size_t>(num_experts) ? -1 : static_cast<std::int32_t>(bucket);
+    std::int32_t name =
+        bucket == static_cast<std::size_t>(num_experts) ? -1 : static_cast<std::int32_t>(bucket);
     if (name >= 0 && !expert_map.empty()) name = expert_map[bucket];
     tiles.expert_ids.insert(tiles.expert_ids.end(), static_cast<std::size_t>(count), name);
     next[bucket] = first;
@@ -182,7 +195,8 @@ void align_tokens(const ConstMatrixView& topk_ids, int block_size, int num_exper
   tiles.num_tokens_past_padded = static_cast<std::int32_t>(first);
   tiles.sorted_token_ids.assign(static_cast<std::size_t>(first), static_cast<std::int32_t>(ids));
   for (std::int64_t i = 0; i < ids; ++i) {
-    tiles.sorted_token_ids[static_cast<std::size_t>(next[bucket_of(i)]++)] = static_cast<std::int32_t>(i);
+    tiles.sorted_token_ids[static_cast<std::size_t>(next[bucket_of(i)]++)] =
+        static_cast<std::int32_t>(i);
   }
 }
 

@@ -1,4 +1,5 @@
-// A run of packed rows that share one group. Plain data, also for objects compiled for one instruction set.
+// A run of packed rows that share one group. Plain data, also for objects compiled for one
+// instruction set.
 #pragma once
 
 #include <cstdint>

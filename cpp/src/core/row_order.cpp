@@ -6,8 +6,8 @@
 
 namespace marlinq {
 
-RowOrder make_row_order(std::span<const std::int32_t> group_of_row, std::int64_t groups, int alignment,
-                        int max_block) {
+RowOrder make_row_order(std::span<const std::int32_t> group_of_row, std::int64_t groups,
+                        int alignment, int max_block) {
   std::vector<std::int64_t> next(static_cast<std::size_t>(groups) + 1, 0);
   for (const std::int32_t group : group_of_row) ++next[static_cast<std::size_t>(group) + 1];
   RowOrder order;
@@ -16,9 +16,10 @@ RowOrder make_row_order(std::span<const std::int32_t> group_of_row, std::int64_t
     auto& count = next[static_cast<std::size_t>(group) + 1];
     const std::int64_t padded = round_up(count, alignment);
     for (std::int64_t row = 0; row < padded; row += max_block) {
-      order.blocks.push_back({.first = static_cast<std::int32_t>(first + row),
-                              .count = static_cast<std::int32_t>(std::min<std::int64_t>(max_block, padded - row)),
-                              .group = static_cast<std::int32_t>(group)});
+      order.blocks.push_back(
+          {.first = static_cast<std::int32_t>(first + row),
+           .count = static_cast<std::int32_t>(std::min<std::int64_t>(max_block, padded - row)),
+           .group = static_cast<std::int32_t>(group)});
     }
     next[static_cast<std::size_t>(group)] = first;
     first += padded;

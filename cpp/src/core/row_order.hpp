@@ -1,5 +1,5 @@
-// The order of the input rows inside a packed weight: rows of one group stand together, so that a kernel
-// meets each group's scale once. Act-order becomes a permutation of the input's columns.
+// The order of the input rows inside a packed weight: rows of one group stand together, so that a
+// kernel meets each group's scale once. Act-order becomes a permutation of the input's columns.
 #pragma once
 
 #include <cstdint>
@@ -22,9 +22,9 @@ struct RowOrder {
   friend bool operator==(const RowOrder&, const RowOrder&) = default;
 };
 
-/// Sorts rows by group, stable; pads each group to a multiple of `alignment` and cuts it into blocks of at
-/// most `max_block` packed rows (a multiple of `alignment`).
-RowOrder make_row_order(std::span<const std::int32_t> group_of_row, std::int64_t groups, int alignment,
-                        int max_block);
+/// Sorts rows by group, stable; pads each group to a multiple of `alignment` and cuts it into
+/// blocks of at most `max_block` packed rows (a multiple of `alignment`).
+RowOrder make_row_order(std::span<const std::int32_t> group_of_row, std::int64_t groups,
+                        int alignment, int max_block);
 
 }  // namespace marlinq

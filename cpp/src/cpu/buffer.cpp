@@ -22,15 +22,19 @@ constexpr std::int64_t kHugePage = std::int64_t{2} << 20;
 CpuBuffer::CpuBuffer(DType dtype, std::int64_t size) : size_(size), dtype_(dtype) {
   const auto element = static_cast<std::int64_t>(size_of(dtype));
   if (size < 0 || size > std::numeric_limits<std::int64_t>::max() / element - kHugePage) {
-    throw Error(ErrorCode::kOutOfMemory, concat("cannot allocate ", size, " elements of ", to_string(dtype)));
+    throw Error(ErrorCode::kOutOfMemory,
+                concat("cannot allocate ", size, " elements of ", to_string(dtype)));
   }
   if (size == 0) return;
   const std::int64_t bytes = size * element;
-  const std::int64_t alignment = bytes >= kHugePage ? kHugePage : static_cast<std::int64_t>(kAlignment);
-  data_ = std::aligned_alloc(static_cast<std::size_t>(alignment),
-                             static_cast<std::size_t>(round_up(bytes, alignment == kHugePage ? 4096 : alignment)));
+  const std::int64_t alignment =
+      bytes >= kHugePage ? kHugePage : static_cast<std::int64_t>(kAlignment);
+  data_ = std::aligned_alloc(
+      static_cast<std::size_t>(alignment),
+      static_cast<std::size_t>(round_up(bytes, alignment == kHugePage ? 4096 : alignment)));
   if (data_ == nullptr) {
-    throw Error(ErrorCode::kOutOfMemory, concat("cannot allocate ", bytes, " bytes of host memory"));
+    throw Error(ErrorCode::kOutOfMemory,
+                concat("cannot allocate ", bytes, " bytes of host memory"));
   }
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   if (alignment == kHugePage) {
@@ -41,7 +45,9 @@ CpuBuffer::CpuBuffer(DType dtype, std::int64_t size) : size_(size), dtype_(dtype
 }
 
 CpuBuffer::CpuBuffer(CpuBuffer&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)), dtype_(other.dtype_) {}
+    : data_(std::exchange(other.data_, nullptr)),
+      size_(std::exchange(other.size_, 0)),
+      dtype_(other.dtype_) {}
 
 CpuBuffer& CpuBuffer::operator=(CpuBuffer&& other) noexcept {
   std::swap(data_, other.data_);

@@ -28,6 +28,8 @@ CpuContext& CpuContext::operator=(CpuContext&&) noexcept = default;
 CpuContext::~CpuContext() = default;
 
 int CpuContext::threads() const noexcept { return state_->threads; }
-std::int64_t CpuContext::scratch_allocations() const noexcept { return state_->scratch_allocations; }
+std::int64_t CpuContext::scratch_allocations() const noexcept {
+  return state_->scratch_allocations;
+}
 
 }  // namespace marlinq::cpu

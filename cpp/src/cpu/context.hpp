@@ -13,7 +13,7 @@ namespace marlinq::cpu {
 
 /// Buffers of a context, each with one use at a time.
 enum class Scratch : std::uint8_t {
-  kInput,     // x as the kernels read it: the gather scratch
+  kInput,      // x as the kernels read it: the gather scratch
   kInputSums,  // sums of x over runs of packed rows
   kConvert,    // a row of x per thread, as float32
   kMoe,        // first of the MoeScratch matrices
@@ -48,13 +48,13 @@ struct Segment {
   std::int32_t module = 0;
   std::int64_t first_row = 0;  // inside the row group
   std::int32_t rows = 0;
-  std::int64_t cost = 0;       // of all segments before this one
+  std::int64_t cost = 0;  // of all segments before this one
   std::int64_t block_cost = 0;
 };
 
 struct ContextState {
-  static constexpr std::size_t kScratches = static_cast<std::size_t>(Scratch::kMoe) +
-                                            static_cast<std::size_t>(MoeScratch::kShared) + 1;
+  static constexpr std::size_t kScratches =
+      static_cast<std::size_t>(Scratch::kMoe) + static_cast<std::size_t>(MoeScratch::kShared) + 1;
 
   int threads = 1;
   std::int64_t scratch_allocations = 0;
@@ -69,7 +69,9 @@ struct ContextState {
 
   /// At least `elements` floats; grows only. Throws out_of_memory.
   float* grow(std::size_t slot, std::int64_t elements);
-  float* grow(Scratch slot, std::int64_t elements) { return grow(static_cast<std::size_t>(slot), elements); }
+  float* grow(Scratch slot, std::int64_t elements) {
+    return grow(static_cast<std::size_t>(slot), elements);
+  }
 };
 
 }  // namespace marlinq::cpu

@@ -1,4 +1,5 @@
-// The CPU backend's side of the trait: one-liners into the shared load path, and how calls become row groups.
+// The CPU backend's side of the trait: one-liners into the shared load path, and how calls become
+// row groups.
 #include "marlinq/cpu/cpu_backend.hpp"
 
 #include <cstring>
@@ -18,19 +19,21 @@ namespace marlinq {
 static_assert(PackedGemm<CpuBackend>);
 static_assert(MoePrimitives<CpuBackend>);
 
-std::unique_ptr<Linear<CpuBackend>> CpuBackend::load_gptq(Context& context, const GptqTensors& tensors,
-                                                          const GptqSpec& spec, const LoadOptions& options) {
+std::unique_ptr<Linear<CpuBackend>> CpuBackend::load_gptq(Context& context,
+                                                          const GptqTensors& tensors,
+                                                          const GptqSpec& spec,
+                                                          const LoadOptions& options) {
   return load_gptq_with<CpuBackend>(context, tensors, spec, options);
 }
 
-std::shared_ptr<MarlinExpertStack<CpuBackend>> CpuBackend::load_gptq_stacked(Context& context,
-                                                                             std::span<const GptqTensors> experts,
-                                                                             const GptqSpec& spec,
-                                                                             const LoadOptions& options) {
+std::shared_ptr<MarlinExpertStack<CpuBackend>> CpuBackend::load_gptq_stacked(
+    Context& context, std::span<const GptqTensors> experts, const GptqSpec& spec,
+    const LoadOptions& options) {
   return load_gptq_stacked_with<CpuBackend>(context, experts, spec, options);
 }
 
-std::unique_ptr<MoeBlock<CpuBackend>> CpuBackend::make_moe_block(Context&, const MoeBlockParts<CpuBackend>& parts) {
+std::unique_ptr<MoeBlock<CpuBackend>> CpuBackend::make_moe_block(
+    Context&, const MoeBlockParts<CpuBackend>& parts) {
   return std::make_unique<MoeBlockOverPhases<CpuBackend>>(parts);
 }
 
@@ -41,8 +44,8 @@ void CpuBackend::pregrow_marlin_gather_scratch(Context& context, std::int64_t re
   context.state().grow(cpu::Scratch::kInput, required_elements);
 }
 
-void CpuBackend::route(Context&, const ConstMatrixView& logits, const RouteOptions& options, const MatrixView& ids,
-                       const MatrixView& weights) {
+void CpuBackend::route(Context&, const ConstMatrixView& logits, const RouteOptions& options,
+                       const MatrixView& ids, const MatrixView& weights) {
   marlinq::route(logits, options, ids, weights);
 }
 
@@ -62,27 +65,32 @@ BackendInfo CpuBackend::info() {
   return info;
 }
 
-CpuBackend::Context CpuBackend::open(Device, const ContextOptions& options) { return Context(options.threads); }
+CpuBackend::Context CpuBackend::open(Device, const ContextOptions& options) {
+  return Context(options.threads);
+}
 
-std::shared_ptr<const CpuBackend::Packed> CpuBackend::pack(Context& context, std::span<const GptqWeights> experts,
+std::shared_ptr<const CpuBackend::Packed> CpuBackend::pack(Context& context,
+                                                           std::span<const GptqWeights> experts,
                                                            const LoadOptions& options) {
   if (options.compute != Compute::kAuto && options.compute != Compute::kFloat32) {
-    throw Error(ErrorCode::kUnsupported, concat("backend 'cpu' does not support compute '", to_string(options.compute),
-                                                "'; it supports 'float32'"));
+    throw Error(ErrorCode::kUnsupported,
+                concat("backend 'cpu' does not support compute '", to_string(options.compute),
+                       "'; it supports 'float32'"));
   }
   return cpu::pack_experts(experts, cpu::choose_isa(options.kernel), context.threads());
 }
 
 Description CpuBackend::describe(const Packed& packed) { return packed.description(); }
 
-void CpuBackend::gemm(Context& context, const Packed& packed, std::int64_t expert, const ConstMatrixView& input,
-                      const MatrixView& output, std::int64_t m) {
+void CpuBackend::gemm(Context& context, const Packed& packed, std::int64_t expert,
+                      const ConstMatrixView& input, const MatrixView& output, std::int64_t m) {
   const ExpertDispatch all{.expert = static_cast<std::int32_t>(expert), .rows = m};
   gemm_batched(context, packed, input, {&all, 1}, output);
 }
 
 void CpuBackend::gemm_batched(Context& context, const Packed& packed, const ConstMatrixView& input,
-                              std::span<const ExpertDispatch> dispatches, const MatrixView& output) {
+                              std::span<const ExpertDispatch> dispatches,
+                              const MatrixView& output) {
   cpu::ContextState& state = context.state();
   state.rows.clear();
   state.groups.clear();
@@ -92,7 +100,8 @@ void CpuBackend::gemm_batched(Context& context, const Packed& packed, const Cons
                             .first = static_cast<std::int64_t>(state.rows.size()),
                             .count = dispatch.rows});
     for (std::int64_t row = 0; row < dispatch.rows; ++row) {
-      state.rows.push_back({.input = dispatch.input_row + row, .output = dispatch.output_row + row});
+      state.rows.push_back(
+          {.input = dispatch.input_row + row, .output = dispatch.output_row + row});
     }
   }
   if (!state.groups.empty()) cpu::run_row_groups(state, packed, input, output);
@@ -100,12 +109,15 @@ void CpuBackend::gemm_batched(Context& context, const Packed& packed, const Cons
 
 void CpuBackend::gemm_fused(Context& context, const Packed& packed, const ConstMatrixView& input,
                             const FusedTiles& tiles, const MatrixView& output) {
-  const auto id_at = [](const ConstArrayView& view, std::int64_t i) { return read_integer(view.data, view.dtype, i); };
+  const auto id_at = [](const ConstArrayView& view, std::int64_t i) {
+    return read_integer(view.data, view.dtype, i);
+  };
   const std::int64_t entries = id_at(tiles.num_tokens_past_padded, 0);
   if (entries < 0 || entries % tiles.block_size != 0 || entries > tiles.sorted_token_ids.size ||
       entries / tiles.block_size > tiles.expert_ids.size) {
-    refuse_argument(concat("num_tokens_past_padded: ", entries, ", expected a multiple of block_size = ",
-                           tiles.block_size, " within sorted_token_ids (", tiles.sorted_token_ids.size,
+    refuse_argument(concat("num_tokens_past_padded: ", entries,
+                           ", expected a multiple of block_size = ", tiles.block_size,
+                           " within sorted_token_ids (", tiles.sorted_token_ids.size,
                            ") and expert_ids (", tiles.expert_ids.size, ")"));
   }
   cpu::ContextState& state = context.state();
@@ -116,16 +128,18 @@ void CpuBackend::gemm_fused(Context& context, const Packed& packed, const ConstM
   for (std::int64_t entry = 0; entry < entries; ++entry) {
     const std::int64_t expert = id_at(tiles.expert_ids, entry / tiles.block_size);
     if (expert < -1 || expert >= packed.num_experts()) {
-      refuse_argument(concat("expert_ids: element [", entry / tiles.block_size, "] is ", expert, ", expected -1 to ",
-                             packed.num_experts() - 1));
+      refuse_argument(concat("expert_ids: element [", entry / tiles.block_size, "] is ", expert,
+                             ", expected -1 to ", packed.num_experts() - 1));
     }
     const std::int64_t id = id_at(tiles.sorted_token_ids, entry);
     if (id < 0) {
-      refuse_argument(concat("sorted_token_ids: element [", entry, "] is ", id, ", expected at least 0"));
+      refuse_argument(
+          concat("sorted_token_ids: element [", entry, "] is ", id, ", expected at least 0"));
     }
     if (id >= ids) continue;  // padding
     if (expert < 0) {
-      std::memset(static_cast<std::uint8_t*>(output.data) + static_cast<std::size_t>(id * output.row_stride) * size_of(output.dtype),
+      std::memset(static_cast<std::uint8_t*>(output.data) +
+                      static_cast<std::size_t>(id * output.row_stride) * size_of(output.dtype),
                   0, row_bytes);
       continue;
     }
@@ -135,7 +149,8 @@ void CpuBackend::gemm_fused(Context& context, const Packed& packed, const ConstM
                               .first = static_cast<std::int64_t>(state.rows.size())});
     }
     ++state.groups.back().count;
-    const float weight = tiles.topk_weights ? static_cast<const float*>(tiles.topk_weights->data)[id] : 1.0F;
+    const float weight =
+        tiles.topk_weights ? static_cast<const float*>(tiles.topk_weights->data)[id] : 1.0F;
     state.rows.push_back({.input = id / tiles.top_k, .output = id, .weight = weight});
   }
   if (!state.groups.empty()) cpu::run_row_groups(state, packed, input, output);

@@ -31,8 +31,8 @@ const IsaKernels& choose_isa(std::string_view name, std::uint32_t mask) {
     if (name == isa->name) {
       if (usable) return *isa;
       throw Error(ErrorCode::kUnsupported,
-                  concat("kernel '", name, "' needs ", feature_names(isa->required), "; this machine lacks ",
-                         feature_names(isa->required & ~mask)));
+                  concat("kernel '", name, "' needs ", feature_names(isa->required),
+                         "; this machine lacks ", feature_names(isa->required & ~mask)));
     }
     known += (known.empty() ? "" : ", ") + std::string(isa->name);
   }

@@ -17,7 +17,9 @@ constexpr std::int64_t kSerialWork = std::int64_t{1} << 17;
 constexpr std::int64_t kConvertPadding = 16;
 
 FloatType float_type(DType dtype) noexcept {
-  return dtype == DType::kFloat16 ? FloatType::kF16 : dtype == DType::kBFloat16 ? FloatType::kBF16 : FloatType::kF32;
+  return dtype == DType::kFloat16    ? FloatType::kF16
+         : dtype == DType::kBFloat16 ? FloatType::kBF16
+                                     : FloatType::kF32;
 }
 
 RowTiles cut(std::int64_t rows, std::int32_t most) noexcept {
@@ -43,11 +45,13 @@ class RowGroupProduct {
 
   void run() {
     plan();
-    parallel_parts(static_cast<int>(std::min<std::int64_t>(threads_, tiles_)), [&](int part, int parts) {
-      prepare(part, tiles_ * part / parts, tiles_ * (part + 1) / parts);
-    });
-    parallel_parts(static_cast<int>(std::min<std::int64_t>(threads_, cost_)),
-                   [&](int part, int parts) { multiply(cost_ * part / parts, cost_ * (part + 1) / parts); });
+    parallel_parts(static_cast<int>(std::min<std::int64_t>(threads_, tiles_)),
+                   [&](int part, int parts) {
+                     prepare(part, tiles_ * part / parts, tiles_ * (part + 1) / parts);
+                   });
+    parallel_parts(
+        static_cast<int>(std::min<std::int64_t>(threads_, cost_)),
+        [&](int part, int parts) { multiply(cost_ * part / parts, cost_ * (part + 1) / parts); });
   }
 
  private:
@@ -64,9 +68,10 @@ class RowGroupProduct {
       const auto first_prepared = static_cast<std::int32_t>(state_.prepared.size());
       for (std::size_t o = 0; o < expert.orders.size(); ++o) {
         const RowOrder& order = *expert.orders[o];
-        const bool needs_sums = std::any_of(expert.modules.begin(), expert.modules.end(), [o](const auto& module) {
-          return module.order == static_cast<std::int32_t>(o) && module.zeros >= 0;
-        });
+        const bool needs_sums =
+            std::any_of(expert.modules.begin(), expert.modules.end(), [o](const auto& module) {
+              return module.order == static_cast<std::int32_t>(o) && module.zeros >= 0;
+            });
         state_.prepared.push_back({.group = static_cast<std::int32_t>(g),
                                    .order = static_cast<std::int32_t>(o),
                                    .x = floats,
@@ -82,10 +87,12 @@ class RowGroupProduct {
     x_ = state_.grow(Scratch::kInput, floats);
     sums_ = state_.grow(Scratch::kInputSums, sums);
     threads_ = work < kSerialWork ? 1 : state_.threads;
-    if (input_.dtype != DType::kFloat32) convert_ = state_.grow(Scratch::kConvert, threads_ * convert_stride());
+    if (input_.dtype != DType::kFloat32)
+      convert_ = state_.grow(Scratch::kConvert, threads_ * convert_stride());
   }
 
-  void add_segments(const RowGroup& group, const PackedExpert& expert, std::int32_t first_prepared) {
+  void add_segments(const RowGroup& group, const PackedExpert& expert,
+                    std::int32_t first_prepared) {
     const RowTiles chunks = cut(group.count, kMaxTaskRows);
     for (std::int32_t c = 0; c < chunks.count; ++c) {
       for (std::size_t i = 0; i < expert.modules.size(); ++i) {
@@ -110,7 +117,9 @@ class RowGroupProduct {
            (chunks.count - chunks.larger) * cut(chunks.base, isa_.tile_rows).count;
   }
 
-  std::int64_t convert_stride() const noexcept { return round_up(packed_.k(), kConvertPadding) + kConvertPadding; }
+  std::int64_t convert_stride() const noexcept {
+    return round_up(packed_.k(), kConvertPadding) + kConvertPadding;
+  }
 
   // Row `row` of the input as float32; converted into `scratch` unless it is float32 already.
   const float* float_row(std::int64_t row, float* scratch) const {
@@ -123,31 +132,35 @@ class RowGroupProduct {
   // Prepares the tiles [begin, end) as thread `part`.
   void prepare(int part, std::int64_t begin, std::int64_t end) const {
     float* scratch = convert_ == nullptr ? nullptr : convert_ + part * convert_stride();
-    auto next = std::upper_bound(state_.prepared.begin(), state_.prepared.end(), begin,
-                                 [](std::int64_t tile, const PreparedInput& p) { return tile < p.tiles; });
+    auto next =
+        std::upper_bound(state_.prepared.begin(), state_.prepared.end(), begin,
+                         [](std::int64_t tile, const PreparedInput& p) { return tile < p.tiles; });
     for (std::size_t i = static_cast<std::size_t>(next - state_.prepared.begin()) - 1;
          i < state_.prepared.size() && state_.prepared[i].tiles < end; ++i) {
       const PreparedInput& prepared = state_.prepared[i];
       const RowGroup& group = state_.groups[static_cast<std::size_t>(prepared.group)];
-      const RowOrder& order = *packed_.expert(group.expert).orders[static_cast<std::size_t>(prepared.order)];
+      const RowOrder& order =
+          *packed_.expert(group.expert).orders[static_cast<std::size_t>(prepared.order)];
       const RowTiles chunks = cut(group.count, kMaxTaskRows);
       std::int64_t tile = prepared.tiles;
       for (std::int64_t c = 0; c < chunks.count && tile < end; ++c) {
         const RowTiles tiles = cut(row_count(chunks, c), isa_.tile_rows);
         for (std::int64_t t = 0; t < tiles.count; ++t, ++tile) {
           if (tile < begin || tile >= end) continue;
-          prepare_tile(prepared, group, order, first_row(chunks, c) + first_row(tiles, t), row_count(tiles, t), scratch);
+          prepare_tile(prepared, group, order, first_row(chunks, c) + first_row(tiles, t),
+                       row_count(tiles, t), scratch);
         }
       }
     }
   }
 
   // Writes `count` rows of x as [packed row][row], and their sums over each run.
-  void prepare_tile(const PreparedInput& prepared, const RowGroup& group, const RowOrder& order, std::int64_t row,
-                    std::int32_t count, float* scratch) const {
+  void prepare_tile(const PreparedInput& prepared, const RowGroup& group, const RowOrder& order,
+                    std::int64_t row, std::int32_t count, float* scratch) const {
     float* tile = x_ + prepared.x + row * order.rows();
     for (std::int32_t r = 0; r < count; ++r) {
-      const float* source = float_row(state_.rows[static_cast<std::size_t>(group.first + row + r)].input, scratch);
+      const float* source =
+          float_row(state_.rows[static_cast<std::size_t>(group.first + row + r)].input, scratch);
       float* target = tile + r;
       if (order.identity) {
         for (std::int64_t p = 0; p < packed_.k(); ++p) target[p * count] = source[p];
@@ -171,7 +184,8 @@ class RowGroupProduct {
         for (std::int32_t p = 0; p < block.count; p += 8) {
           for (std::int32_t j = 0; j < 8; ++j) part[j] += values[(p + j) * count];
         }
-        sums[i] = ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+        sums[i] = ((part[0] + part[1]) + (part[2] + part[3])) +
+                  ((part[4] + part[5]) + (part[6] + part[7]));
       }
     }
   }
@@ -199,8 +213,9 @@ class RowGroupProduct {
     }
   }
 
-  void multiply_block(const Segment& segment, const PreparedInput& prepared, const PackedExpert& expert,
-                      const PackedModule& module, std::int64_t block, float* result) const {
+  void multiply_block(const Segment& segment, const PreparedInput& prepared,
+                      const PackedExpert& expert, const PackedModule& module, std::int64_t block,
+                      float* result) const {
     const RowOrder& order = *expert.orders[static_cast<std::size_t>(module.order)];
     const Layout& layout = module.layout;
     const auto runs = static_cast<std::int32_t>(order.blocks.size());
@@ -227,13 +242,17 @@ class RowGroupProduct {
   }
 
   // Adds the bias, applies the row's weight, rounds once.
-  void store_block(const Segment& segment, const RowGroup& group, const PackedModule& module, std::int64_t block,
-                   float* result) const {
+  void store_block(const Segment& segment, const RowGroup& group, const PackedModule& module,
+                   std::int64_t block, float* result) const {
     const std::int64_t column = block * Layout::kBlockColumns;
-    const std::int64_t columns = std::min<std::int64_t>(module.layout.n - column, Layout::kBlockColumns);
-    const auto* bias = module.bias < 0 ? nullptr : reinterpret_cast<const float*>(packed_.data() + module.bias) + column;
+    const std::int64_t columns =
+        std::min<std::int64_t>(module.layout.n - column, Layout::kBlockColumns);
+    const auto* bias = module.bias < 0
+                           ? nullptr
+                           : reinterpret_cast<const float*>(packed_.data() + module.bias) + column;
     for (std::int32_t r = 0; r < segment.rows; ++r) {
-      const RowMap& map = state_.rows[static_cast<std::size_t>(group.first + segment.first_row + r)];
+      const RowMap& map =
+          state_.rows[static_cast<std::size_t>(group.first + segment.first_row + r)];
       float* values = result + r * Layout::kBlockColumns;
       if (bias != nullptr) {
         for (std::int64_t i = 0; i < columns; ++i) values[i] += bias[i];
@@ -243,7 +262,8 @@ class RowGroupProduct {
       }
       const std::int64_t place = map.output * output_.row_stride + module.first_column + column;
       isa_.from_float(float_type(output_.dtype), values,
-                      static_cast<std::uint8_t*>(output_.data) + place * static_cast<std::int64_t>(size_of(output_.dtype)),
+                      static_cast<std::uint8_t*>(output_.data) +
+                          place * static_cast<std::int64_t>(size_of(output_.dtype)),
                       columns);
     }
   }

@@ -1,4 +1,5 @@
-// The product of row groups with their experts: prepares x, splits the work over threads, stores the output.
+// The product of row groups with their experts: prepares x, splits the work over threads, stores
+// the output.
 #pragma once
 
 #include "cpu/context.hpp"

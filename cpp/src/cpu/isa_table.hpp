@@ -1,5 +1,6 @@
-// What an instruction set offers to the backend: plain data and function pointers. Included by the objects
-// that are compiled for one instruction set, so it holds no function and no standard container.
+// What an instruction set offers to the backend: plain data and function pointers. Included by the
+// objects that are compiled for one instruction set, so it holds no function and no standard
+// container.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +28,8 @@ struct RowTiles {
   std::int32_t larger;
 };
 
-/// The product of some rows of x with one column block of a module; layout.hpp has the packed order.
+/// The product of some rows of x with one column block of a module; layout.hpp has the packed
+/// order.
 struct BlockTask {
   const std::uint8_t* codes;   // of the block
   const std::uint8_t* scales;  // of the block
@@ -48,8 +50,8 @@ struct BlockTask {
   float* result;      // [row][32], 64-byte aligned
 };
 
-// Two 64-row tasks' results (8 KB each), an unpacked panel (16 KB) and the x of one run (32 KB at 64 rows)
-// stay within L1 and L2 of any processor of the last ten years.
+// Two 64-row tasks' results (8 KB each), an unpacked panel (16 KB) and the x of one run (32 KB at
+// 64 rows) stay within L1 and L2 of any processor of the last ten years.
 inline constexpr std::int32_t kMaxTaskRows = 64;
 
 /// One entry of the table of instruction sets.

@@ -15,7 +15,8 @@ namespace {
 
 using cpu::ContextState;
 
-// Rows of an expert are multiplied together however many tiles they come in, so the smallest tile pads least.
+// Rows of an expert are multiplied together however many tiles they come in, so the smallest tile
+// pads least.
 constexpr int kTileRows = 8;
 // Elements that are worth a thread.
 constexpr std::int64_t kGrain = 1 << 14;
@@ -29,7 +30,8 @@ float activate(Activation activation, float gate, float up) noexcept {
     case Activation::kGelu:
       return 0.5F * gate * (1.0F + std::erf(gate * 0.70710678F)) * up;
     case Activation::kGeluTanh:
-      return 0.5F * gate * (1.0F + std::tanh(0.79788456F * (gate + 0.044715F * gate * gate * gate))) * up;
+      return 0.5F * gate *
+             (1.0F + std::tanh(0.79788456F * (gate + 0.044715F * gate * gate * gate))) * up;
     case Activation::kClampedSwiglu: {
       constexpr float kLimit = 7.0F;
       constexpr float kAlpha = 1.702F;
@@ -43,7 +45,8 @@ float activate(Activation activation, float gate, float up) noexcept {
 
 template <class F>
 void parallel_rows(const ContextState& state, std::int64_t rows, std::int64_t cols, const F& f) {
-  cpu::parallel_for(state.threads, rows, std::max<std::int64_t>(1, kGrain / std::max<std::int64_t>(cols, 1)), f);
+  cpu::parallel_for(state.threads, rows,
+                    std::max<std::int64_t>(1, kGrain / std::max<std::int64_t>(cols, 1)), f);
 }
 
 float* float_row(const MatrixView& view, std::int64_t row) {
@@ -56,8 +59,10 @@ const float* float_row(const ConstMatrixView& view, std::int64_t row) {
 
 }  // namespace
 
-MatrixView CpuBackend::moe_scratch(Context& context, MoeScratch slot, std::int64_t rows, std::int64_t cols) {
-  const std::size_t index = static_cast<std::size_t>(cpu::Scratch::kMoe) + static_cast<std::size_t>(slot);
+MatrixView CpuBackend::moe_scratch(Context& context, MoeScratch slot, std::int64_t rows,
+                                   std::int64_t cols) {
+  const std::size_t index =
+      static_cast<std::size_t>(cpu::Scratch::kMoe) + static_cast<std::size_t>(slot);
   return {.data = context.state().grow(index, rows * cols),
           .dtype = DType::kFloat32,
           .device = context.device(),
@@ -66,11 +71,13 @@ MatrixView CpuBackend::moe_scratch(Context& context, MoeScratch slot, std::int64
           .row_stride = cols};
 }
 
-FusedTiles CpuBackend::moe_align(Context& context, const ConstMatrixView& topk_ids, std::int64_t num_experts) {
+FusedTiles CpuBackend::moe_align(Context& context, const ConstMatrixView& topk_ids,
+                                 std::int64_t num_experts) {
   TokenTiles& tiles = context.state().tiles;
   align_tokens(topk_ids, kTileRows, static_cast<int>(num_experts), {}, tiles);
   const auto view = [](const void* data, std::size_t size) {
-    return ConstArrayView{.data = data, .dtype = DType::kInt32, .size = static_cast<std::int64_t>(size)};
+    return ConstArrayView{
+        .data = data, .dtype = DType::kInt32, .size = static_cast<std::int64_t>(size)};
   };
   return {.sorted_token_ids = view(tiles.sorted_token_ids.data(), tiles.sorted_token_ids.size()),
           .expert_ids = view(tiles.expert_ids.data(), tiles.expert_ids.size()),
@@ -81,30 +88,35 @@ FusedTiles CpuBackend::moe_align(Context& context, const ConstMatrixView& topk_i
           .topk_weights = std::nullopt};
 }
 
-void CpuBackend::moe_activate(Context& context, Activation activation, const ConstMatrixView& gate_up,
-                              const MatrixView& hidden) {
-  parallel_rows(context.state(), hidden.rows, hidden.cols, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t row = begin; row < end; ++row) {
-      const float* gate = float_row(gate_up, row);
-      float* out = float_row(hidden, row);
-      for (std::int64_t i = 0; i < hidden.cols; ++i) out[i] = activate(activation, gate[i], gate[hidden.cols + i]);
-    }
-  });
+void CpuBackend::moe_activate(Context& context, Activation activation,
+                              const ConstMatrixView& gate_up, const MatrixView& hidden) {
+  parallel_rows(context.state(), hidden.rows, hidden.cols,
+                [&](std::int64_t begin, std::int64_t end) {
+                  for (std::int64_t row = begin; row < end; ++row) {
+                    const float* gate = float_row(gate_up, row);
+                    float* out = float_row(hidden, row);
+                    for (std::int64_t i = 0; i < hidden.cols; ++i)
+                      out[i] = activate(activation, gate[i], gate[hidden.cols + i]);
+                  }
+                });
 }
 
-void CpuBackend::moe_scale_rows(Context& context, const ConstMatrixView& x, const ConstMatrixView& weights,
-                                const MatrixView& scaled) {
-  parallel_rows(context.state(), scaled.rows, scaled.cols, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t row = begin; row < end; ++row) {
-      const std::int64_t token = row / weights.cols;
-      const float weight = float_row(weights, token)[row % weights.cols];
-      float* out = float_row(scaled, row);
-      for (std::int64_t i = 0; i < scaled.cols; ++i) out[i] = weight * read_float(x.data, x.dtype, token * x.row_stride + i);
-    }
-  });
+void CpuBackend::moe_scale_rows(Context& context, const ConstMatrixView& x,
+                                const ConstMatrixView& weights, const MatrixView& scaled) {
+  parallel_rows(context.state(), scaled.rows, scaled.cols,
+                [&](std::int64_t begin, std::int64_t end) {
+                  for (std::int64_t row = begin; row < end; ++row) {
+                    const std::int64_t token = row / weights.cols;
+                    const float weight = float_row(weights, token)[row % weights.cols];
+                    float* out = float_row(scaled, row);
+                    for (std::int64_t i = 0; i < scaled.cols; ++i)
+                      out[i] = weight * read_float(x.data, x.dtype, token * x.row_stride + i);
+                  }
+                });
 }
 
-void CpuBackend::moe_combine(Context& context, const MoeCombine& combine, const MatrixView& output) {
+void CpuBackend::moe_combine(Context& context, const MoeCombine& combine,
+                             const MatrixView& output) {
   const std::int64_t hidden = output.cols;
   const std::int64_t top_k = combine.topk_ids.cols;
   const cpu::IsaKernels& isa = cpu::choose_isa({});
@@ -115,38 +127,47 @@ void CpuBackend::moe_combine(Context& context, const MoeCombine& combine, const 
     if (combine.shared_gate.empty()) return 1.0F;
     double dot = 0;
     for (std::int64_t i = 0; i < hidden; ++i) {
-      const float value = read_float(combine.x.data, combine.x.dtype, token * combine.x.row_stride + i);
-      dot += static_cast<double>(value) * static_cast<double>(combine.shared_gate[static_cast<std::size_t>(i)]);
+      const float value =
+          read_float(combine.x.data, combine.x.dtype, token * combine.x.row_stride + i);
+      dot += static_cast<double>(value) *
+             static_cast<double>(combine.shared_gate[static_cast<std::size_t>(i)]);
     }
     return static_cast<float>(1.0 / (1.0 + std::exp(-dot)));
   };
-  parallel_rows(context.state(), combine.topk_ids.rows, hidden * top_k, [&](std::int64_t begin, std::int64_t end) {
-    constexpr std::int64_t kPiece = 256;
-    for (std::int64_t token = begin; token < end; ++token) {
-      const float factor = combine.shared ? shared_factor(token) : 0.0F;
-      for (std::int64_t first = 0; first < hidden; first += kPiece) {
-        const std::int64_t count = std::min(kPiece, hidden - first);
-        float sum[kPiece] = {};
-        for (std::int64_t slot = 0; slot < top_k; ++slot) {
-          const ConstMatrixView& ids = combine.topk_ids;
-          if (read_integer(ids.data, ids.dtype, token * ids.row_stride + slot) < 0) continue;
-          const float* values = float_row(combine.expert_output, token * top_k + slot) + first;
-          const float weight = combine.topk_weights.data == nullptr ? 1.0F : float_row(combine.topk_weights, token)[slot];
-          for (std::int64_t i = 0; i < count; ++i) sum[i] += weight * values[i];
-        }
-        if (combine.shared) {
-          const ConstMatrixView& shared = *combine.shared;
-          for (std::int64_t i = 0; i < count; ++i) {
-            sum[i] += factor * read_float(shared.data, shared.dtype, token * shared.row_stride + first + i);
-          }
-        }
-        const std::int64_t place = token * output.row_stride + first;
-        isa.from_float(type, sum,
-                       static_cast<std::uint8_t*>(output.data) + place * static_cast<std::int64_t>(size_of(output.dtype)),
-                       count);
-      }
-    }
-  });
+  parallel_rows(context.state(), combine.topk_ids.rows, hidden * top_k,
+                [&](std::int64_t begin, std::int64_t end) {
+                  constexpr std::int64_t kPiece = 256;
+                  for (std::int64_t token = begin; token < end; ++token) {
+                    const float factor = combine.shared ? shared_factor(token) : 0.0F;
+                    for (std::int64_t first = 0; first < hidden; first += kPiece) {
+                      const std::int64_t count = std::min(kPiece, hidden - first);
+                      float sum[kPiece] = {};
+                      for (std::int64_t slot = 0; slot < top_k; ++slot) {
+                        const ConstMatrixView& ids = combine.topk_ids;
+                        if (read_integer(ids.data, ids.dtype, token * ids.row_stride + slot) < 0)
+                          continue;
+                        const float* values =
+                            float_row(combine.expert_output, token * top_k + slot) + first;
+                        const float weight = combine.topk_weights.data == nullptr
+                                                 ? 1.0F
+                                                 : float_row(combine.topk_weights, token)[slot];
+                        for (std::int64_t i = 0; i < count; ++i) sum[i] += weight * values[i];
+                      }
+                      if (combine.shared) {
+                        const ConstMatrixView& shared = *combine.shared;
+                        for (std::int64_t i = 0; i < count; ++i) {
+                          sum[i] += factor * read_float(shared.data, shared.dtype,
+                                                        token * shared.row_stride + first + i);
+                        }
+                      }
+                      const std::int64_t place = token * output.row_stride + first;
+                      isa.from_float(type, sum,
+                                     static_cast<std::uint8_t*>(output.data) +
+                                         place * static_cast<std::int64_t>(size_of(output.dtype)),
+                                     count);
+                    }
+                  }
+                });
 }
 
 }  // namespace marlinq

@@ -13,7 +13,9 @@ namespace marlinq::cpu {
 namespace {
 
 FloatType float_type(DType dtype) noexcept {
-  return dtype == DType::kFloat16 ? FloatType::kF16 : dtype == DType::kBFloat16 ? FloatType::kBF16 : FloatType::kF32;
+  return dtype == DType::kFloat16    ? FloatType::kF16
+         : dtype == DType::kBFloat16 ? FloatType::kBF16
+                                     : FloatType::kF32;
 }
 
 // What one column block is packed from and to.
@@ -46,10 +48,12 @@ void pack_codes(const BlockTarget& target) {
       if (row < 0) {
         std::fill_n(codes, real, static_cast<std::uint8_t>(1 << (target.bits - 1)));
       } else {
-        read_code_row(target.module.qweight, target.bits, target.module.n, row, target.first_column(), real, codes);
+        read_code_row(target.module.qweight, target.bits, target.module.n, row,
+                      target.first_column(), real, codes);
       }
       const int bit = layout.bit_of_row(r);
-      for (int column = 0; column < real; ++column) words[column] |= static_cast<std::uint32_t>(codes[column]) << bit;
+      for (int column = 0; column < real; ++column)
+        words[column] |= static_cast<std::uint32_t>(codes[column]) << bit;
     }
     std::memcpy(block + layout.row_offset(target.block, first), words,
                 sizeof(std::uint32_t) * static_cast<std::size_t>(target.columns()));
@@ -66,8 +70,8 @@ void pack_groups(const BlockTarget& target) {
     std::memcpy(target.memory + target.packed.scales + place * static_cast<std::int64_t>(size),
                 element(target.module.scales, target.module.scale_dtype, source), real * size);
     if (target.packed.zeros >= 0) {
-      read_zero_points(target.module, target.bits, group, target.first_column(), static_cast<int>(real),
-                       target.memory + target.packed.zeros + place);
+      read_zero_points(target.module, target.bits, group, target.first_column(),
+                       static_cast<int>(real), target.memory + target.packed.zeros + place);
     }
   }
 }
@@ -75,8 +79,10 @@ void pack_groups(const BlockTarget& target) {
 void pack_bias(const BlockTarget& target) {
   if (target.packed.bias < 0) return;
   for (int i = 0; i < target.real_columns(); ++i) {
-    const float value = read_float(target.module.bias, target.module.bias_dtype, target.first_column() + i);
-    std::memcpy(target.memory + target.packed.bias + (target.first_column() + i) * 4, &value, sizeof value);
+    const float value =
+        read_float(target.module.bias, target.module.bias_dtype, target.first_column() + i);
+    std::memcpy(target.memory + target.packed.bias + (target.first_column() + i) * 4, &value,
+                sizeof value);
   }
 }
 
@@ -157,7 +163,8 @@ class Packer {
         packed.scale_type = float_type(module.scale_dtype);
         packed.order = static_cast<std::int32_t>(expert.orders.size()) - 1;
         packed.codes = reserve(packed.layout.code_bytes());
-        packed.scales = reserve(packed.layout.group_elements() * static_cast<std::int64_t>(size_of(module.scale_dtype)));
+        packed.scales = reserve(packed.layout.group_elements() *
+                                static_cast<std::int64_t>(size_of(module.scale_dtype)));
         if (!symmetric_in_all(i)) packed.zeros = reserve(packed.layout.group_elements());
         if (module.bias != nullptr) packed.bias = reserve(packed.layout.padded_columns() * 4);
         first_column += module.n;
@@ -170,48 +177,54 @@ class Packer {
 
   // Experts have one form: zero points are left out only where no expert needs them.
   bool symmetric_in_all(std::size_t module) const {
-    return std::all_of(experts_.begin(), experts_.end(),
-                       [module](const GptqWeights& weights) { return weights.modules[module].symmetric; });
+    return std::all_of(experts_.begin(), experts_.end(), [module](const GptqWeights& weights) {
+      return weights.modules[module].symmetric;
+    });
   }
 
   void fill(int threads) {
     auto* memory = static_cast<std::uint8_t*>(result_->memory_.data());
     std::int64_t blocks_per_expert = 0;
-    for (const PackedModule& module : result_->experts_.front().modules) blocks_per_expert += module.layout.blocks();
+    for (const PackedModule& module : result_->experts_.front().modules)
+      blocks_per_expert += module.layout.blocks();
     const std::int64_t expert_count = result_->num_experts();
     // Padding between sections is zero, so that equal weights have equal bytes.
     parallel_for(threads, expert_count, 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t e = begin; e < end; ++e) clear_unwritten(memory, result_->expert(e));
     });
-    parallel_for(threads, expert_count * blocks_per_expert, 1, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t unit = begin; unit < end; ++unit) {
-        const auto e = static_cast<std::size_t>(unit / blocks_per_expert);
-        std::int64_t block = unit % blocks_per_expert;
-        std::size_t i = 0;
-        while (block >= result_->experts_[e].modules[i].layout.blocks()) {
-          block -= result_->experts_[e].modules[i++].layout.blocks();
-        }
-        const PackedExpert& expert = result_->experts_[e];
-        const PackedModule& packed = expert.modules[i];
-        const BlockTarget target{.module = experts_[e].modules[i],
-                                 .packed = packed,
-                                 .order = *expert.orders[static_cast<std::size_t>(packed.order)],
-                                 .memory = memory,
-                                 .block = block,
-                                 .bits = experts_[e].bits};
-        pack_codes(target);
-        pack_groups(target);
-        pack_bias(target);
-      }
-    });
+    parallel_for(threads, expert_count * blocks_per_expert, 1,
+                 [&](std::int64_t begin, std::int64_t end) {
+                   for (std::int64_t unit = begin; unit < end; ++unit) {
+                     const auto e = static_cast<std::size_t>(unit / blocks_per_expert);
+                     std::int64_t block = unit % blocks_per_expert;
+                     std::size_t i = 0;
+                     while (block >= result_->experts_[e].modules[i].layout.blocks()) {
+                       block -= result_->experts_[e].modules[i++].layout.blocks();
+                     }
+                     const PackedExpert& expert = result_->experts_[e];
+                     const PackedModule& packed = expert.modules[i];
+                     const BlockTarget target{
+                         .module = experts_[e].modules[i],
+                         .packed = packed,
+                         .order = *expert.orders[static_cast<std::size_t>(packed.order)],
+                         .memory = memory,
+                         .block = block,
+                         .bits = experts_[e].bits};
+                     pack_codes(target);
+                     pack_groups(target);
+                     pack_bias(target);
+                   }
+                 });
   }
 
-  // Everything after the codes of a module: padded columns of its scales, zero points and bias stay zero.
+  // Everything after the codes of a module: padded columns of its scales, zero points and bias stay
+  // zero.
   static void clear_unwritten(std::uint8_t* memory, const PackedExpert& expert) {
     for (std::size_t i = 0; i < expert.modules.size(); ++i) {
       const PackedModule& module = expert.modules[i];
       const std::int64_t begin = module.codes + module.layout.code_bytes();
-      const std::int64_t end = i + 1 < expert.modules.size() ? expert.modules[i + 1].codes : expert.begin + expert.bytes;
+      const std::int64_t end =
+          i + 1 < expert.modules.size() ? expert.modules[i + 1].codes : expert.begin + expert.bytes;
       std::memset(memory + begin, 0, static_cast<std::size_t>(end - begin));
     }
   }
@@ -225,7 +238,8 @@ class Packer {
     d.kernel = result_->isa().name;
     d.compute = to_string(Compute::kFloat32);
     d.schedule = "columns " + std::to_string(Layout::kBlockColumns) + ", rows " +
-                 std::to_string(result_->isa().tile_rows) + ", k " + std::to_string(Layout::kMaxRowBlock);
+                 std::to_string(result_->isa().tile_rows) + ", k " +
+                 std::to_string(Layout::kMaxRowBlock);
     d.bits = first.bits;
     d.group_size = first.group_size;
     d.k = first.k;
@@ -258,8 +272,8 @@ class Packer {
   std::shared_ptr<PackedExperts> result_;
 };
 
-std::shared_ptr<const PackedExperts> pack_experts(std::span<const GptqWeights> experts, const IsaKernels& isa,
-                                                  int threads) {
+std::shared_ptr<const PackedExperts> pack_experts(std::span<const GptqWeights> experts,
+                                                  const IsaKernels& isa, int threads) {
   return Packer(experts, isa).run(threads);
 }
 

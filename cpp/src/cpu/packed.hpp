@@ -42,8 +42,12 @@ class PackedExperts {
 
   const IsaKernels& isa() const noexcept { return *isa_; }
   int middle() const noexcept { return 1 << (description_.bits - 1); }
-  const PackedExpert& expert(std::int64_t index) const { return experts_[static_cast<std::size_t>(index)]; }
-  const std::uint8_t* data() const noexcept { return static_cast<const std::uint8_t*>(memory_.data()); }
+  const PackedExpert& expert(std::int64_t index) const {
+    return experts_[static_cast<std::size_t>(index)];
+  }
+  const std::uint8_t* data() const noexcept {
+    return static_cast<const std::uint8_t*>(memory_.data());
+  }
   /// All packed bytes of one expert.
   std::span<const std::uint8_t> bytes(std::int64_t index) const {
     return {data() + expert(index).begin, static_cast<std::size_t>(expert(index).bytes)};
@@ -62,7 +66,7 @@ class PackedExperts {
 };
 
 /// Packs every expert with `threads` threads. Throws out_of_memory.
-std::shared_ptr<const PackedExperts> pack_experts(std::span<const GptqWeights> experts, const IsaKernels& isa,
-                                                  int threads);
+std::shared_ptr<const PackedExperts> pack_experts(std::span<const GptqWeights> experts,
+                                                  const IsaKernels& isa, int threads);
 
 }  // namespace marlinq::cpu

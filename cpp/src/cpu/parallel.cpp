@@ -1,4 +1,5 @@
-// OpenMP behind parallel_for. MARLINQ_STD_THREAD builds use std::thread, which ThreadSanitizer understands.
+// OpenMP behind parallel_for. MARLINQ_STD_THREAD builds use std::thread, which ThreadSanitizer
+// understands.
 #include "cpu/parallel.hpp"
 
 #if defined(MARLINQ_STD_THREAD)
@@ -31,7 +32,8 @@ void run_parallel(int parts, Body body, const void* closure) {
   body(closure, 0, parts);
   for (std::thread& helper : helpers) helper.join();
 #elif defined(_OPENMP)
-// The runtime may grant fewer threads than asked for, so the parts are dealt out over those that came.
+// The runtime may grant fewer threads than asked for, so the parts are dealt out over those that
+// came.
 #pragma omp parallel for num_threads(parts) schedule(static, 1)
   for (int part = 0; part < parts; ++part) body(closure, part, parts);
 #else

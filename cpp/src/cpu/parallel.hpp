@@ -21,10 +21,13 @@ void parallel_parts(int parts, const F& f) {
     return;
   }
   detail::run_parallel(
-      parts, [](const void* closure, int part, int all) { (*static_cast<const F*>(closure))(part, all); }, &f);
+      parts,
+      [](const void* closure, int part, int all) { (*static_cast<const F*>(closure))(part, all); },
+      &f);
 }
 
-/// Cuts [0, count) into at most `threads` contiguous ranges of at least `grain` and calls f(begin, end).
+/// Cuts [0, count) into at most `threads` contiguous ranges of at least `grain` and calls f(begin,
+/// end).
 template <class F>
 void parallel_for(int threads, std::int64_t count, std::int64_t grain, const F& f) {
   const std::int64_t most = count / (grain > 1 ? grain : 1);

@@ -23,10 +23,12 @@ class AnyContext {
   virtual int threads() const = 0;
   virtual std::int64_t scratch_allocations() const = 0;
   virtual LinearHandle load_gptq(const GptqTensors&, const GptqSpec&, const LoadOptions&) = 0;
-  virtual ExpertStackHandle load_gptq_stacked(std::span<const GptqTensors>, const GptqSpec&, const LoadOptions&) = 0;
+  virtual ExpertStackHandle load_gptq_stacked(std::span<const GptqTensors>, const GptqSpec&,
+                                              const LoadOptions&) = 0;
   virtual MoeBlockHandle make_moe_block(const MoeBlockSpec&) = 0;
   virtual void pregrow_marlin_gather_scratch(std::int64_t) = 0;
-  virtual void route(const ConstMatrixView&, const RouteOptions&, const MatrixView&, const MatrixView&) = 0;
+  virtual void route(const ConstMatrixView&, const RouteOptions&, const MatrixView&,
+                     const MatrixView&) = 0;
 };
 
 class AnyLinear {
@@ -36,7 +38,8 @@ class AnyLinear {
   virtual std::int64_t in_features() const noexcept = 0;
   virtual std::int64_t out_features() const noexcept = 0;
   virtual Description describe() const = 0;
-  virtual void forward(AnyContext&, const ConstMatrixView&, const MatrixView&, std::int64_t) const = 0;
+  virtual void forward(AnyContext&, const ConstMatrixView&, const MatrixView&,
+                       std::int64_t) const = 0;
 };
 
 class AnyExpertStack {
@@ -48,9 +51,10 @@ class AnyExpertStack {
   virtual std::int64_t n_per_expert() const noexcept = 0;
   virtual Description describe() const = 0;
   virtual LinearHandle expert(std::int64_t) const = 0;
-  virtual void gemm_phase_batched(AnyContext&, const ConstMatrixView&, std::span<const ExpertDispatch>,
-                                  const MatrixView&) const = 0;
-  virtual void gemm_phase_fused(AnyContext&, const ConstMatrixView&, const FusedTiles&, const MatrixView&) const = 0;
+  virtual void gemm_phase_batched(AnyContext&, const ConstMatrixView&,
+                                  std::span<const ExpertDispatch>, const MatrixView&) const = 0;
+  virtual void gemm_phase_fused(AnyContext&, const ConstMatrixView&, const FusedTiles&,
+                                const MatrixView&) const = 0;
 };
 
 class AnyMoeBlock {
@@ -113,7 +117,8 @@ class LinearModel final : public AnyLinear {
 template <BackendQuantMarlin B>
 class ExpertStackModel final : public AnyExpertStack {
  public:
-  explicit ExpertStackModel(std::shared_ptr<const MarlinExpertStack<B>> stack) : stack_(std::move(stack)) {}
+  explicit ExpertStackModel(std::shared_ptr<const MarlinExpertStack<B>> stack)
+      : stack_(std::move(stack)) {}
 
   std::string_view backend() const noexcept override { return B::kName; }
   std::int64_t num_experts() const noexcept override { return stack_->num_experts(); }
@@ -124,12 +129,15 @@ class ExpertStackModel final : public AnyExpertStack {
     return LinearHandle(std::make_shared<LinearModel<B>>(stack_->expert(index)));
   }
   void gemm_phase_batched(AnyContext& context, const ConstMatrixView& input,
-                          std::span<const ExpertDispatch> dispatches, const MatrixView& output) const override {
-    stack_->gemm_phase_batched(cast<ContextModel, B>(context, "context").context(), input, dispatches, output);
+                          std::span<const ExpertDispatch> dispatches,
+                          const MatrixView& output) const override {
+    stack_->gemm_phase_batched(cast<ContextModel, B>(context, "context").context(), input,
+                               dispatches, output);
   }
   void gemm_phase_fused(AnyContext& context, const ConstMatrixView& input, const FusedTiles& tiles,
                         const MatrixView& output) const override {
-    stack_->gemm_phase_fused(cast<ContextModel, B>(context, "context").context(), input, tiles, output);
+    stack_->gemm_phase_fused(cast<ContextModel, B>(context, "context").context(), input, tiles,
+                             output);
   }
   const std::shared_ptr<const MarlinExpertStack<B>>& typed() const noexcept { return stack_; }
 
@@ -145,7 +153,8 @@ class MoeBlockModel final : public AnyMoeBlock {
   std::string_view backend() const noexcept override { return B::kName; }
   std::int64_t hidden_size() const noexcept override { return block_->hidden_size(); }
   std::int64_t num_experts() const noexcept override { return block_->num_experts(); }
-  void forward(AnyContext& context, const MoeInput& input, const MatrixView& output) const override {
+  void forward(AnyContext& context, const MoeInput& input,
+               const MatrixView& output) const override {
     block_->forward(cast<ContextModel, B>(context, "context").context(), input, output);
   }
 
@@ -163,27 +172,32 @@ class ContextModel final : public AnyContext {
   int threads() const override { return context_.threads(); }
   std::int64_t scratch_allocations() const override { return context_.scratch_allocations(); }
 
-  LinearHandle load_gptq(const GptqTensors& tensors, const GptqSpec& spec, const LoadOptions& options) override {
-    return LinearHandle(std::make_shared<LinearModel<B>>(B::load_gptq(context_, tensors, spec, options)));
+  LinearHandle load_gptq(const GptqTensors& tensors, const GptqSpec& spec,
+                         const LoadOptions& options) override {
+    return LinearHandle(
+        std::make_shared<LinearModel<B>>(B::load_gptq(context_, tensors, spec, options)));
   }
   ExpertStackHandle load_gptq_stacked(std::span<const GptqTensors> experts, const GptqSpec& spec,
                                       const LoadOptions& options) override {
-    return ExpertStackHandle(
-        std::make_shared<ExpertStackModel<B>>(B::load_gptq_stacked(context_, experts, spec, options)));
+    return ExpertStackHandle(std::make_shared<ExpertStackModel<B>>(
+        B::load_gptq_stacked(context_, experts, spec, options)));
   }
   MoeBlockHandle make_moe_block(const MoeBlockSpec& spec) override {
-    MoeBlockParts<B> parts{.gate_up = cast<ExpertStackModel, B>(spec.gate_up.any(), "gate_up").typed(),
-                           .down = cast<ExpertStackModel, B>(spec.down.any(), "down").typed(),
-                           .activation = spec.activation,
-                           .router_weight = spec.router_weight,
-                           .shared = std::nullopt,
-                           .shared_gate = spec.shared_gate};
+    MoeBlockParts<B> parts{
+        .gate_up = cast<ExpertStackModel, B>(spec.gate_up.any(), "gate_up").typed(),
+        .down = cast<ExpertStackModel, B>(spec.down.any(), "down").typed(),
+        .activation = spec.activation,
+        .router_weight = spec.router_weight,
+        .shared = std::nullopt,
+        .shared_gate = spec.shared_gate};
     if (spec.shared_gate_up.has_value() != spec.shared_down.has_value()) {
-      throw Error(ErrorCode::kInvalidArgument, "shared expert: gate_up and down are needed, only one was given");
+      throw Error(ErrorCode::kInvalidArgument,
+                  "shared expert: gate_up and down are needed, only one was given");
     }
     if (spec.shared_gate_up) {
-      parts.shared = {.gate_up = cast<LinearModel, B>(spec.shared_gate_up->any(), "shared gate_up").typed(),
-                      .down = cast<LinearModel, B>(spec.shared_down->any(), "shared down").typed()};
+      parts.shared = {
+          .gate_up = cast<LinearModel, B>(spec.shared_gate_up->any(), "shared gate_up").typed(),
+          .down = cast<LinearModel, B>(spec.shared_down->any(), "shared down").typed()};
     }
     return MoeBlockHandle(std::make_shared<MoeBlockModel<B>>(B::make_moe_block(context_, parts)));
   }
@@ -218,7 +232,8 @@ BackendEntry erase_backend() {
           .info = [] { return B::info(); },
           .open =
               [](Device device, const ContextOptions& options) {
-                return ContextHandle(std::make_shared<detail::ContextModel<B>>(B::open(device, options)));
+                return ContextHandle(
+                    std::make_shared<detail::ContextModel<B>>(B::open(device, options)));
               }};
 }
 

@@ -11,8 +11,8 @@ std::string_view LinearHandle::backend() const noexcept { return self_->backend(
 std::int64_t LinearHandle::in_features() const noexcept { return self_->in_features(); }
 std::int64_t LinearHandle::out_features() const noexcept { return self_->out_features(); }
 Description LinearHandle::describe() const { return self_->describe(); }
-void LinearHandle::forward(const ContextHandle& context, const ConstMatrixView& input, const MatrixView& output,
-                           std::int64_t m) const {
+void LinearHandle::forward(const ContextHandle& context, const ConstMatrixView& input,
+                           const MatrixView& output, std::int64_t m) const {
   guarded([&] { self_->forward(context.any(), input, output, m); });
 }
 
@@ -22,7 +22,8 @@ std::int64_t ExpertStackHandle::k() const noexcept { return self_->k(); }
 std::int64_t ExpertStackHandle::n_per_expert() const noexcept { return self_->n_per_expert(); }
 Description ExpertStackHandle::describe() const { return self_->describe(); }
 LinearHandle ExpertStackHandle::expert(std::int64_t index) const { return self_->expert(index); }
-void ExpertStackHandle::gemm_phase_batched(const ContextHandle& context, const ConstMatrixView& input,
+void ExpertStackHandle::gemm_phase_batched(const ContextHandle& context,
+                                           const ConstMatrixView& input,
                                            std::span<const ExpertDispatch> dispatches,
                                            const MatrixView& output) const {
   guarded([&] { self_->gemm_phase_batched(context.any(), input, dispatches, output); });
@@ -35,7 +36,8 @@ void ExpertStackHandle::gemm_phase_fused(const ContextHandle& context, const Con
 std::string_view MoeBlockHandle::backend() const noexcept { return self_->backend(); }
 std::int64_t MoeBlockHandle::hidden_size() const noexcept { return self_->hidden_size(); }
 std::int64_t MoeBlockHandle::num_experts() const noexcept { return self_->num_experts(); }
-void MoeBlockHandle::forward(const ContextHandle& context, const MoeInput& input, const MatrixView& output) const {
+void MoeBlockHandle::forward(const ContextHandle& context, const MoeInput& input,
+                             const MatrixView& output) const {
   guarded([&] { self_->forward(context.any(), input, output); });
 }
 
@@ -47,7 +49,8 @@ LinearHandle ContextHandle::load_gptq(const GptqTensors& tensors, const GptqSpec
                                       const LoadOptions& options) const {
   return guarded([&] { return self_->load_gptq(tensors, spec, options); });
 }
-ExpertStackHandle ContextHandle::load_gptq_stacked(std::span<const GptqTensors> experts, const GptqSpec& spec,
+ExpertStackHandle ContextHandle::load_gptq_stacked(std::span<const GptqTensors> experts,
+                                                   const GptqSpec& spec,
                                                    const LoadOptions& options) const {
   return guarded([&] { return self_->load_gptq_stacked(experts, spec, options); });
 }
@@ -57,8 +60,8 @@ MoeBlockHandle ContextHandle::make_moe_block(const MoeBlockSpec& spec) const {
 void ContextHandle::pregrow_marlin_gather_scratch(std::int64_t required_elements) const {
   guarded([&] { self_->pregrow_marlin_gather_scratch(required_elements); });
 }
-void ContextHandle::route(const ConstMatrixView& logits, const RouteOptions& options, const MatrixView& ids,
-                          const MatrixView& weights) const {
+void ContextHandle::route(const ConstMatrixView& logits, const RouteOptions& options,
+                          const MatrixView& ids, const MatrixView& weights) const {
   guarded([&] { self_->route(logits, options, ids, weights); });
 }
 

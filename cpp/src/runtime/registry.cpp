@@ -27,11 +27,13 @@ std::vector<BackendInfo> backends() {
 ContextHandle open_context(Device device, const ContextOptions& options) {
   std::string known;
   for (const BackendEntry& entry : entries()) {
-    if (entry.runs(device.kind)) return detail::guarded([&] { return entry.open(device, options); });
+    if (entry.runs(device.kind))
+      return detail::guarded([&] { return entry.open(device, options); });
     known += (known.empty() ? "" : ", ") + std::string(entry.name);
   }
   throw Error(ErrorCode::kUnsupported,
-              concat("device '", to_string(device), "': no backend of this build runs it (backends: ", known, ")"));
+              concat("device '", to_string(device),
+                     "': no backend of this build runs it (backends: ", known, ")"));
 }
 
 std::string_view version() noexcept { return MARLINQ_VERSION; }

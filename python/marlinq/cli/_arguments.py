@@ -5,7 +5,7 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
-from marlinq import errors
+from marlinq import _core, errors
 from marlinq.checkpoint import Checkpoint, ModuleInfo
 from marlinq.checkpoint import open as open_checkpoint
 
@@ -83,6 +83,23 @@ def open_from(options: argparse.Namespace) -> Checkpoint:
         group_size=options.group_size,
         checkpoint_format=options.checkpoint_format,
     )
+
+
+def check_load_options(options: argparse.Namespace, context: _core.Context) -> None:
+    """Checks --kernel and --compute once, so that a misspelt name is not every module's failure.
+
+    Raises:
+        InvalidArgumentError: The context's backend lists no such name.
+    """
+    backend = next(entry for entry in _core.backends() if entry["name"] == context.backend)
+    kernels = [kernel["name"] for kernel in backend["kernels"]]
+    if options.kernel is not None and options.kernel not in kernels:
+        raise errors.InvalidArgumentError(
+            f"--kernel {options.kernel}: expected one of {', '.join(kernels)}"
+        )
+    if options.compute not in ("auto", *backend["compute"]):
+        names = ", ".join(("auto", *backend["compute"]))
+        raise errors.InvalidArgumentError(f"--compute {options.compute}: expected one of {names}")
 
 
 def select(checkpoint: Checkpoint, pattern: str | None) -> list[ModuleInfo]:

@@ -16,6 +16,7 @@ from marlinq.cli._arguments import (
     Commands,
     add_checkpoint_options,
     add_load_options,
+    check_load_options,
     new_command,
     open_from,
     positive,
@@ -371,6 +372,7 @@ def _run(options: argparse.Namespace) -> int:
             "--shapes and --moe are for random weights, not for a checkpoint"
         )
     context = _core.Context("cpu", options.threads)
+    check_load_options(options, context)
     results: list[dict[str, Any]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MarlinqWarning)

@@ -13,6 +13,7 @@ from marlinq.cli._arguments import (
     Commands,
     add_checkpoint_options,
     add_load_options,
+    check_load_options,
     new_command,
     open_from,
     rows_list,
@@ -124,6 +125,7 @@ def _run(options: argparse.Namespace) -> int:
     if not modules:
         raise InvalidFileError(f"{checkpoint.path}: holds no quantised module")
     context = _core.Context(options.device, options.threads)
+    check_load_options(options, context)
     results = []
     with progress("verifying", len(modules)) as advance, warnings.catch_warnings():
         warnings.simplefilter("ignore", MarlinqWarning)

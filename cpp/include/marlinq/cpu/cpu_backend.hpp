@@ -73,14 +73,14 @@ struct MARLINQ_API CpuBackend : QuantMarlinDefaults<CpuBackend> {
   using Packed = cpu::PackedExperts;
 
   static std::unique_ptr<Linear<CpuBackend>> load_gptq(Context& context, const GptqTensors& tensors,
-                                                       const GptqSpec& spec, const LoadOptions& options = {});
-  static std::shared_ptr<MarlinExpertStack<CpuBackend>> load_gptq_stacked(Context& context,
-                                                                          std::span<const GptqTensors> experts,
-                                                                          const GptqSpec& spec,
-                                                                          const LoadOptions& options = {});
+                                                       const GptqSpec& spec,
+                                                       const LoadOptions& options = {});
+  static std::shared_ptr<MarlinExpertStack<CpuBackend>> load_gptq_stacked(
+      Context& context, std::span<const GptqTensors> experts, const GptqSpec& spec,
+      const LoadOptions& options = {});
   static void pregrow_marlin_gather_scratch(Context& context, std::int64_t required_elements);
-  static std::unique_ptr<MoeBlock<CpuBackend>> make_moe_block(Context& context,
-                                                              const MoeBlockParts<CpuBackend>& parts);
+  static std::unique_ptr<MoeBlock<CpuBackend>> make_moe_block(
+      Context& context, const MoeBlockParts<CpuBackend>& parts);
   static void route(Context& context, const ConstMatrixView& logits, const RouteOptions& options,
                     const MatrixView& ids, const MatrixView& weights);
 
@@ -93,18 +93,20 @@ struct MARLINQ_API CpuBackend : QuantMarlinDefaults<CpuBackend> {
   static std::shared_ptr<const Packed> pack(Context& context, std::span<const GptqWeights> experts,
                                             const LoadOptions& options);
   static Description describe(const Packed& packed);
-  static void gemm(Context& context, const Packed& packed, std::int64_t expert, const ConstMatrixView& input,
-                   const MatrixView& output, std::int64_t m);
+  static void gemm(Context& context, const Packed& packed, std::int64_t expert,
+                   const ConstMatrixView& input, const MatrixView& output, std::int64_t m);
   static void gemm_batched(Context& context, const Packed& packed, const ConstMatrixView& input,
                            std::span<const ExpertDispatch> dispatches, const MatrixView& output);
   static void gemm_fused(Context& context, const Packed& packed, const ConstMatrixView& input,
                          const FusedTiles& tiles, const MatrixView& output);
-  static MatrixView moe_scratch(Context& context, MoeScratch slot, std::int64_t rows, std::int64_t cols);
-  static FusedTiles moe_align(Context& context, const ConstMatrixView& topk_ids, std::int64_t num_experts);
+  static MatrixView moe_scratch(Context& context, MoeScratch slot, std::int64_t rows,
+                                std::int64_t cols);
+  static FusedTiles moe_align(Context& context, const ConstMatrixView& topk_ids,
+                              std::int64_t num_experts);
   static void moe_activate(Context& context, Activation activation, const ConstMatrixView& gate_up,
                            const MatrixView& hidden);
-  static void moe_scale_rows(Context& context, const ConstMatrixView& x, const ConstMatrixView& weights,
-                             const MatrixView& scaled);
+  static void moe_scale_rows(Context& context, const ConstMatrixView& x,
+                             const ConstMatrixView& weights, const MatrixView& scaled);
   static void moe_combine(Context& context, const MoeCombine& combine, const MatrixView& output);
 };
 

@@ -1,14 +1,15 @@
-// The float32 product of one column block, written once for every instruction set. An object defines
-// MARLINQ_CPU_ISA and its Vec (isa/<name>/vec.hpp) and includes this; everything has internal linkage.
+// The float32 product of one column block, written once for every instruction set. An object
+// defines MARLINQ_CPU_ISA and its Vec (isa/<name>/vec.hpp) and includes this; everything has
+// internal linkage.
 //
 // For each run of at most 128 packed rows of one group, and each output:
 //   sum    = x[first] * (q - middle) + ... in the order of the packed rows, one chain, float32
-//   sum   -= (zero - middle) * (sum of x over the run)         where zero points differ from the middle
-//   result = result + scale * sum
+//   sum   -= (zero - middle) * (sum of x over the run)         where zero points differ from the
+//   middle result = result + scale * sum
 // The order does not depend on the number of rows, so a row's result does not depend on its batch.
 //
-// Few rows dequantise in registers, straight from the codes. From a second tile of rows on, a run is unpacked
-// once to a float panel for all tiles: same values, same order, same result.
+// Few rows dequantise in registers, straight from the codes. From a second tile of rows on, a run
+// is unpacked once to a float panel for all tiles: same values, same order, same result.
 #pragma once
 
 #include <cstdint>
@@ -46,8 +47,9 @@ template <int kBits, int kRow>
 constexpr int kBitOfRow = kBits == 8 ? 8 * kRow : 8 * (kRow % 4) + 4 * (kRow / 4);
 
 template <int kBits, int kRows, int kVectors>
-MARLINQ_INLINE void accumulate_codes(const BlockTask& task, const RowBlock& run, const Vec::Decoder& decoder, int column,
-                                     const float* x, F (&sum)[kRows][kVectors]) {
+MARLINQ_INLINE void accumulate_codes(const BlockTask& task, const RowBlock& run,
+                                     const Vec::Decoder& decoder, int column, const float* x,
+                                     F (&sum)[kRows][kVectors]) {
   constexpr int kStep = 32 / kBits;
   const std::int64_t stride = std::int64_t{4} * task.columns;
   const std::uint8_t* codes = task.codes + run.first / kStep * stride + std::int64_t{4} * column;
@@ -56,18 +58,20 @@ MARLINQ_INLINE void accumulate_codes(const BlockTask& task, const RowBlock& run,
     for (int v = 0; v < kVectors; ++v) words[v] = Vec::load_words(codes + 4 * Vec::kLanes * v);
     unrolled<kStep>([&]<int kRow>() __attribute__((always_inline)) {
       F weight[kVectors];
-      for (int v = 0; v < kVectors; ++v) weight[v] = decoder.template decode<kBits, kBitOfRow<kBits, kRow>>(words[v]);
+      for (int v = 0; v < kVectors; ++v)
+        weight[v] = decoder.template decode<kBits, kBitOfRow<kBits, kRow>>(words[v]);
       for (int r = 0; r < kRows; ++r) {
         const F value = Vec::broadcast(x[kRow * kRows + r]);
-        for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec::multiply_add(value, weight[v], sum[r][v]);
+        for (int v = 0; v < kVectors; ++v)
+          sum[r][v] = Vec::multiply_add(value, weight[v], sum[r][v]);
       }
     });
   }
 }
 
 template <int kRows, int kVectors>
-MARLINQ_INLINE void accumulate_panel(const RowBlock& run, const Panel& panel, int column, const float* x,
-                                     F (&sum)[kRows][kVectors]) {
+MARLINQ_INLINE void accumulate_panel(const RowBlock& run, const Panel& panel, int column,
+                                     const float* x, F (&sum)[kRows][kVectors]) {
   const float* weights = panel.values + column;
   for (int row = 0; row < run.count; ++row, weights += kBlockColumns, x += kRows) {
     F weight[kVectors];
@@ -85,7 +89,8 @@ void unpack(const BlockTask& task, const RowBlock& run, const Vec::Decoder& deco
   const std::int64_t stride = std::int64_t{4} * task.columns;
   const std::uint8_t* codes = task.codes + run.first / kStep * stride;
   float* weights = panel.values;
-  for (int row = 0; row < run.count; row += kStep, codes += stride, weights += kStep * kBlockColumns) {
+  for (int row = 0; row < run.count;
+       row += kStep, codes += stride, weights += kStep * kBlockColumns) {
     for (int column = 0; column < task.columns; column += Vec::kLanes) {
       const I words = Vec::load_words(codes + 4 * column);
       unrolled<kStep>([&]<int kRow>() __attribute__((always_inline)) {
@@ -108,7 +113,8 @@ MARLINQ_INLINE F load_scales(const BlockTask& task, std::int64_t index) {
   return Vec::load_unaligned(task.scales + 4 * index);
 }
 
-// Adds scale * (sum - (zero - middle) * x_sum) of columns [column, column + kVectors * lanes) to the result.
+// Adds scale * (sum - (zero - middle) * x_sum) of columns [column, column + kVectors * lanes) to
+// the result.
 template <int kRows, int kVectors>
 MARLINQ_INLINE void apply_group(const BlockTask& task, int run, int column, int first_row,
                                 const F (&sum)[kRows][kVectors]) {
@@ -127,7 +133,8 @@ MARLINQ_INLINE void apply_group(const BlockTask& task, int run, int column, int 
     const F zero = Vec::load_zeros(task.zeros + index, task.middle);
     for (int r = 0; r < kRows; ++r) {
       float* place = result + r * kBlockColumns;
-      const F x_sum = Vec::broadcast(task.x_sums[std::int64_t{first_row + r} * task.num_runs + run]);
+      const F x_sum =
+          Vec::broadcast(task.x_sums[std::int64_t{first_row + r} * task.num_runs + run]);
       const F corrected = Vec::negative_multiply_add(zero, x_sum, sum[r][v]);
       Vec::store(place, Vec::multiply_add(scale, corrected, Vec::load(place)));
     }
@@ -142,7 +149,8 @@ struct TileSource {
 };
 
 template <int kRows, int kVectors>
-[[gnu::noinline]] void run_tile(const TileSource& source, int column, int first_row, const float* tile) {
+[[gnu::noinline]] void run_tile(const TileSource& source, int column, int first_row,
+                                const float* tile) {
   const BlockTask& task = source.task;
   const RowBlock& run = task.runs[source.run];
   const float* x = tile + std::int64_t{run.first} * kRows;
@@ -210,7 +218,8 @@ void to_float(FloatType type, const std::uint8_t* source, float* target, std::in
   }
   std::int64_t i = 0;
   if (type == FloatType::kF16) {
-    for (; i + Vec::kLanes <= count; i += Vec::kLanes) Vec::store_unaligned(target + i, Vec::load_float16(source + 2 * i));
+    for (; i + Vec::kLanes <= count; i += Vec::kLanes)
+      Vec::store_unaligned(target + i, Vec::load_float16(source + 2 * i));
   }
   for (; i < count; ++i) {
     std::uint16_t bits;
@@ -226,10 +235,12 @@ void from_float(FloatType type, const float* source, std::uint8_t* target, std::
   }
   std::int64_t i = 0;
   if (type == FloatType::kF16) {
-    for (; i + Vec::kLanes <= count; i += Vec::kLanes) Vec::store_float16(target + 2 * i, Vec::load_unaligned(source + i));
+    for (; i + Vec::kLanes <= count; i += Vec::kLanes)
+      Vec::store_float16(target + 2 * i, Vec::load_unaligned(source + i));
   }
   for (; i < count; ++i) {
-    const std::uint16_t bits = type == FloatType::kF16 ? float_to_float16(source[i]) : float_to_bfloat16(source[i]);
+    const std::uint16_t bits =
+        type == FloatType::kF16 ? float_to_float16(source[i]) : float_to_bfloat16(source[i]);
     std::memcpy(target + 2 * i, &bits, sizeof bits);
   }
 }

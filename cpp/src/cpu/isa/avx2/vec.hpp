@@ -9,9 +9,9 @@ namespace marlinq::cpu::MARLINQ_CPU_ISA {
 
 struct Vec {
   static constexpr int kLanes = 8;
-  // 4 rows x 2 vectors: 8 accumulators, 2 words, 2 weights, a broadcast, mask and middle in 16 registers.
+  // 6 rows x 2 vectors: 12 accumulators, 2 weights and a broadcast in 16 registers.
   static constexpr int kVectors = 2;
-  static constexpr int kTileRows = 4;
+  static constexpr int kTileRows = 6;
 
   using F = __m256;
   using I = __m256i;
@@ -29,14 +29,19 @@ struct Vec {
   [[gnu::always_inline]] static inline I load_words(const std::uint8_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const I*>(p));
   }
-  [[gnu::always_inline]] static inline F multiply_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-  [[gnu::always_inline]] static inline F negative_multiply_add(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
+  [[gnu::always_inline]] static inline F multiply_add(F a, F b, F c) {
+    return _mm256_fmadd_ps(a, b, c);
+  }
+  [[gnu::always_inline]] static inline F negative_multiply_add(F a, F b, F c) {
+    return _mm256_fnmadd_ps(a, b, c);
+  }
 
   [[gnu::always_inline]] static inline F load_float16(const std::uint8_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   [[gnu::always_inline]] static inline void store_float16(std::uint8_t* p, F value) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
   }
   [[gnu::always_inline]] static inline F load_bfloat16(const std::uint8_t* p) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -49,12 +54,14 @@ struct Vec {
 
   struct Decoder {
     F middle;
-    [[gnu::always_inline]] explicit inline Decoder(std::int32_t value) : middle(_mm256_set1_ps(static_cast<float>(value))) {}
+    [[gnu::always_inline]] explicit inline Decoder(std::int32_t value)
+        : middle(_mm256_set1_ps(static_cast<float>(value))) {}
 
     /// float(code - middle) of the kBits bits of each word from bit kBit.
     template <int kBits, int kBit>
     [[gnu::always_inline]] inline F decode(I words) const {
-      const I codes = _mm256_and_si256(_mm256_srli_epi32(words, kBit), _mm256_set1_epi32((1 << kBits) - 1));
+      const I codes =
+          _mm256_and_si256(_mm256_srli_epi32(words, kBit), _mm256_set1_epi32((1 << kBits) - 1));
       return _mm256_sub_ps(_mm256_cvtepi32_ps(codes), middle);
     }
   };

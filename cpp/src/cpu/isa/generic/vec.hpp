@@ -1,4 +1,5 @@
-// Four-lane vectors of the compiler: SSE2, NEON or plain scalars, whatever the target's baseline has.
+// Four-lane vectors of the compiler: SSE2, NEON or plain scalars, whatever the target's baseline
+// has.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +20,9 @@ struct Vec {
   typedef std::int32_t Signed __attribute__((vector_size(16)));
 
   [[gnu::always_inline]] static inline F zero() { return F{0, 0, 0, 0}; }
-  [[gnu::always_inline]] static inline F broadcast(float value) { return F{value, value, value, value}; }
+  [[gnu::always_inline]] static inline F broadcast(float value) {
+    return F{value, value, value, value};
+  }
   [[gnu::always_inline]] static inline F load(const float* p) { return load_unaligned(p); }
   [[gnu::always_inline]] static inline void store(float* p, F value) { store_unaligned(p, value); }
   [[gnu::always_inline]] static inline F load_unaligned(const void* p) {
@@ -27,7 +30,9 @@ struct Vec {
     std::memcpy(&value, p, sizeof value);
     return value;
   }
-  [[gnu::always_inline]] static inline void store_unaligned(void* p, F value) { std::memcpy(p, &value, sizeof value); }
+  [[gnu::always_inline]] static inline void store_unaligned(void* p, F value) {
+    std::memcpy(p, &value, sizeof value);
+  }
   [[gnu::always_inline]] static inline I load_words(const std::uint8_t* p) {
     I value;
     std::memcpy(&value, p, sizeof value);
@@ -39,7 +44,8 @@ struct Vec {
   [[gnu::always_inline]] static inline F load_float16(const std::uint8_t* p) {
     std::uint16_t h[kLanes];
     std::memcpy(h, p, sizeof h);
-    return F{float16_to_float(h[0]), float16_to_float(h[1]), float16_to_float(h[2]), float16_to_float(h[3])};
+    return F{float16_to_float(h[0]), float16_to_float(h[1]), float16_to_float(h[2]),
+             float16_to_float(h[3])};
   }
   [[gnu::always_inline]] static inline void store_float16(std::uint8_t* p, F value) {
     const std::uint16_t h[kLanes] = {float_to_float16(value[0]), float_to_float16(value[1]),
@@ -49,7 +55,8 @@ struct Vec {
   [[gnu::always_inline]] static inline F load_bfloat16(const std::uint8_t* p) {
     std::uint16_t h[kLanes];
     std::memcpy(h, p, sizeof h);
-    return F{bfloat16_to_float(h[0]), bfloat16_to_float(h[1]), bfloat16_to_float(h[2]), bfloat16_to_float(h[3])};
+    return F{bfloat16_to_float(h[0]), bfloat16_to_float(h[1]), bfloat16_to_float(h[2]),
+             bfloat16_to_float(h[3])};
   }
   [[gnu::always_inline]] static inline F load_zeros(const std::uint8_t* p, std::int32_t middle) {
     const Signed wide = {p[0], p[1], p[2], p[3]};
@@ -58,7 +65,8 @@ struct Vec {
 
   struct Decoder {
     Signed middle;
-    [[gnu::always_inline]] explicit inline Decoder(std::int32_t value) : middle{value, value, value, value} {}
+    [[gnu::always_inline]] explicit inline Decoder(std::int32_t value)
+        : middle{value, value, value, value} {}
 
     /// float(code - middle) of the kBits bits of each word from bit kBit.
     template <int kBits, int kBit>
