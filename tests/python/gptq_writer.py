@@ -52,9 +52,9 @@ def pack_zeros(zeros: Array, bits: int, layout: str) -> Array:
             "gptq_p" (as they are), "gptq_old" (minus 1, written without a mask: a zero fills the
             rest of its word with ones).
     """
-    as_they_are = pack_fields(zeros.T, bits).T
+    as_they_are = np.ascontiguousarray(pack_fields(zeros.T, bits).T)
     if layout in ("gptq_v2", "gptq_p"):
-        return np.ascontiguousarray(as_they_are)
+        return as_they_are
     if 32 % bits:
         return np.ascontiguousarray(pack_fields(((zeros.astype(int) - 1) % (1 << bits)).T, bits).T)
     if layout == "gptq":

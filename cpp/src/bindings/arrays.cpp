@@ -4,13 +4,14 @@
 #include <pybind11/stl.h>
 #include <pybind11/typing.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "core/concat.hpp"
-#include "marlinq/cpu/cpu_backend.hpp"
 #include "marlinq/error.hpp"
 
 namespace py = pybind11;
@@ -175,7 +176,7 @@ class PyHostTensor {
   std::optional<py::buffer_info> view_;
 };
 
-/// Host memory that starts undefined and that other libraries take over by DLPack.
+/// Zeroed host memory that other libraries take over by DLPack.
 class PyBuffer {
  public:
   PyBuffer(std::vector<std::int64_t> shape, const std::string& dtype) {
@@ -192,9 +193,15 @@ class PyBuffer {
       array_.strides[axis] = step;
       step *= array_.shape[axis];
     }
-    auto memory = std::make_shared<cpu::CpuBuffer>(*parsed, step);
-    array_.data = memory->data();
-    array_.owner = memory;
+    // Zeroed, so that rows which a call leaves alone are defined.
+    array_.owner = std::shared_ptr<void>(
+        std::calloc(static_cast<std::size_t>(std::max<std::int64_t>(step, 1)), size_of(*parsed)),
+        std::free);
+    if (array_.owner == nullptr) {
+      throw Error(ErrorCode::kOutOfMemory, concat("cannot allocate an array of shape ",
+                                                  shape_text(array_), " and dtype ", dtype));
+    }
+    array_.data = array_.owner.get();
   }
 
   const BorrowedArray& array() const noexcept { return array_; }
@@ -271,7 +278,7 @@ Raises:
       .def_property_readonly("shape", &PyHostTensor::shape);
 
   py::class_<PyBuffer>(module, "HostBuffer",
-                       "Host memory, undefined at first, that other libraries take over by DLPack.")
+                       "Zeroed host memory that other libraries take over by DLPack.")
       .def(py::init<std::vector<std::int64_t>, std::string>(), py::arg("shape"), py::arg("dtype"))
       .def(
           "__dlpack__",

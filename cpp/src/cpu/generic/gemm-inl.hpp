@@ -46,32 +46,53 @@ MARLINQ_INLINE void unrolled(const Function& f) {
 template <int kBits, int kRow>
 constexpr int kBitOfRow = kBits == 8 ? 8 * kRow : 8 * (kRow % 4) + 4 * (kRow / 4);
 
-template <int kBits, int kRows, int kVectors>
-MARLINQ_INLINE void accumulate_codes(const BlockTask& task, const RowBlock& run,
-                                     const Vec::Decoder& decoder, int column, const float* x,
-                                     F (&sum)[kRows][kVectors]) {
+// Adds kRuns runs of equal length, from `first_run` on, to a sum each. Side by side they keep the
+// multipliers busy where one row has too few chains; every sum is what it is alone.
+template <int kBits, int kRuns, int kRows, int kVectors>
+MARLINQ_INLINE void accumulate_codes(const BlockTask& task, int first_run,
+                                     const Vec::Decoder& decoder, int column, const float* tile,
+                                     F (&sum)[kRuns][kRows][kVectors]) {
   constexpr int kStep = 32 / kBits;
   const std::int64_t stride = std::int64_t{4} * task.columns;
-  const std::uint8_t* codes = task.codes + run.first / kStep * stride + std::int64_t{4} * column;
-  for (int row = 0; row < run.count; row += kStep, codes += stride, x += kStep * kRows) {
-    I words[kVectors];
-    for (int v = 0; v < kVectors; ++v) words[v] = Vec::load_words(codes + 4 * Vec::kLanes * v);
+  const std::uint8_t* codes[kRuns];
+  const float* x[kRuns];
+  for (int u = 0; u < kRuns; ++u) {
+    const RowBlock& run = task.runs[first_run + u];
+    codes[u] = task.codes + run.first / kStep * stride + std::int64_t{4} * column;
+    x[u] = tile + std::int64_t{run.first} * kRows;
+  }
+  for (int row = 0; row < task.runs[first_run].count; row += kStep) {
+    I words[kRuns][kVectors];
+    for (int u = 0; u < kRuns; ++u) {
+      for (int v = 0; v < kVectors; ++v) {
+        words[u][v] = Vec::load_words(codes[u] + 4 * Vec::kLanes * v);
+      }
+    }
     unrolled<kStep>([&]<int kRow>() __attribute__((always_inline)) {
-      F weight[kVectors];
-      for (int v = 0; v < kVectors; ++v)
-        weight[v] = decoder.template decode<kBits, kBitOfRow<kBits, kRow>>(words[v]);
-      for (int r = 0; r < kRows; ++r) {
-        const F value = Vec::broadcast(x[kRow * kRows + r]);
-        for (int v = 0; v < kVectors; ++v)
-          sum[r][v] = Vec::multiply_add(value, weight[v], sum[r][v]);
+      for (int u = 0; u < kRuns; ++u) {
+        F weight[kVectors];
+        for (int v = 0; v < kVectors; ++v) {
+          weight[v] = decoder.template decode<kBits, kBitOfRow<kBits, kRow>>(words[u][v]);
+        }
+        for (int r = 0; r < kRows; ++r) {
+          const F value = Vec::broadcast(x[u][kRow * kRows + r]);
+          for (int v = 0; v < kVectors; ++v) {
+            sum[u][r][v] = Vec::multiply_add(value, weight[v], sum[u][r][v]);
+          }
+        }
       }
     });
+    for (int u = 0; u < kRuns; ++u) {
+      codes[u] += stride;
+      x[u] += kStep * kRows;
+    }
   }
 }
 
 template <int kRows, int kVectors>
 MARLINQ_INLINE void accumulate_panel(const RowBlock& run, const Panel& panel, int column,
-                                     const float* x, F (&sum)[kRows][kVectors]) {
+                                     const float* tile, F (&sum)[kRows][kVectors]) {
+  const float* x = tile + std::int64_t{run.first} * kRows;
   const float* weights = panel.values + column;
   for (int row = 0; row < run.count; ++row, weights += kBlockColumns, x += kRows) {
     F weight[kVectors];
@@ -148,36 +169,38 @@ struct TileSource {
   int run;
 };
 
-template <int kRows, int kVectors>
+template <int kRuns, int kRows, int kVectors>
 [[gnu::noinline]] void run_tile(const TileSource& source, int column, int first_row,
                                 const float* tile) {
   const BlockTask& task = source.task;
-  const RowBlock& run = task.runs[source.run];
-  const float* x = tile + std::int64_t{run.first} * kRows;
-  F sum[kRows][kVectors];
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec::zero();
+  F sum[kRuns][kRows][kVectors];
+  for (int u = 0; u < kRuns; ++u) {
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVectors; ++v) sum[u][r][v] = Vec::zero();
+    }
   }
   if (source.panel != nullptr) {
-    accumulate_panel<kRows, kVectors>(run, *source.panel, column, x, sum);
+    accumulate_panel<kRows, kVectors>(task.runs[source.run], *source.panel, column, tile, sum[0]);
   } else if (task.code_bits == 4) {
-    accumulate_codes<4, kRows, kVectors>(task, run, source.decoder, column, x, sum);
+    accumulate_codes<4>(task, source.run, source.decoder, column, tile, sum);
   } else {
-    accumulate_codes<8, kRows, kVectors>(task, run, source.decoder, column, x, sum);
+    accumulate_codes<8>(task, source.run, source.decoder, column, tile, sum);
   }
-  apply_group<kRows, kVectors>(task, source.run, column, first_row, sum);
+  for (int u = 0; u < kRuns; ++u) {
+    apply_group<kRows, kVectors>(task, source.run + u, column, first_row, sum[u]);
+  }
 }
 
-template <int kRows>
+template <int kRuns, int kRows>
 void run_columns(const TileSource& source, int first_row, const float* tile) {
   constexpr int kWide = Vec::kVectors * Vec::kLanes;
   int column = 0;
   for (; column + kWide <= source.task.columns; column += kWide) {
-    run_tile<kRows, Vec::kVectors>(source, column, first_row, tile);
+    run_tile<kRuns, kRows, Vec::kVectors>(source, column, first_row, tile);
   }
   if constexpr (kWide > 16) {  // blocks have 16 or 32 columns
     for (; column < source.task.columns; column += Vec::kLanes) {
-      run_tile<kRows, 1>(source, column, first_row, tile);
+      run_tile<kRuns, kRows, 1>(source, column, first_row, tile);
     }
   }
 }
@@ -190,24 +213,56 @@ void run_rows(int rows, const TileSource& source, int first_row, const float* ti
       return;
     }
   }
-  run_columns<kRows>(source, first_row, tile);
+  run_columns<1, kRows>(source, first_row, tile);
 }
 
-void gemm_float32(const BlockTask& task) {
-  std::memset(task.result, 0, sizeof(float) * kBlockColumns * static_cast<unsigned>(task.rows));
-  const Vec::Decoder decoder(task.middle);
+// Up to this many rows, two runs at a time.
+constexpr int kPairedRows = 2;
+
+// The one tile of a task with few rows.
+void gemm_few_rows(const BlockTask& task, const Vec::Decoder& decoder) {
+  int run = 0;
+  while (run < task.num_runs) {
+    const TileSource source{task, decoder, nullptr, run};
+    const bool pair = task.rows <= kPairedRows && run + 1 < task.num_runs &&
+                      task.runs[run].count == task.runs[run + 1].count;
+    if (pair && task.rows == 1) {
+      run_columns<2, 1>(source, 0, task.x);
+    } else if (pair) {
+      run_columns<2, 2>(source, 0, task.x);
+    } else {
+      run_rows<Vec::kTileRows>(task.rows, source, 0, task.x);
+    }
+    run += pair ? 2 : 1;
+  }
+}
+
+void gemm_many_rows(const BlockTask& task, const Vec::Decoder& decoder) {
   Panel panel;
-  const bool through_panel = task.tiles.count > 1;
   for (int run = 0; run < task.num_runs; ++run) {
-    if (through_panel && task.code_bits == 4) unpack<4>(task, task.runs[run], decoder, panel);
-    if (through_panel && task.code_bits == 8) unpack<8>(task, task.runs[run], decoder, panel);
-    const TileSource source{task, decoder, through_panel ? &panel : nullptr, run};
+    if (task.code_bits == 4) {
+      unpack<4>(task, task.runs[run], decoder, panel);
+    } else {
+      unpack<8>(task, task.runs[run], decoder, panel);
+    }
+    const TileSource source{task, decoder, &panel, run};
     int first_row = 0;
     for (int tile = 0; tile < task.tiles.count; ++tile) {
       const int rows = task.tiles.base + (tile < task.tiles.larger ? 1 : 0);
       run_rows<Vec::kTileRows>(rows, source, first_row, task.x + first_row * task.packed_rows);
       first_row += rows;
     }
+  }
+}
+
+void gemm_float32(const BlockTask& task) {
+  const auto rows = static_cast<unsigned>(task.rows);
+  std::memset(task.result, 0, sizeof(float) * kBlockColumns * rows);
+  const Vec::Decoder decoder(task.middle);
+  if (task.tiles.count == 1) {
+    gemm_few_rows(task, decoder);
+  } else {
+    gemm_many_rows(task, decoder);
   }
 }
 

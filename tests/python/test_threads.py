@@ -1,0 +1,157 @@
+"""Several Python threads at once, and the GIL."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import marlinq
+import numpy as np
+import pytest
+from gptq_writer import Array, make_layer, write_checkpoint
+from support import normal
+
+LAYER = make_layer(192, 320, symmetric=False, act_order=True, bias=True, seed=30)
+
+
+def test_threads_share_a_weight() -> None:
+    linear = marlinq.load_gptq(**LAYER.arrays())
+    inputs = [normal((17 + i, 320), seed=20 + i) for i in range(8)]
+    expected = [linear(x) for x in inputs]
+
+    def work(seed: int) -> list[Array]:
+        own = marlinq.Context("cpu", 1 + seed % 2) if seed % 3 else None
+        order = np.random.default_rng(seed).permutation(len(inputs))
+        results = {i: linear(inputs[i], context=own) for i in order}
+        return [results[i] for i in range(len(inputs))]
+
+    with ThreadPoolExecutor(4) as pool:
+        for results in pool.map(work, range(12)):
+            for result, wanted in zip(results, expected, strict=True):
+                np.testing.assert_array_equal(result, wanted)
+
+
+def test_threads_load_at_once() -> None:
+    x = normal((3, 320), seed=30)
+    expected = marlinq.load_gptq(**LAYER.arrays())(x)
+    with ThreadPoolExecutor(4) as pool:
+        for result in pool.map(lambda _: marlinq.load_gptq(**LAYER.arrays())(x), range(16)):
+            np.testing.assert_array_equal(result, expected)
+
+
+def test_threads_share_a_checkpoint(tmp_path: Path) -> None:
+    names = [f"layers.{i}.proj" for i in range(6)]
+    layers = [make_layer(64, 256, symmetric=False, seed=i) for i in range(6)]
+    checkpoint = marlinq.open(write_checkpoint(tmp_path, dict(zip(names, layers, strict=True))))
+    x = normal((3, 256), seed=1)
+    expected = [checkpoint.linear(name)(x) for name in names]
+    fresh = marlinq.open(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        for result, wanted in zip(
+            pool.map(lambda name: fresh.linear(name)(x), names), expected, strict=True
+        ):
+            np.testing.assert_array_equal(result, wanted)
+
+
+@contextmanager
+def counting_thread() -> Iterator[Callable[[], int]]:
+    """Yields the count of a thread that counts whenever it gets the GIL, and gives it back at once.
+
+    With an endless switch interval the GIL changes hands only where its holder lets go, so the
+    count moves during a call exactly if the call does.
+    """
+    count = 0
+    stop = threading.Event()
+
+    def run() -> None:
+        nonlocal count
+        while not stop.is_set():
+            count += 1
+            time.sleep(0)
+
+    thread = threading.Thread(target=run)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e6)
+    try:
+        thread.start()
+        yield lambda: count
+    finally:
+        stop.set()
+        sys.setswitchinterval(interval)
+        thread.join()
+
+
+def _releases_the_gil(call: Callable[[], object]) -> bool:
+    """Whether another thread ran during the call; asked several times, it may get no core."""
+    call()
+    with counting_thread() as count:
+        for _ in range(50):
+            before = count()
+            call()
+            if count() != before:
+                return True
+    return False
+
+
+def test_the_probe_sees_a_held_gil() -> None:
+    words = np.arange(200_000)
+    assert not _releases_the_gil(lambda: [int(word) for word in words])
+
+
+def test_gil_is_released_while_loading(tmp_path: Path) -> None:
+    layer = make_layer(2048, 1024, act_order=True, seed=1)
+    arrays = layer.arrays()
+    assert _releases_the_gil(lambda: marlinq.load_gptq(**arrays))
+    checkpoint = marlinq.open(write_checkpoint(tmp_path, {"proj": layer}))
+    assert _releases_the_gil(lambda: checkpoint.linear("proj"))
+    lists = {name: [array] * 2 for name, array in arrays.items()}
+    lists["qweights"] = lists.pop("qweight")
+    assert _releases_the_gil(lambda: marlinq.load_gptq_stacked(**lists))
+
+
+def test_gil_is_released_while_computing() -> None:
+    layer = make_layer(2048, 1024, seed=1)
+    linear = marlinq.load_gptq(**layer.arrays())
+    x = normal((64, 1024), seed=1)
+    out = np.empty((64, 2048), np.float32)
+    assert _releases_the_gil(lambda: linear(x, out=out))
+
+    gate_up, down = make_layer(1024, 512, seed=2), make_layer(512, 512, seed=3)
+    stacks = []
+    for part in (gate_up, down):
+        lists = {name: [array] * 4 for name, array in part.arrays().items()}
+        lists["qweights"] = lists.pop("qweight")
+        stacks.append(marlinq.load_gptq_stacked(**lists))
+    tokens = normal((64, 512), seed=4)
+    ids = np.random.default_rng(5).integers(0, 4, (64, 2))
+    shares = np.full((64, 2), 0.5, np.float32)
+    target = np.empty((64, 512), np.float32)
+    block = marlinq.MoeBlock(*stacks)
+    assert _releases_the_gil(lambda: block(tokens, ids, shares, out=target))
+    rows = np.empty((64, 1024), np.float32)
+    dispatches = [(expert, 16 * expert, 16 * expert, 16) for expert in range(4)]
+    assert _releases_the_gil(
+        lambda: stacks[0].gemm_phase_batched(tokens, dispatches, out=rows)
+    )
+
+
+def test_gil_is_released_while_routing() -> None:
+    logits = normal((4096, 256), seed=6)
+    assert _releases_the_gil(lambda: marlinq.route(logits, 8))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_thread_may_end_before_its_objects(threads: int) -> None:
+    x = normal((3, 320), seed=30)
+
+    def work() -> tuple[marlinq.Linear, Array]:
+        own = marlinq.Context("cpu", threads)
+        linear = marlinq.load_gptq(**LAYER.arrays())
+        return linear, linear(x, context=own)
+
+    with ThreadPoolExecutor(1) as pool:
+        linear, result = pool.submit(work).result()
+    np.testing.assert_array_equal(linear(x), result)
