@@ -337,7 +337,7 @@ def test_describe() -> None:
         "k": 100,
         "n": 60,
         "num_experts": 1,
-        "fused": 1,
+        "fused": [60],
         "symmetric": False,
         "act_order": True,
         "bias": True,

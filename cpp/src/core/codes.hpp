@@ -23,20 +23,21 @@ constexpr std::int64_t packed_words(std::int64_t codes, int bits) noexcept {
   return ceil_div(codes * bits, 32);
 }
 
-/// qweight is [packed_words(k), n]; writes the codes of input row `row`, columns [column, column +
-/// count).
-inline void read_code_row(const std::uint8_t* qweight, int bits, std::int64_t n, std::int64_t row,
-                          std::int64_t column, int count, std::uint8_t* codes) noexcept {
+/// qweight is [packed_words(k), n]. Puts the codes of input row `row`, columns
+/// [column, column + count), into words[i] at bit `place`, whose bits there are 0.
+inline void place_code_row(const std::uint8_t* qweight, int bits, std::int64_t n, std::int64_t row,
+                           std::int64_t column, int count, int place,
+                           std::uint32_t* words) noexcept {
   const std::int64_t bit = row * bits;
   const int shift = static_cast<int>(bit % 32);
   const std::uint32_t mask = (1U << bits) - 1U;
-  const std::uint8_t* words = qweight + (bit / 32 * n + column) * 4;
+  const std::uint8_t* source = qweight + (bit / 32 * n + column) * 4;
   for (int i = 0; i < count; ++i) {
-    codes[i] = static_cast<std::uint8_t>((load_word(words, i) >> shift) & mask);
+    words[i] |= ((load_word(source, i) >> shift) & mask) << place;
   }
   if (shift + bits > 32) {
     for (int i = 0; i < count; ++i) {
-      codes[i] |= static_cast<std::uint8_t>((load_word(words, n + i) << (32 - shift)) & mask);
+      words[i] |= ((load_word(source, n + i) << (32 - shift)) & mask) << place;
     }
   }
 }

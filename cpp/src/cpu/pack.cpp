@@ -39,21 +39,19 @@ void pack_codes(const BlockTarget& target) {
   const Layout& layout = target.packed.layout;
   const int step = Layout::rows_per_dword(layout.code_bits);
   const int real = target.real_columns();
-  std::uint8_t codes[Layout::kBlockColumns];
+  const auto middle = std::uint32_t{1} << (target.bits - 1);
   std::uint8_t* block = target.memory + target.packed.codes + layout.code_offset(target.block);
   for (std::int64_t first = 0; first < layout.packed_rows; first += step) {
     std::uint32_t words[Layout::kBlockColumns] = {};
     for (int r = 0; r < step; ++r) {
       const std::int32_t row = target.order.source[static_cast<std::size_t>(first + r)];
-      if (row < 0) {
-        std::fill_n(codes, real, static_cast<std::uint8_t>(1 << (target.bits - 1)));
+      const int place = layout.bit_of_row(r);
+      if (row >= 0) {
+        place_code_row(target.module.qweight, target.bits, target.module.n, row,
+                       target.first_column(), real, place, words);
       } else {
-        read_code_row(target.module.qweight, target.bits, target.module.n, row,
-                      target.first_column(), real, codes);
+        for (int column = 0; column < real; ++column) words[column] |= middle << place;
       }
-      const int bit = layout.bit_of_row(r);
-      for (int column = 0; column < real; ++column)
-        words[column] |= static_cast<std::uint32_t>(codes[column]) << bit;
     }
     std::memcpy(block + layout.row_offset(target.block, first), words,
                 sizeof(std::uint32_t) * static_cast<std::size_t>(target.columns()));
