@@ -3,6 +3,7 @@
 
 set_property(GLOBAL PROPERTY MARLINQ_BACKENDS "")
 set_property(GLOBAL PROPERTY MARLINQ_CPU_ISAS "")
+set_property(GLOBAL PROPERTY MARLINQ_CUDA_ARCHS "")
 
 # marlinq_add_backend(NAME name TYPE c++-type HEADER public-header SOURCES file...)
 # Adds the object library marlinq_<name> from sources beside the calling backend.cmake.
@@ -65,4 +66,34 @@ function(marlinq_write_cpu_isa_list)
   file(CONFIGURE OUTPUT "${CMAKE_CURRENT_BINARY_DIR}/generated/marlinq_cpu_isa_list.hpp"
     CONTENT "#pragma once\n\n${declarations}\n#define MARLINQ_CPU_ISA_LIST ${entries}\n")
   target_include_directories(marlinq_cpu PRIVATE "${CMAKE_CURRENT_BINARY_DIR}/generated")
+endfunction()
+
+# marlinq_add_cuda_arch(NAME name [SOURCES file...])
+# Compiles arch/<name>/ on its own: the given sources and instantiate/*.cu.
+function(marlinq_add_cuda_arch)
+  cmake_parse_arguments(arg "" "NAME" "SOURCES" ${ARGN})
+  list(TRANSFORM arg_SOURCES PREPEND "${CMAKE_CURRENT_LIST_DIR}/")
+  file(GLOB instances CONFIGURE_DEPENDS "${CMAKE_CURRENT_LIST_DIR}/instantiate/*.cu")
+  add_library(marlinq_cuda_${arg_NAME} OBJECT ${arg_SOURCES} ${instances})
+  marlinq_target_options(marlinq_cuda_${arg_NAME})
+  target_compile_options(marlinq_cuda_${arg_NAME} PRIVATE
+    $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>)
+  target_link_libraries(marlinq_cuda_${arg_NAME} PRIVATE marlinq_internal CUDA::cudart_static)
+  set_property(GLOBAL APPEND PROPERTY MARLINQ_CUDA_ARCHS ${arg_NAME})
+endfunction()
+
+# Writes marlinq_cuda_arch_list.hpp for cuda/dispatch.cpp.
+function(marlinq_write_cuda_arch_list)
+  get_property(names GLOBAL PROPERTY MARLINQ_CUDA_ARCHS)
+  set(declarations "")
+  set(entries "")
+  foreach(name IN LISTS names)
+    string(APPEND declarations
+      "namespace marlinq::cuda::${name} {\nextern const ArchKernels kKernels;\n}\n")
+    list(APPEND entries "&${name}::kKernels")
+  endforeach()
+  list(JOIN entries ", " entries)
+  file(CONFIGURE OUTPUT "${CMAKE_CURRENT_BINARY_DIR}/generated/marlinq_cuda_arch_list.hpp"
+    CONTENT "#pragma once\n\n${declarations}\n#define MARLINQ_CUDA_ARCH_LIST ${entries}\n")
+  target_include_directories(marlinq_cuda PRIVATE "${CMAKE_CURRENT_BINARY_DIR}/generated")
 endfunction()

@@ -10,13 +10,13 @@ function(marlinq_target_options target)
   # Contraction would round differently from place to place; fused products are written out where
   # they are meant.
   target_compile_options(${target} PRIVATE
-    -Wall -Wextra -Wshadow -Wconversion -Wno-sign-conversion -ffp-contract=off)
+    $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow -Wconversion -Wno-sign-conversion -ffp-contract=off>)
   if(MARLINQ_WERROR)
-    target_compile_options(${target} PRIVATE -Werror)
+    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
   endif()
   if(MARLINQ_SANITIZE)
-    target_compile_options(${target} PRIVATE
-      -fsanitize=${MARLINQ_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)
+    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:
+      -fsanitize=${MARLINQ_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer>)
     target_link_options(${target} PUBLIC -fsanitize=${MARLINQ_SANITIZE})
   endif()
 endfunction()

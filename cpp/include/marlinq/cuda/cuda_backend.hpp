@@ -1,0 +1,84 @@
+// The CUDA backend for typed use: CudaBackend::load_gptq(context, ...) and what it needs.
+// No CUDA header is needed: a stream crosses as void*.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "marlinq/backend.hpp"
+#include "marlinq/export.hpp"
+#include "marlinq/registry.hpp"
+
+namespace marlinq {
+namespace cuda {
+
+struct ContextState;
+
+/// Device memory. Movable, not copyable; contents start undefined.
+class MARLINQ_API CudaBuffer {
+ public:
+  CudaBuffer() = default;
+  /// Throws out_of_memory or device.
+  CudaBuffer(int device, DType dtype, std::int64_t size);
+  CudaBuffer(CudaBuffer&& other) noexcept;
+  CudaBuffer& operator=(CudaBuffer&& other) noexcept;
+  ~CudaBuffer();
+
+  Device device() const noexcept { return {DeviceKind::kCuda, device_}; }
+  DType dtype() const noexcept { return dtype_; }
+  std::int64_t size() const noexcept { return size_; }  // elements
+  void* data() const noexcept { return data_; }
+
+ private:
+  void* data_ = nullptr;
+  std::int64_t size_ = 0;
+  DType dtype_ = DType::kFloat32;
+  int device_ = 0;
+};
+
+/// A device, a stream that the caller owns, and scratch. Used by one thread at a time.
+class MARLINQ_API CudaContext {
+ public:
+  /// Throws device where there is no such device.
+  explicit CudaContext(int device = 0, void* stream = nullptr);
+  CudaContext(CudaContext&&) noexcept;
+  CudaContext& operator=(CudaContext&&) noexcept;
+  ~CudaContext();
+
+  Device device() const noexcept;
+  void* stream() const noexcept;
+  /// Work of later calls goes to this stream. The scratch is shared by all streams of a context, so the
+  /// caller orders them.
+  void set_stream(void* stream) noexcept;
+  int threads() const noexcept;
+  /// How often the scratch has grown.
+  std::int64_t scratch_allocations() const noexcept;
+
+  ContextState& state() noexcept { return *state_; }
+
+ private:
+  std::unique_ptr<ContextState> state_;
+};
+
+}  // namespace cuda
+
+/// GPTQ layers on NVIDIA GPUs of compute capability 8.0 and newer.
+struct MARLINQ_API CudaBackend : QuantMarlinDefaults<CudaBackend> {
+  static constexpr std::string_view kName = "cuda";
+  using Context = cuda::CudaContext;
+  using Buffer = cuda::CudaBuffer;
+
+  static std::unique_ptr<Linear<CudaBackend>> load_gptq(Context& context, const GptqTensors& tensors,
+                                                        const GptqSpec& spec, const LoadOptions& options = {});
+  static void pregrow_marlin_gather_scratch(Context& context, std::int64_t required_elements);
+
+  // For the registry.
+  static BackendInfo info();
+  static bool runs(DeviceKind kind) noexcept { return kind == DeviceKind::kCuda; }
+  static Context open(Device device, const ContextOptions& options);
+};
+
+static_assert(BackendQuantMarlin<CudaBackend>);
+
+}  // namespace marlinq

@@ -1,0 +1,40 @@
+// What a GPU architecture folder offers to the backend: plain data and function pointers.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "cuda/device_weight.hpp"
+#include "cuda/problem.hpp"
+#include "marlinq/gptq.hpp"
+
+namespace marlinq::cuda {
+
+struct ArchKernels {
+  const char* name;
+  int priority;            // the usable entry with the highest is chosen
+  int min_capability;      // 10 * major + minor
+  const char* requirement;  // for people
+
+  /// Packs the fused modules of one layer on the current device, on `stream`; returns when the tensors of the
+  /// caller are no longer needed. Throws out_of_memory or device.
+  DeviceWeight (*pack)(const GptqWeights& weights, void* stream);
+
+  /// Pure: how to run a problem.
+  GemmPlan (*plan)(const WeightView& weight, std::int32_t m, const DeviceLimits& limits, BatchInvariance invariance);
+
+  /// Most floats of partial sums and most counters that any plan needs.
+  void (*scratch_need)(const DeviceLimits& limits, std::int64_t& partial_floats, std::int32_t& counters);
+
+  void (*launch)(const GemmProblem& problem, const GemmPlan& plan, const SplitScratch& scratch, void* stream);
+};
+
+/// Every architecture of this build, best first.
+std::span<const ArchKernels* const> arch_kernels();
+
+/// `name` empty: the best for the capability. Throws invalid_argument or unsupported.
+const ArchKernels& choose_arch(std::string_view name, int capability);
+
+}  // namespace marlinq::cuda

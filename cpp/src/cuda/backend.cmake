@@ -1,0 +1,16 @@
+if(NOT MARLINQ_CUDA)
+  return()
+endif()
+
+# The runtime is linked statically, so that the library loads where there is no driver.
+find_package(CUDAToolkit REQUIRED)
+marlinq_add_backend(NAME cuda TYPE marlinq::CudaBackend HEADER marlinq/cuda/cuda_backend.hpp
+  SOURCES context.cpp cuda_backend.cpp device_buffer.cpp dispatch.cpp gather.cu)
+target_link_libraries(marlinq_cuda PRIVATE CUDA::cudart_static)
+
+# Each architecture is an object library of its own; dispatch.cpp includes the list of their tables.
+file(GLOB arch_files CONFIGURE_DEPENDS "${CMAKE_CURRENT_LIST_DIR}/arch/*/arch.cmake")
+foreach(arch_file IN LISTS arch_files)
+  include("${arch_file}")
+endforeach()
+marlinq_write_cuda_arch_list()

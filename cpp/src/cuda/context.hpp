@@ -1,0 +1,36 @@
+// What a CUDA context owns between calls.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "cuda/problem.hpp"
+#include "marlinq/cuda/cuda_backend.hpp"
+
+namespace marlinq::cuda {
+
+struct ContextState {
+  int device = 0;
+  cudaStream_t stream = nullptr;
+  DeviceLimits limits;
+  std::int64_t scratch_allocations = 0;
+
+  CudaBuffer gather;    // kFloat16 elements
+  CudaBuffer partials;  // kFloat32
+  CudaBuffer counters;  // kInt32, all 0 between calls
+  // Buffers that a captured graph may still use; freed with the context.
+  std::vector<CudaBuffer> retired;
+  bool captured = false;  // some forward of this context was captured
+
+  bool capturing() const;
+
+  /// The gather scratch with room for `elements` 2-byte elements. Throws invalid_argument inside a capture
+  /// that would need more.
+  void* grow_gather(std::int64_t elements);
+
+  SplitScratch split_scratch() const noexcept;
+};
+
+}  // namespace marlinq::cuda

@@ -1,0 +1,183 @@
+// The CUDA backend's side of the trait, and its linear layer.
+#include "marlinq/cuda/cuda_backend.hpp"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "core/elements.hpp"
+#include "core/matrix_checks.hpp"
+#include "cuda/arch_table.hpp"
+#include "cuda/context.hpp"
+#include "cuda/cuda_check.hpp"
+#include "cuda/gather.hpp"
+
+namespace marlinq {
+namespace cuda {
+namespace {
+
+FloatType float_type(DType dtype) noexcept {
+  return dtype == DType::kFloat16 ? FloatType::kF16 : dtype == DType::kBFloat16 ? FloatType::kBF16 : FloatType::kF32;
+}
+
+int capability_of(int device) {
+  int major = 0;
+  int minor = 0;
+  MARLINQ_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  MARLINQ_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  return 10 * major + minor;
+}
+
+/// A GPTQ linear layer on one device; shared by any number of contexts and streams of that device.
+class CudaMarlinLinear final : public Linear<CudaBackend> {
+ public:
+  CudaMarlinLinear(DeviceWeight weight, const ArchKernels& arch, Description description, BatchInvariance invariance)
+      : weight_(std::move(weight)), arch_(arch), description_(std::move(description)), invariance_(invariance) {}
+
+  std::int64_t in_features() const noexcept override { return description_.k; }
+  std::int64_t out_features() const noexcept override { return description_.n; }
+  Description describe() const override { return description_; }
+
+  void forward(CudaContext& context, const ConstMatrixView& input, const MatrixView& output,
+               std::int64_t m) const override {
+    check_rows(m);
+    const Device device = weight_.memory.device();
+    if (context.device() != device) {
+      refuse_argument(concat("context: on ", to_string(context.device()), ", expected ", to_string(device)));
+    }
+    check_input(input, "x", device, m, description_.k);
+    check_output(output, "out", device, m, description_.n, input.dtype);
+    if (m == 0) return;
+    ContextState& state = context.state();
+    const DeviceGuard guard(state.device);
+    state.captured = state.captured || state.capturing();
+    for (const Segment& segment : weight_.segments) run(state, segment, input, output, m);
+  }
+
+ private:
+  void run(ContextState& state, const Segment& segment, const ConstMatrixView& input, const MatrixView& output,
+           std::int64_t m) const {
+    const auto y_size = static_cast<std::int64_t>(size_of(output.dtype));
+    GemmProblem problem{.weight = segment.view,
+                        .x = input.data,
+                        .x_type = input.dtype == DType::kBFloat16 ? FloatType::kBF16 : FloatType::kF16,
+                        .x_stride = input.row_stride,
+                        .x_columns = segment.view.k,
+                        .y = static_cast<unsigned char*>(output.data) + segment.first_feature * y_size,
+                        .y_type = float_type(output.dtype),
+                        .y_stride = output.row_stride,
+                        .m = static_cast<std::int32_t>(m)};
+    if (needs_gather(segment, input, m)) {
+      const std::int32_t columns = segment.view.packed_rows;
+      void* gathered = state.grow_gather(m * columns);
+      gather_rows(input.data, float_type(input.dtype), input.row_stride, problem.m, segment.view.k, segment.view.source,
+                  gathered, problem.x_type, columns, state.stream);
+      problem.x = gathered;
+      problem.x_stride = columns;
+      problem.x_columns = columns;
+    }
+    const GemmPlan plan = arch_.plan(problem.weight, problem.m, state.limits, invariance_);
+    arch_.launch(problem, plan, state.split_scratch(), state.stream);
+  }
+
+  // Kernels copy 16 bytes of x at a time, in the order of the packed rows.
+  static bool needs_gather(const Segment& segment, const ConstMatrixView& input, std::int64_t m) {
+    constexpr std::uintptr_t kPiece = 16;
+    const bool aligned = reinterpret_cast<std::uintptr_t>(input.data) % kPiece == 0 &&
+                         (m == 1 || input.row_stride % 8 == 0) && segment.view.k % 8 == 0;
+    return input.dtype == DType::kFloat32 || segment.view.source != nullptr || !aligned;
+  }
+
+  DeviceWeight weight_;
+  const ArchKernels& arch_;
+  Description description_;
+  BatchInvariance invariance_;
+};
+
+Description describe_layer(const GptqWeights& weights, const DeviceWeight& packed, const ArchKernels& arch,
+                           Device device, BatchInvariance invariance) {
+  Description d;
+  d.backend = CudaBackend::kName;
+  d.device = to_string(device);
+  d.arch = arch.name;
+  d.kernel = arch.name;
+  d.compute = "float16";
+  d.schedule = "by m";
+  d.bits = weights.bits;
+  d.group_size = weights.group_size;
+  d.k = weights.k;
+  d.n = weights.n;
+  d.k_padded = packed.k_padded;
+  d.n_padded = packed.n_padded;
+  d.symmetric = true;
+  bool v1 = false;
+  bool v2 = false;
+  for (const ValidatedModule& module : weights.modules) {
+    d.fused.push_back(module.n);
+    d.symmetric = d.symmetric && module.symmetric;
+    d.act_order = d.act_order || module.act_order;
+    d.bias = d.bias || module.bias != nullptr;
+    d.checkpoint_bytes += static_cast<std::int64_t>(module.bytes);
+    (module.zero_points == ZeroPoints::kV1 ? v1 : v2) = true;
+  }
+  d.zero_points = v1 && v2 ? "mixed" : v1 ? "v1" : "v2";
+  d.batch_invariant = invariance == BatchInvariance::kRequired;
+  d.scale_dtype = to_string(weights.modules.front().scale_dtype);
+  d.packed_bytes = packed.memory.size() * 4;
+  d.warnings = weights.warnings;
+  return d;
+}
+
+}  // namespace
+}  // namespace cuda
+
+std::unique_ptr<Linear<CudaBackend>> CudaBackend::load_gptq(Context& context, const GptqTensors& tensors,
+                                                            const GptqSpec& spec, const LoadOptions& options) {
+  if (options.compute != Compute::kAuto) {
+    throw Error(ErrorCode::kUnsupported, concat("backend 'cuda' does not support compute '", to_string(options.compute),
+                                                "'; activations decide between float16 and bfloat16"));
+  }
+  const GptqWeights weights = validate(tensors, spec);
+  cuda::ContextState& state = context.state();
+  const cuda::DeviceGuard guard(state.device);
+  const cuda::ArchKernels& arch = cuda::choose_arch(options.kernel, cuda::capability_of(state.device));
+  cuda::DeviceWeight packed = arch.pack(weights, state.stream);
+  Description description =
+      cuda::describe_layer(weights, packed, arch, context.device(), options.batch_invariance);
+  return std::make_unique<cuda::CudaMarlinLinear>(std::move(packed), arch, std::move(description),
+                                                  options.batch_invariance);
+}
+
+BackendInfo CudaBackend::info() {
+  BackendInfo info{.name = std::string(kName), .devices = {}, .hardware = "no device", .kernels = {}, .compute = {"auto"}};
+  int count = 0;
+  // Without a driver or a device there is nothing to list, and nothing wrong.
+  if (cudaGetDeviceCount(&count) != cudaSuccess) {
+    (void)cudaGetLastError();
+    count = 0;
+  }
+  int best = 0;
+  for (int device = 0; device < count; ++device) {
+    info.devices.push_back(to_string(Device{DeviceKind::kCuda, device}));
+    cudaDeviceProp properties;
+    MARLINQ_CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
+    info.hardware = device == 0 ? std::string(properties.name) : concat(info.hardware, ", ", properties.name);
+    best = std::max(best, 10 * properties.major + properties.minor);
+  }
+  bool found = false;
+  for (const cuda::ArchKernels* arch : cuda::arch_kernels()) {
+    const bool usable = best >= arch->min_capability;
+    info.kernels.push_back({.name = arch->name,
+                            .requires_features = arch->requirement,
+                            .usable = usable,
+                            .chosen = usable && !found});
+    found = found || usable;
+  }
+  return info;
+}
+
+CudaBackend::Context CudaBackend::open(Device device, const ContextOptions& options) {
+  return Context(device.index, options.stream);
+}
+
+}  // namespace marlinq

@@ -1,0 +1,25 @@
+// A packed layer on a device: one allocation, and where each segment of output features lies in it.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cuda/problem.hpp"
+#include "marlinq/cuda/cuda_backend.hpp"
+
+namespace marlinq::cuda {
+
+/// Modules fused along N that share one row order.
+struct Segment {
+  WeightView view;
+  std::int64_t first_feature = 0;  // of the output
+};
+
+struct DeviceWeight {
+  CudaBuffer memory;
+  std::vector<Segment> segments;
+  std::int64_t k_padded = 0;
+  std::int64_t n_padded = 0;
+};
+
+}  // namespace marlinq::cuda
