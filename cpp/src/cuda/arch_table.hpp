@@ -23,7 +23,7 @@ struct ArchKernels {
   DeviceWeight (*pack)(const GptqWeights& weights, void* stream);
 
   /// Pure: how to run a problem.
-  GemmPlan (*plan)(const WeightView& weight, std::int32_t m, const DeviceLimits& limits, BatchInvariance invariance);
+  GemmPlan (*plan)(const GemmProblem& problem, const DeviceLimits& limits, BatchInvariance invariance);
 
   /// Most floats of partial sums and most counters that any plan needs.
   void (*scratch_need)(const DeviceLimits& limits, std::int64_t& partial_floats, std::int32_t& counters);

@@ -29,6 +29,18 @@ void check_device(int device) {
 
 }  // namespace
 
+DeviceLimits device_limits(int device) {
+  const auto attribute = [device](cudaDeviceAttr which) {
+    int value = 0;
+    MARLINQ_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+    return value;
+  };
+  return {.multiprocessors = attribute(cudaDevAttrMultiProcessorCount),
+          .shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          .capability =
+              10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor)};
+}
+
 bool ContextState::capturing() const {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   MARLINQ_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
@@ -61,7 +73,7 @@ CudaContext::CudaContext(int device, void* stream) : state_(std::make_unique<Con
   const DeviceGuard guard(device);
   state_->device = device;
   state_->stream = static_cast<cudaStream_t>(stream);
-  MARLINQ_CUDA_CHECK(cudaDeviceGetAttribute(&state_->limits.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  state_->limits = device_limits(device);
   std::int64_t floats = 0;
   std::int32_t counters = 0;
   for (const ArchKernels* arch : arch_kernels()) {

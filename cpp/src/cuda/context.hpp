@@ -11,6 +11,8 @@
 
 namespace marlinq::cuda {
 
+DeviceLimits device_limits(int device);
+
 struct ContextState {
   int device = 0;
   cudaStream_t stream = nullptr;

@@ -20,14 +20,6 @@ FloatType float_type(DType dtype) noexcept {
   return dtype == DType::kFloat16 ? FloatType::kF16 : dtype == DType::kBFloat16 ? FloatType::kBF16 : FloatType::kF32;
 }
 
-int capability_of(int device) {
-  int major = 0;
-  int minor = 0;
-  MARLINQ_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  MARLINQ_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  return 10 * major + minor;
-}
-
 /// A GPTQ linear layer on one device; shared by any number of contexts and streams of that device.
 class CudaMarlinLinear final : public Linear<CudaBackend> {
  public:
@@ -76,7 +68,7 @@ class CudaMarlinLinear final : public Linear<CudaBackend> {
       problem.x_stride = columns;
       problem.x_columns = columns;
     }
-    const GemmPlan plan = arch_.plan(problem.weight, problem.m, state.limits, invariance_);
+    const GemmPlan plan = arch_.plan(problem, state.limits, invariance_);
     arch_.launch(problem, plan, state.split_scratch(), state.stream);
   }
 
@@ -140,7 +132,7 @@ std::unique_ptr<Linear<CudaBackend>> CudaBackend::load_gptq(Context& context, co
   const GptqWeights weights = validate(tensors, spec);
   cuda::ContextState& state = context.state();
   const cuda::DeviceGuard guard(state.device);
-  const cuda::ArchKernels& arch = cuda::choose_arch(options.kernel, cuda::capability_of(state.device));
+  const cuda::ArchKernels& arch = cuda::choose_arch(options.kernel, state.limits.capability);
   cuda::DeviceWeight packed = arch.pack(weights, state.stream);
   Description description =
       cuda::describe_layer(weights, packed, arch, context.device(), options.batch_invariance);

@@ -46,13 +46,25 @@ struct SplitScratch {
 
 struct DeviceLimits {
   std::int32_t multiprocessors = 0;
+  std::int32_t shared_bytes = 0;  // of a block, at most
+  std::int32_t capability = 0;    // 10 * major + minor
+};
+
+enum class KernelKind : std::uint8_t {
+  kStrip,  // few tokens: whole strips a block, K over its warps
+  kTile,   // tiles of tokens x features, K perhaps split over blocks
 };
 
 /// How a problem is run; the pure result of plan().
 struct GemmPlan {
+  KernelKind kind = KernelKind::kTile;
   std::int32_t token_tile = 8;
   std::int32_t feature_tile = 64;
-  std::int32_t splits = 1;
+  std::int32_t splits = 1;  // kTile
+  std::int32_t blocks = 1;  // kStrip
+  std::int32_t shared_bytes = 0;
+  /// The kernel may start before the one before it has ended, and waits for it by itself.
+  bool dependent_launch = false;
 };
 
 }  // namespace marlinq::cuda

@@ -14,9 +14,12 @@
 
 #include <cstdint>
 
+#include "cuda/arch/sm80/group_stream.cuh"
+#include "cuda/arch/sm80/output.cuh"
 #include "cuda/device/dequantize.cuh"
 #include "cuda/problem.hpp"
 #include "cuda/ptx/copy.cuh"
+#include "cuda/ptx/launch.cuh"
 #include "cuda/ptx/mma.cuh"
 
 namespace marlinq::cuda::sm80 {
@@ -53,25 +56,16 @@ struct KernelParams {
   int splits;
 };
 
-__device__ __forceinline__ float load_scale(const void* scales, FloatType type, int64_t index) {
-  switch (type) {
-    case FloatType::kF16:
-      return __half2float(static_cast<const __half*>(scales)[index]);
-    case FloatType::kBF16:
-      return __bfloat162float(static_cast<const __nv_bfloat16*>(scales)[index]);
-    case FloatType::kF32:
-      break;
-  }
-  return static_cast<const float*>(scales)[index];
-}
-
 template <class S>
 class Mainloop {
  public:
   using T = typename S::T;
 
   __device__ __forceinline__ Mainloop(const KernelParams& params, unsigned char* shared)
-      : p_(params.problem), w_(params.problem.weight) {
+      : p_(params.problem),
+        w_(params.problem.weight),
+        groups_(params.problem.weight,
+                blockIdx.y * (S::kFeatures / 16) + threadIdx.x / 32 % S::kFeatureWarps * S::kStrips) {
     const int warp = threadIdx.x / 32;
     lane_ = threadIdx.x % 32;
     row_warp_ = warp / S::kFeatureWarps;
@@ -79,9 +73,7 @@ class Mainloop {
     group_thread_ = threadIdx.x % S::kGroupThreads;
     ring_ = ptx::shared_address(shared) + row_warp_ * S::kStages * S::kStageBytes;
     chunks_ = w_.packed_rows / kChunkRows;
-    strips_ = (w_.n + 15) / 16;
     first_token_ = blockIdx.x * S::kTokens;
-    first_strip_ = blockIdx.y * (S::kFeatures / 16) + feature_warp_ * S::kStrips;
     const int split_begin = static_cast<int>(static_cast<int64_t>(chunks_) * blockIdx.z / params.splits);
     const int split_end = static_cast<int>(static_cast<int64_t>(chunks_) * (blockIdx.z + 1) / params.splits);
     const int length = split_end - split_begin;
@@ -104,8 +96,9 @@ class Mainloop {
       if (begin_ + stage < end_) fill(stage, begin_ + stage);
       ptx::copy_commit();
     }
-    group_ = w_.step_group[begin_ * 4];
-    start_group();
+    steps_ = load_steps(w_, begin_);
+    groups_.ask(steps_.x);
+    groups_.take();
     int stage = 0;
     for (int chunk = begin_; chunk < end_; ++chunk) {
       ptx::copy_wait<S::kStages - 2>();
@@ -118,7 +111,9 @@ class Mainloop {
       const int next = chunk + S::kStages - 1;
       if (next < end_) fill(stage == 0 ? S::kStages - 1 : stage - 1, next);
       ptx::copy_commit();
-      multiply(stage, chunk);
+      const int4 steps = steps_;
+      if (chunk + 1 < end_) steps_ = load_steps(w_, chunk + 1);
+      multiply(stage, steps);
       stage = stage + 1 == S::kStages ? 0 : stage + 1;
     }
     finish_group();
@@ -165,30 +160,12 @@ class Mainloop {
     const uint32_t codes = stage + S::kXBytes + feature_warp_ * S::kStrips * S::kPieces * 512 + lane_ * 16;
 #pragma unroll
     for (int s = 0; s < S::kStrips; ++s) {
-      // Strips beyond the last are read from the last; their features are never stored.
-      const int strip = min(first_strip_ + s, strips_ - 1);
       const uint32_t* source =
-          w_.codes + (static_cast<int64_t>(strip) * chunks_ + chunk) * (S::kPieces * 128) + lane_ * 4;
+          w_.codes + (static_cast<int64_t>(groups_.strip(s)) * chunks_ + chunk) * (S::kPieces * 128) + lane_ * 4;
 #pragma unroll
       for (int piece = 0; piece < S::kPieces; ++piece) {
         ptx::copy_async(codes + (s * S::kPieces + piece) * 512, source + piece * 128);
       }
-    }
-  }
-
-  __device__ __forceinline__ int64_t group_element(int strip, int group) const {
-    return ((static_cast<int64_t>(strip) * w_.groups + group) * 8 + lane_ / 4) * 2;
-  }
-
-  // Takes the zero points of group_, which the next products need, and asks for its scales.
-  __device__ __forceinline__ void start_group() {
-#pragma unroll
-    for (int s = 0; s < S::kStrips; ++s) {
-      const int64_t element = group_element(min(first_strip_ + s, strips_ - 1), group_);
-      const uint16_t zeros = *reinterpret_cast<const uint16_t*>(w_.zeros + element);
-      zero_[s].set(zeros & 0xffu, zeros >> 8);
-      scale_[s][0] = load_scale(w_.scales, w_.scale_type, element);
-      scale_[s][1] = load_scale(w_.scales, w_.scale_type, element + 1);
     }
   }
 
@@ -199,14 +176,14 @@ class Mainloop {
       for (int t = 0; t < S::kTokenTiles; ++t) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          sum_[s][t][i] = fmaf(scale_[s][i / 2], part_[s][t][i], sum_[s][t][i]);
+          sum_[s][t][i] = fmaf(groups_.scale(s, i / 2), part_[s][t][i], sum_[s][t][i]);
           part_[s][t][i] = 0.0f;
         }
       }
     }
   }
 
-  __device__ __forceinline__ void multiply(int slot, int chunk) {
+  __device__ __forceinline__ void multiply(int slot, const int4& steps) {
     const uint32_t stage = ring_ + slot * S::kStageBytes;
     const uint32_t codes = stage + S::kXBytes + feature_warp_ * S::kStrips * S::kPieces * 512 + lane_ * 16;
     uint32_t words[S::kStrips][S::kPieces * 4];
@@ -221,21 +198,19 @@ class Mainloop {
         words[s][piece * 4 + 3] = q.w;
       }
     }
-    const int4 groups = *reinterpret_cast<const int4*>(w_.step_group + chunk * 4);
-    const int step_group[4] = {groups.x, groups.y, groups.z, groups.w};
+    const int step_group[4] = {steps.x, steps.y, steps.z, steps.w};
     uint32_t b[S::kTokenTiles == 1 ? 1 : S::kTokenTiles / 2][4];
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      if (step_group[step] != group_) {
+      if (step_group[step] != groups_.group()) {
         finish_group();
-        group_ = step_group[step];
-        start_group();
+        groups_.take();
       }
       load_tokens(b, stage, step);
 #pragma unroll
       for (int s = 0; s < S::kStrips; ++s) {
         uint32_t a[4];
-        decode(a, &words[s][step * S::kPieces], zero_[s], T());
+        decode(a, &words[s][step * S::kPieces], groups_.zero(s), T());
 #pragma unroll
         for (int t = 0; t < S::kTokenTiles; ++t) {
           if constexpr (S::kTokenTiles == 1) {
@@ -271,37 +246,21 @@ class Mainloop {
   const WeightView& w_;
   uint32_t ring_;
   int lane_, row_warp_, feature_warp_, group_thread_;
-  int chunks_, strips_, first_token_, first_strip_, begin_, end_;
-  int group_ = 0;
-  ZeroPair<T, S::kBits> zero_[S::kStrips];
-  float scale_[S::kStrips][2];
+  int chunks_, first_token_, begin_, end_;
+  int4 steps_;
+  GroupStream<T, S::kBits, S::kStrips> groups_;
   float sum_[S::kStrips][S::kTokenTiles][4];
   float part_[S::kStrips][S::kTokenTiles][4];
 };
-
-template <class S>
-__device__ __forceinline__ void store_output(const GemmProblem& p, int token, int feature, float value) {
-  if (p.weight.bias != nullptr) value += p.weight.bias[feature];
-  const int64_t place = token * p.y_stride + feature;
-  switch (p.y_type) {
-    case FloatType::kF32:
-      static_cast<float*>(p.y)[place] = value;
-      break;
-    case FloatType::kF16:
-      static_cast<__half*>(p.y)[place] = __float2half_rn(value);
-      break;
-    case FloatType::kBF16:
-      static_cast<__nv_bfloat16*>(p.y)[place] = __float2bfloat16_rn(value);
-      break;
-  }
-}
 
 template <class S>
 __global__ void __launch_bounds__(kWarps * 32) gemm(const __grid_constant__ KernelParams params) {
   extern __shared__ __align__(128) unsigned char shared[];
   const GemmProblem& p = params.problem;
   Mainloop<S> loop(params, shared);
+  ptx::wait_for_predecessor();
   loop.run();
+  ptx::launch_dependents();
   ptx::copy_wait<0>();
   __syncthreads();
   auto* sums = reinterpret_cast<float*>(shared);
@@ -341,14 +300,14 @@ __global__ void __launch_bounds__(kWarps * 32) gemm(const __grid_constant__ Kern
       if (feature >= features) continue;
       float value = 0.0f;
       for (int split = 0; split < params.splits; ++split) value += __ldcg(all + split * tile_floats + i);
-      store_output<S>(p, first_token + i / S::kFeatures, first_feature + feature, value);
+      store_output(p, first_token + i / S::kFeatures, first_feature + feature, value);
     }
     return;
   }
   for (int i = threadIdx.x; i < tokens * S::kFeatures; i += kWarps * 32) {
     const int feature = i % S::kFeatures;
     if (feature < features) {
-      store_output<S>(p, first_token + i / S::kFeatures, first_feature + feature, row_warp_sum(i / S::kFeatures, feature));
+      store_output(p, first_token + i / S::kFeatures, first_feature + feature, row_warp_sum(i / S::kFeatures, feature));
     }
   }
 }

@@ -1,4 +1,4 @@
-// The instantiations of the sm_80 kernel and the choice among them.
+// The instantiations of the sm_80 kernels.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,16 +8,17 @@
 
 namespace marlinq::cuda::sm80 {
 
-GemmPlan plan(const WeightView& weight, std::int32_t m, const DeviceLimits& limits, BatchInvariance invariance);
-void scratch_need(const DeviceLimits& limits, std::int64_t& partial_floats, std::int32_t& counters);
-void launch(const GemmProblem& problem, const GemmPlan& plan, const SplitScratch& scratch, void* stream);
-
-/// One kernel: tile and how to launch it.
+/// One kernel: what it is for, what it takes, how to launch it.
 struct Instance {
+  KernelKind kind;
   FloatType type;
   std::int32_t code_bits;
   std::int32_t token_tile;
   std::int32_t feature_tile;
+  // kStrip: shared memory of the rings, and of the sums for each strip group and each warp.
+  std::int32_t ring_bytes;
+  std::int32_t slot_bytes;
+  std::int32_t warps;
   void (*launch)(const GemmProblem&, const GemmPlan&, const SplitScratch&, cudaStream_t);
 };
 

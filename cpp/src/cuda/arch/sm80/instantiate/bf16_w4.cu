@@ -4,11 +4,22 @@ namespace marlinq::cuda::sm80 {
 
 extern const Instance kInstances_bf16_w4[];
 const Instance kInstances_bf16_w4[] = {
+    // token tiles, strips, warps, stages
+    strip_instance<StripShape<__nv_bfloat16, 4, 1, 1, 16, 8>>(),
+    strip_instance<StripShape<__nv_bfloat16, 4, 1, 2, 16, 4>>(),
+    strip_instance<StripShape<__nv_bfloat16, 4, 1, 3, 8, 6>>(),
+    strip_instance<StripShape<__nv_bfloat16, 4, 1, 4, 8, 6>>(),
+    strip_instance<StripShape<__nv_bfloat16, 4, 2, 1, 16, 8>>(),
+    strip_instance<StripShape<__nv_bfloat16, 4, 2, 2, 16, 4>>(),
+    strip_instance<StripShape<__nv_bfloat16, 4, 2, 3, 8, 6>>(),
+    strip_instance<StripShape<__nv_bfloat16, 4, 2, 4, 8, 4>>(),
     // tokens, strips a warp, feature warps, stages
-    instance<Shape<__nv_bfloat16, 4, 8, 4, 1, 4>>(),
-    instance<Shape<__nv_bfloat16, 4, 16, 4, 1, 4>>(),
-    instance<Shape<__nv_bfloat16, 4, 32, 2, 4, 4>>(),
-    instance<Shape<__nv_bfloat16, 4, 64, 2, 8, 4>>(),
+    tile_instance<Shape<__nv_bfloat16, 4, 32, 2, 8, 4>>(),
+    tile_instance<Shape<__nv_bfloat16, 4, 32, 2, 4, 4>>(),
+    tile_instance<Shape<__nv_bfloat16, 4, 32, 2, 2, 4>>(),
+    tile_instance<Shape<__nv_bfloat16, 4, 64, 2, 8, 4>>(),
+    tile_instance<Shape<__nv_bfloat16, 4, 64, 2, 4, 4>>(),
+    tile_instance<Shape<__nv_bfloat16, 4, 64, 2, 2, 4>>(),
 };
 
 }  // namespace marlinq::cuda::sm80

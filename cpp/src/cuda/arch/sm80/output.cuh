@@ -1,0 +1,29 @@
+// The last step of every sm_80 kernel: bias, one rounding, the caller's row.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "cuda/problem.hpp"
+
+namespace marlinq::cuda::sm80 {
+
+__device__ __forceinline__ void store_output(const GemmProblem& p, int token, int feature, float value) {
+  if (p.weight.bias != nullptr) value += p.weight.bias[feature];
+  const int64_t place = token * p.y_stride + feature;
+  switch (p.y_type) {
+    case FloatType::kF32:
+      static_cast<float*>(p.y)[place] = value;
+      break;
+    case FloatType::kF16:
+      static_cast<__half*>(p.y)[place] = __float2half_rn(value);
+      break;
+    case FloatType::kBF16:
+      static_cast<__nv_bfloat16*>(p.y)[place] = __float2bfloat16_rn(value);
+      break;
+  }
+}
+
+}  // namespace marlinq::cuda::sm80
