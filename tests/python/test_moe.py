@@ -342,8 +342,12 @@ def test_parts_that_do_not_fit() -> None:
             {"shared_expert": (shared_gate_up, shared_gate_up)},
             r"shared gate_up: n = 160, expected 2 \* k of shared down = 192",
         ),
-        ((gate_up, down), {"shared_expert": (shared_gate_up,)}, "shared_expert: expected the pair"),
-        ((gate_up, down), {"shared_expert": (gate_up, down)}, "shared_expert: expected the pair"),
+        (
+            (gate_up, down),
+            {"shared_expert": (shared_gate_up,)},
+            "shared_expert: .*expected the pair",
+        ),
+        ((gate_up, down), {"shared_expert": (gate_up, down)}, "shared_expert: .*expected the pair"),
         ((gate_up, down), {"shared_gate": np.ones(HIDDEN)}, "shared_gate: given without"),
         (
             (gate_up, down),
