@@ -133,17 +133,9 @@ def allocate(like: Array, shape: Sequence[int], dtype: str | None = None) -> Out
 
 
 def clear(output: Output) -> None:
-    """Fills a new array with zeros.
-
-    Raises:
-        InvalidArgumentError: The array is not marlinq's to write yet (libraries with immutable
-            arrays).
-    """
-    if isinstance(output.target, _core.HostBuffer):
-        raise InvalidArgumentError(
-            "dispatches: some rows of the output belong to none; with this array library, pass out="
-        )
-    output.target[...] = 0
+    """Fills a new array with zeros."""
+    if not isinstance(output.target, _core.HostBuffer):  # which starts with zeros
+        output.target[...] = 0
 
 
 def same_kind(like: Array, array: np.ndarray[Any, Any]) -> Array:
@@ -157,8 +149,8 @@ def same_kind(like: Array, array: np.ndarray[Any, Any]) -> Array:
     return namespace.from_dlpack(array) if hasattr(namespace, "from_dlpack") else array
 
 
-def to_float32(array: Array) -> np.ndarray[Any, Any]:
-    """A copy of a floating-point array as flat float32 in host memory."""
+def to_float32(array: Array) -> Array:
+    """A copy as float32 in host memory; an array of neither numpy nor torch stays as it is."""
     if _is_torch(array):
-        array = array.detach().float().cpu().numpy()
-    return np.array(array, dtype=np.float32).reshape(-1)
+        return array.detach().float().cpu().contiguous()
+    return np.ascontiguousarray(array, np.float32) if isinstance(array, np.ndarray) else array

@@ -198,9 +198,9 @@ class ModuleReader:
 
     def _bits(self, name: str, config: QuantConfig) -> int:
         """Bits by the tensors' shapes; the configuration chooses where they leave a choice."""
-        configured = config.bits or _BITS_BY_LIKELIHOOD[0]
         if self._override.bits is not None:
-            return configured
+            return self._override.bits
+        configured = config.bits or _BITS_BY_LIKELIHOOD[0]
         qweight = self._shape(name, "qweight", 2)
         g_idx = self._shape(name, "g_idx", 1)
         qzeros = self._shape(name, "qzeros", 2)
@@ -236,9 +236,10 @@ class ModuleReader:
             size = int(np.argmax(g_idx != 0))
             if fits(size) and np.array_equal(g_idx, np.arange(k) // size):
                 return size
-        if groups and k % groups == 0:
-            return k // groups
-        return next((size for size in _USUAL_GROUPS if fits(size)), configured)
+        usual = next((size for size in _USUAL_GROUPS if fits(size)), None)
+        if usual is not None:
+            return usual
+        return k // groups if groups and k % groups == 0 else configured
 
     def features(self, name: str, bits: int) -> tuple[int | None, int | None]:
         """(K, N) of a module by its tensors' shapes, None where they do not tell."""

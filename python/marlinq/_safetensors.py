@@ -59,6 +59,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names differ: which of two equal ones counts, readers do not agree on."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in content if names.count(name) > 1)
+        raise InvalidFileError(f"{path}: names {twice} twice, expected unique names")
+    return content
+
+
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of one file, after safetensors found the file sound.
 
@@ -72,7 +82,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise InvalidFileError(f"{path}: not a sound safetensors file: {error}") from error
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
+        header = json.loads(
+            stream.read(length), object_pairs_hook=lambda pairs: _unique(path, pairs)
+        )
     start = 8 + length
     return {
         name: TensorEntry(

@@ -1,5 +1,6 @@
 """Linear layers and expert stacks: handles over the core, and the loaders from raw tensors."""
 
+import operator
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -114,6 +115,22 @@ class Linear:
         return f"<marlinq.Linear {shape}, {_summary(self.describe())}>"
 
 
+def _check_dispatches(
+    dispatches: Iterable[tuple[int, int, int, int]],
+) -> list[tuple[int, int, int, int]]:
+    checked = []
+    for index, dispatch in enumerate(dispatches):
+        try:
+            expert, input_row, output_row, rows = (operator.index(number) for number in dispatch)
+        except (TypeError, ValueError):
+            raise InvalidArgumentError(
+                f"dispatches[{index}]: {dispatch!r}, expected four integers: expert, input row, "
+                "output row, rows"
+            ) from None
+        checked.append((expert, input_row, output_row, rows))
+    return checked
+
+
 class ExpertStack:
     """The weights of all experts of one projection.
 
@@ -202,7 +219,7 @@ class ExpertStack:
             InvalidArgumentError: A shape, dtype, device or dispatch does not fit.
         """
         shape_of(x, "x")
-        dispatches = list(dispatches)
+        dispatches = _check_dispatches(dispatches)
         context = context_for(self._device, context)
         if out is not None:
             self._handle.gemm_phase_batched(context, x, dispatches, out)

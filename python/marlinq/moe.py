@@ -58,11 +58,13 @@ class MoeBlock:
         if callable(shared_expert):
             self._shared_function = shared_expert
         elif shared_expert is not None:
-            if len(shared_expert) != 2 or not all(isinstance(x, Linear) for x in shared_expert):
+            parts = tuple(shared_expert) if isinstance(shared_expert, tuple | list) else ()
+            if len(parts) != 2 or not all(isinstance(part, Linear) for part in parts):
                 raise InvalidArgumentError(
-                    "shared_expert: expected the pair (gate_up, down) of Linear, or a callable"
+                    f"shared_expert: {type(shared_expert).__name__}, expected the pair "
+                    "(gate_up, down) of Linear, or a callable"
                 )
-            shared = shared_expert
+            shared = (parts[0], parts[1])
         elif shared_gate is not None:
             raise InvalidArgumentError("shared_gate: given without shared_expert")
         self._handle = _core.MoeBlock(
@@ -135,7 +137,13 @@ class MoeBlock:
         shape = shape_of(x, "x")
         context = context_for(self._device, context)
         output = None if out is not None else allocate(x, shape)
-        shared = None if self._shared_function is None else self._shared_function(x)
+        shared = None
+        if self._shared_function is not None:
+            shared = self._shared_function(x)
+            if shared is None:
+                raise InvalidArgumentError(
+                    "shared_expert: the callable returned None, expected [T, H]"
+                )
         self._handle.forward(
             context,
             x,

@@ -7,6 +7,7 @@ would.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,6 +148,10 @@ class Layer:
 
     def dense(self) -> Array:
         """The matrix `[N, K]` in float64."""
+        return self._dense
+
+    @cached_property
+    def _dense(self) -> Array:
         centred = self.codes.astype(np.float64) - self.zeros.astype(np.float64)[self.groups]
         return (centred * self.scales[self.groups]).T
 
@@ -256,3 +261,11 @@ def write_checkpoint(
         if content is not None:
             (directory / name).write_text(json.dumps(content))
     return directory
+
+
+def stack_arrays(layers: Sequence[Layer], layout: str = "gptq") -> dict[str, list[Array]]:
+    """The tensors of several experts as keyword arguments of `marlinq.load_gptq_stacked`."""
+    each = [layer.arrays(layout) for layer in layers]
+    lists = {name: [arrays[name] for arrays in each] for name in each[0]}
+    lists["qweights"] = lists.pop("qweight")
+    return lists

@@ -9,7 +9,7 @@ import marlinq
 import ml_dtypes
 import numpy as np
 import pytest
-from gptq_writer import Array, make_layer
+from gptq_writer import Array, make_layer, stack_arrays
 from marlinq.errors import InvalidArgumentError, UnsupportedError
 from support import normal
 
@@ -86,7 +86,7 @@ def test_torch_views(linear: marlinq.Linear) -> None:
 def test_torch_refusals(linear: marlinq.Linear) -> None:
     with pytest.raises(InvalidArgumentError, match=r"x: requires grad.*detach\(\)"):
         linear(torch.zeros(3, 320, requires_grad=True))
-    with pytest.raises(InvalidArgumentError, match="out: .*requires grad"):
+    with pytest.raises(InvalidArgumentError, match=r"out: .*requires grad"):
         linear(torch.zeros(3, 320), out=torch.zeros(3, 96, requires_grad=True))
     with pytest.raises(InvalidArgumentError, match="x: dtype float64, expected float32"):
         linear(torch.zeros(3, 320, dtype=torch.float64))
@@ -94,7 +94,7 @@ def test_torch_refusals(linear: marlinq.Linear) -> None:
         linear(torch.zeros(3, 320, dtype=torch.int64))
     with pytest.raises(InvalidArgumentError, match="x: 319 columns, expected 320"):
         linear(torch.zeros(3, 319))
-    with pytest.raises((InvalidArgumentError, UnsupportedError), match="meta|DLPack"):
+    with pytest.raises((InvalidArgumentError, UnsupportedError), match=r"meta|DLPack"):
         linear(torch.zeros(3, 320, device="meta"))
     assert torch.isfinite(linear(torch.ones(3, 320))).all()
 
@@ -110,9 +110,7 @@ def test_torch_with_grad_recording_on(linear: marlinq.Linear) -> None:
 @needs_torch
 def test_torch_weights() -> None:
     x = normal((3, 320), seed=4)
-    tensors = {
-        name: torch.from_numpy(array.copy()) for name, array in LAYER.arrays().items()
-    }
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in LAYER.arrays().items()}
     loaded = marlinq.load_gptq(**tensors)
     np.testing.assert_array_equal(loaded(x), marlinq.load_gptq(**LAYER.arrays())(x))
     # Values that bfloat16 holds: the same weight with scales of another type.
@@ -126,10 +124,9 @@ def test_torch_weights() -> None:
 
 @needs_torch
 def test_torch_through_stack_block_and_routing() -> None:
-    lists = {name: [array] * 4 for name, array in make_layer(128, 64).arrays().items()}
-    gate_up = marlinq.load_gptq_stacked(lists.pop("qweight"), **lists)
-    lists = {name: [array] * 4 for name, array in make_layer(64, 64).arrays().items()}
-    down = marlinq.load_gptq_stacked(lists.pop("qweight"), **lists)
+    gate_up, down = (
+        marlinq.load_gptq_stacked(**stack_arrays([make_layer(n, 64)] * 4)) for n in (128, 64)
+    )
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
     ids, weights = marlinq.route(logits, 2)
@@ -147,9 +144,7 @@ def test_torch_through_stack_block_and_routing() -> None:
 
     tokens, experts, count = marlinq.moe_align_block_size(ids, 8, 4)
     assert tokens.dtype == experts.dtype == torch.int32
-    fused = gate_up.gemm_phase_fused(
-        x, tokens, experts, count, block_size=8, top_k=2, num_tokens=5
-    )
+    fused = gate_up.gemm_phase_fused(x, tokens, experts, count, block_size=8, top_k=2, num_tokens=5)
     assert isinstance(fused, torch.Tensor)
     batched = gate_up.gemm_phase_batched(x, [(0, 0, 0, 5)])
     assert isinstance(batched, torch.Tensor)
@@ -197,6 +192,13 @@ def test_bare_dlpack_weights() -> None:
     np.testing.assert_array_equal(
         marlinq.load_gptq(**wrapped)(x), marlinq.load_gptq(**LAYER.arrays())(x)
     )
+
+
+def test_bare_dlpack_that_requires_grad(linear: marlinq.Linear) -> None:
+    x = Bare(np.zeros((5, 320), np.float32))
+    x.requires_grad = True  # type: ignore[attr-defined]
+    with pytest.raises(InvalidArgumentError, match=r"x: requires grad.*x\.detach\(\)"):
+        linear(x, out=np.empty((5, 96), np.float32))
 
 
 @pytest.mark.parametrize("views", [np.s_[::2, 40:360], np.s_[2:3, 80:], np.s_[3, :320]])
@@ -249,17 +251,33 @@ def test_refused_producers(linear: marlinq.Linear, capsule: Any, message: str) -
         linear(_Capsule(capsule), out=np.empty((5, 96), np.float32))
 
 
-def test_a_producer_without_a_device_is_refused(linear: marlinq.Linear) -> None:
+def test_arrays_on_other_devices_are_refused() -> None:
     class Elsewhere(Bare):
         def __dlpack_device__(self) -> tuple[int, int]:
             return (7, 0)
 
-    stand_in = ModuleType("elsewhere")
-    stand_in.from_dlpack = np.from_dlpack  # type: ignore[attr-defined]
-    array = Elsewhere(np.zeros((5, 4), np.float32))
-    array.__array_namespace__ = lambda: stand_in  # type: ignore[attr-defined]
-    with pytest.raises(UnsupportedError, match="DLPack device type 7"):
-        marlinq.route(array, 2)
+    with pytest.raises(UnsupportedError, match="DLPack device type 7, expected the CPU or CUDA"):
+        marlinq.route(Elsewhere(np.zeros((5, 4), np.float32)), 2)
+
+
+@pytest.mark.parametrize("wrap", ["numpy", "bare", "torch"])
+def test_shared_gate_of_any_library(wrap: str) -> None:
+    if wrap == "torch" and torch is None:
+        pytest.skip("torch is not installed")
+    wrappers = {"numpy": np.asarray, "bare": Bare, "torch": getattr(torch, "from_numpy", None)}
+    gate_up, down = (
+        marlinq.load_gptq_stacked(**stack_arrays([make_layer(n, 64)] * 2)) for n in (128, 64)
+    )
+    x = normal((5, 64), seed=1)
+    routing = np.zeros((5, 1), np.int32), np.zeros((5, 1), np.float32)
+    gate = normal((1, 64), seed=2)
+    block = marlinq.MoeBlock(
+        gate_up, down, shared_expert=lambda x: x, shared_gate=wrappers[wrap](gate)
+    )
+    wide = x.astype(np.float64)
+    share = 1 / (1 + np.exp(-wide @ gate[0].astype(np.float64)))
+    # A float32 sigmoid and a product, each rounded.
+    np.testing.assert_allclose(block(x, *routing), share[:, None] * wide, rtol=3e-7)
 
 
 class Immutable:
@@ -333,11 +351,23 @@ def test_another_library_through_routing_and_stack() -> None:
     wanted_ids, wanted_weights = marlinq.route(logits, 2)
     np.testing.assert_array_equal(ids.array, wanted_ids)
     np.testing.assert_array_equal(weights.array, wanted_weights)
-    lists = {name: [array] * 4 for name, array in make_layer(64, 64).arrays().items()}
-    stack = marlinq.load_gptq_stacked(lists.pop("qweight"), **lists)
+    stack = marlinq.load_gptq_stacked(**stack_arrays([make_layer(64, 64)] * 4))
     x = normal((5, 64), seed=12)
+    tokens, experts, count = marlinq.moe_align_block_size(ids, 8, 4)
+    assert isinstance(tokens, Immutable)
+    assert isinstance(experts, Immutable)
+    sizes = {"block_size": 8, "top_k": 2, "num_tokens": 5}
+    fused = stack.gemm_phase_fused(Immutable(x), tokens, experts, count, **sizes)
+    wanted = stack.gemm_phase_fused(x, tokens.array, experts.array, count, **sizes)
+    np.testing.assert_array_equal(fused.array, wanted)
     result = stack.gemm_phase_batched(Immutable(x), [(0, 0, 0, 5)])
     np.testing.assert_array_equal(result.array, stack[0](x))
+
+
+@pytest.mark.usefixtures("library")
+def test_rows_of_no_dispatch_are_zeros_in_another_library() -> None:
+    stack = marlinq.load_gptq_stacked(**stack_arrays([make_layer(64, 64)] * 4))
+    x = normal((5, 64), seed=12)
     sparse = stack.gemm_phase_batched(Immutable(x), [(0, 0, 1, 5)])
     assert isinstance(sparse, Immutable)
     assert np.all(sparse.array[0] == 0)

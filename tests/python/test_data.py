@@ -26,7 +26,7 @@ def _products() -> list[tuple[str, str, int]]:
     """(checkpoint, module, rows) of every expected product."""
     found = []
     for checkpoint in CHECKPOINTS:
-        modules = set(info.name for info in marlinq.open(DATA / checkpoint).modules())
+        modules = {info.name for info in marlinq.open(DATA / checkpoint).modules()}
         for tensor in expected_of(checkpoint):
             module, _, last = tensor.rpartition(".")
             if module in modules and last.startswith("y"):
@@ -48,7 +48,9 @@ def test_data_covers_the_formats() -> None:
             assert info.supported, info.reason
             traits |= {info.bits, info.group_size, ("act_order", info.act_order)}
             traits |= {("symmetric", info.symmetric), ("bias", info.bias)}
-    flags = {(name, value) for name in ("act_order", "symmetric", "bias") for value in (True, False)}
+    flags = {
+        (name, value) for name in ("act_order", "symmetric", "bias") for value in (True, False)
+    }
     assert traits == {4, 8, 64, 128} | flags
     assert len({(checkpoint, module) for checkpoint, module, _ in PRODUCTS}) >= 15
 

@@ -165,7 +165,10 @@ def _read_only(array: Array) -> Array:
         (np.zeros((6, 96), np.float32), "out: 6 rows, expected 5"),
         (np.zeros((5, 95), np.float32), "out: 95 columns, expected 96"),
         (np.zeros((96,), np.float32), "out: 1 rows, expected 5"),
-        (np.zeros((5, 96), ml_dtypes.bfloat16), "out: dtype bfloat16, expected the input's float16"),
+        (
+            np.zeros((5, 96), ml_dtypes.bfloat16),
+            "out: dtype bfloat16, expected the input's float16",
+        ),
         (np.zeros((5, 96)), "out: dtype float64"),
         (np.zeros((5, 96), np.int32), "out: dtype int32, expected the input's float16 or float32"),
         (np.zeros((5, 192), np.float32)[:, ::2], "out: stride 2 along the last axis"),

@@ -1,4 +1,4 @@
-"""Every format of a GPTQ layer through `load_gptq`, against float64 straight from the definition."""
+"""Every format of a GPTQ layer through `load_gptq`, against float64 by the definition."""
 
 import warnings
 from dataclasses import replace

@@ -11,7 +11,7 @@ from pathlib import Path
 import marlinq
 import numpy as np
 import pytest
-from gptq_writer import Array, make_layer, write_checkpoint
+from gptq_writer import Array, make_layer, stack_arrays, write_checkpoint
 from support import normal
 
 LAYER = make_layer(192, 320, symmetric=False, act_order=True, bias=True, seed=30)
@@ -97,7 +97,7 @@ def _releases_the_gil(call: Callable[[], object]) -> bool:
 
 
 def test_the_probe_sees_a_held_gil() -> None:
-    words = np.arange(200_000)
+    words = np.arange(20_000)
     assert not _releases_the_gil(lambda: [int(word) for word in words])
 
 
@@ -107,8 +107,7 @@ def test_gil_is_released_while_loading(tmp_path: Path) -> None:
     assert _releases_the_gil(lambda: marlinq.load_gptq(**arrays))
     checkpoint = marlinq.open(write_checkpoint(tmp_path, {"proj": layer}))
     assert _releases_the_gil(lambda: checkpoint.linear("proj"))
-    lists = {name: [array] * 2 for name, array in arrays.items()}
-    lists["qweights"] = lists.pop("qweight")
+    lists = stack_arrays([layer, layer])
     assert _releases_the_gil(lambda: marlinq.load_gptq_stacked(**lists))
 
 
@@ -119,12 +118,10 @@ def test_gil_is_released_while_computing() -> None:
     out = np.empty((64, 2048), np.float32)
     assert _releases_the_gil(lambda: linear(x, out=out))
 
-    gate_up, down = make_layer(1024, 512, seed=2), make_layer(512, 512, seed=3)
-    stacks = []
-    for part in (gate_up, down):
-        lists = {name: [array] * 4 for name, array in part.arrays().items()}
-        lists["qweights"] = lists.pop("qweight")
-        stacks.append(marlinq.load_gptq_stacked(**lists))
+    stacks = [
+        marlinq.load_gptq_stacked(**stack_arrays([make_layer(n, 512, seed=2)] * 4))
+        for n in (1024, 512)
+    ]
     tokens = normal((64, 512), seed=4)
     ids = np.random.default_rng(5).integers(0, 4, (64, 2))
     shares = np.full((64, 2), 0.5, np.float32)
@@ -133,9 +130,7 @@ def test_gil_is_released_while_computing() -> None:
     assert _releases_the_gil(lambda: block(tokens, ids, shares, out=target))
     rows = np.empty((64, 1024), np.float32)
     dispatches = [(expert, 16 * expert, 16 * expert, 16) for expert in range(4)]
-    assert _releases_the_gil(
-        lambda: stacks[0].gemm_phase_batched(tokens, dispatches, out=rows)
-    )
+    assert _releases_the_gil(lambda: stacks[0].gemm_phase_batched(tokens, dispatches, out=rows))
 
 
 def test_gil_is_released_while_routing() -> None:

@@ -16,8 +16,14 @@ _PIPE_WIDTH = 240  # nobody wraps a pipe: wide enough that no cell is cut
 _EXPERT = re.compile(r"(?<=\.experts\.)(\d+)(?=\.)")
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leaves it to `main` to end quietly."""
+        raise BrokenPipeError
+
+
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
+    return _Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
 
 
 def print_table(

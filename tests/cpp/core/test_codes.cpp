@@ -1,11 +1,11 @@
 // The readers of packed codes and zero points, at every column, row and byte alignment.
-#include "core/codes.hpp"
-
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
+#include "core/codes.hpp"
 #include "support/generators.hpp"
 #include "support/reference.hpp"
 
@@ -35,12 +35,15 @@ TEST_P(CodesTest, EveryCodeAtEveryAlignment) {
     for (std::int64_t row = 0; row < 77; ++row) {
       for (std::int64_t column = 0; column < 37; column += 5) {
         const int count = static_cast<int>(std::min<std::int64_t>(8, 37 - column));
-        constexpr int kPlace = 12;
-        std::uint32_t words[8] = {};
-        place_code_row(bytes.data() + shift, bits, 37, row, column, count, kPlace, words);
-        for (int i = 0; i < count; ++i) {
-          const std::uint32_t code = layer.codes[static_cast<std::size_t>(row * 37 + column + i)];
-          ASSERT_EQ(words[i], code << kPlace)
+        const int place = static_cast<int>((row * 3 + column) % (33 - bits));
+        const std::uint32_t field = ((1U << bits) - 1U) << place;
+        std::uint32_t words[8];
+        std::fill_n(words, 8, ~field);  // what else a word holds stays
+        place_code_row(bytes.data() + shift, bits, 37, row, column, count, place, words);
+        for (int i = 0; i < 8; ++i) {
+          const std::uint32_t code =
+              i < count ? layer.codes[static_cast<std::size_t>(row * 37 + column + i)] : 0U;
+          ASSERT_EQ(words[i], ~field | code << place)
               << "row " << row << ", column " << column + i << ", shift " << shift;
         }
       }

@@ -1,11 +1,10 @@
 // Error, and the names that messages and users see.
-#include "marlinq/error.hpp"
-
 #include <gtest/gtest.h>
 
 #include <set>
 #include <string>
 
+#include "marlinq/error.hpp"
 #include "marlinq/load_options.hpp"
 #include "marlinq/moe_block.hpp"
 #include "marlinq/routing.hpp"
@@ -52,12 +51,12 @@ TEST(NamesTest, DTypes) {
 }
 
 TEST(NamesTest, ParsersUndoTheNames) {
-  for (const Compute c : {Compute::kAuto, Compute::kFloat32, Compute::kInt16, Compute::kBFloat16,
-                          Compute::kInt8}) {
+  for (const Compute c :
+       {Compute::kAuto, Compute::kFloat32, Compute::kInt16, Compute::kBFloat16, Compute::kInt8}) {
     EXPECT_EQ(parse_compute(to_string(c)), c);
   }
-  for (const Activation a : {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh,
-                             Activation::kClampedSwiglu}) {
+  for (const Activation a :
+       {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh, Activation::kClampedSwiglu}) {
     EXPECT_EQ(parse_activation(to_string(a)), a);
   }
   EXPECT_EQ(parse_scoring("softmax"), Scoring::kSoftmax);

@@ -74,17 +74,16 @@ TEST_F(ValidateTest, RefusesBits) {
 }
 
 TEST_F(ValidateTest, RefusesGroupSizes) {
-  for (const std::int64_t size : {std::int64_t{0}, std::int64_t{-2}, std::int64_t{-128},
-                                  std::numeric_limits<std::int64_t>::max(),
-                                  std::numeric_limits<std::int64_t>::min()}) {
+  for (const std::int64_t size :
+       {std::int64_t{0}, std::int64_t{-2}, std::int64_t{-128},
+        std::numeric_limits<std::int64_t>::max(), std::numeric_limits<std::int64_t>::min()}) {
     spec.group_size = size;
     refused({"group_size: " + std::to_string(size), "expected -1 or at least 1"});
   }
 }
 
 TEST_F(ValidateTest, RefusesExtents) {
-  for (const std::int64_t extent :
-       {std::int64_t{-1}, std::numeric_limits<std::int64_t>::max()}) {
+  for (const std::int64_t extent : {std::int64_t{-1}, std::numeric_limits<std::int64_t>::max()}) {
     spec = layer.spec();
     spec.k = extent;
     refused({"k: " + std::to_string(extent), "expected 1 to"});
@@ -147,7 +146,7 @@ TEST_F(ValidateTest, MessagesOfANamelessModuleNameTheTensorAlone) {
 
 struct TensorCase {
   const char* name;
-  HostTensor GptqModule::*tensor;
+  HostTensor GptqModule::* tensor;
   int rank;
   bool floating;
 };
@@ -159,8 +158,8 @@ class ValidateTensorTest : public ValidateTest, public ::testing::WithParamInter
 };
 
 TEST_P(ValidateTensorTest, RefusesOtherDTypes) {
-  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt32,
-                            DType::kInt64}) {
+  for (const DType dtype :
+       {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt32, DType::kInt64}) {
     const bool floating =
         dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
     if (GetParam().floating ? floating : dtype == DType::kInt32) continue;
@@ -230,13 +229,13 @@ INSTANTIATE_TEST_SUITE_P(Tensors, ValidateTensorTest,
                                            TensorCase{"qzeros", &GptqModule::qzeros, 2, false},
                                            TensorCase{"g_idx", &GptqModule::g_idx, 1, false},
                                            TensorCase{"bias", &GptqModule::bias, 1, true}),
-                         [](const auto& info) { return std::string(info.param.name); });
+                         [](const auto& test) { return std::string(test.param.name); });
 
 TEST_F(ValidateTest, RefusesScalesAndBiasThatAreNotFinite) {
   for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
-    for (const double value : {std::numeric_limits<double>::infinity(),
-                               -std::numeric_limits<double>::infinity(),
-                               std::numeric_limits<double>::quiet_NaN()}) {
+    for (const double value :
+         {std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity(),
+          std::numeric_limits<double>::quiet_NaN()}) {
       LayerOptions options = layer.options;
       options.scales = dtype;
       options.bias = dtype;
@@ -277,9 +276,9 @@ TEST(ValidateGroupsTest, ActOrderIsDecidedFromTheTensor) {
     Order order;
     bool act_order;
   };
-  for (const Case& c : {Case{Order::kNone, false}, Case{Order::kTrivial, false},
-                        Case{Order::kActOrder, true}, Case{Order::kUnbalanced, true},
-                        Case{Order::kNegative, true}}) {
+  for (const Case& c :
+       {Case{Order::kNone, false}, Case{Order::kTrivial, false}, Case{Order::kActOrder, true},
+        Case{Order::kUnbalanced, true}, Case{Order::kNegative, true}}) {
     const Layer layer = make_layer({.k = 100, .n = 8, .group_size = 32, .order = c.order});
     const GptqWeights weights = validate(layer.tensors(), layer.spec());
     EXPECT_EQ(weights.modules[0].act_order, c.act_order) << static_cast<int>(c.order);
@@ -313,8 +312,8 @@ TEST(ValidateGroupsTest, GroupsLargerThanK) {
 TEST(ValidateFusedTest, AddsUpAndKeepsEachPart) {
   const std::vector<Layer> parts = {
       make_layer({.k = 64, .n = 8, .group_size = 32, .seed = 1, .name = "q"}),
-      make_layer({.k = 64, .n = 24, .group_size = 32, .order = Order::kActOrder, .seed = 2,
-                  .name = "k"})};
+      make_layer(
+          {.k = 64, .n = 24, .group_size = 32, .order = Order::kActOrder, .seed = 2, .name = "k"})};
   GptqSpec spec = parts[0].spec();
   spec.n = 32;
   const GptqWeights weights = validate(test::fused(parts), spec);
@@ -328,9 +327,8 @@ TEST(ValidateFusedTest, AddsUpAndKeepsEachPart) {
 }
 
 TEST(ValidateFusedTest, NamesThePartThatDoesNotFit) {
-  const std::vector<Layer> parts = {
-      make_layer({.k = 64, .n = 8, .group_size = 32, .name = "gate"}),
-      make_layer({.k = 72, .n = 8, .group_size = 32, .name = "up"})};
+  const std::vector<Layer> parts = {make_layer({.k = 64, .n = 8, .group_size = 32, .name = "gate"}),
+                                    make_layer({.k = 72, .n = 8, .group_size = 32, .name = "up"})};
   GptqSpec spec = parts[0].spec();
   spec.k = 0;
   expect_refused({"up.qweight", "shape [9, 8]", "= [8, 8]"},
@@ -463,10 +461,13 @@ class LostZerosTest : public ::testing::TestWithParam<int> {
 };
 
 TEST_P(LostZerosTest, WarnsOfTheOldWriter) {
-  if (GetParam() == 3) GTEST_SKIP() << "3 bits are written field by field: nothing is ever lost";
   Layer layer = full_words();
   layer.qzeros[1] |= ~0U << GetParam();  // zero point 0 in field 1: all-ones from there to the top
   const std::vector<std::string> found = warnings(layer);
+  if (GetParam() == 3) {  // 3 bits are written field by field: nothing is ever lost
+    EXPECT_TRUE(found.empty());
+    return;
+  }
   ASSERT_EQ(found.size(), 1U);
   EXPECT_NE(found[0].find("m.qzeros"), std::string::npos) << found[0];
   EXPECT_NE(found[0].find("1 of 2 words"), std::string::npos) << found[0];
@@ -481,7 +482,8 @@ TEST_P(LostZerosTest, QuietForAWriterThatBorrows) {
   EXPECT_TRUE(warnings(layer).empty());
   // Also where one word happens to borrow to its top, as long as another shows the borrow.
   const std::int64_t n = layer.options.n;
-  for (std::int64_t i = 1; i < n; ++i) layer.zeros[static_cast<std::size_t>(n + i)] = i == 1 ? 0 : 1;
+  for (std::int64_t i = 1; i < n; ++i)
+    layer.zeros[static_cast<std::size_t>(n + i)] = i == 1 ? 0 : 1;
   test::pack_zeros(layer);
   EXPECT_TRUE(warnings(layer).empty());
 }

@@ -1,11 +1,10 @@
 // half.hpp, exhaustively, against the definition of the formats.
-#include "core/half.hpp"
-
 #include <gtest/gtest.h>
 
 #include <bit>
 #include <cmath>
 
+#include "core/half.hpp"
 #include "support/generators.hpp"
 #include "support/numbers.hpp"
 
@@ -84,14 +83,15 @@ TEST_P(HalfTest, OverflowsToInfinityFromHalfAStepBeyondTheLargest) {
   EXPECT_EQ(c.narrow(INFINITY), infinity);
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Formats, HalfTest,
-    ::testing::Values(
-        Case{"float16", test::kHalf, [](std::uint16_t b) { return float16_to_float(b); },
-             [](float v) { return float_to_float16(v); }},
-        Case{"bfloat16", test::kBrain, [](std::uint16_t b) { return bfloat16_to_float(b); },
-             [](float v) { return float_to_bfloat16(v); }}),
-    [](const auto& info) { return std::string(info.param.name); });
+INSTANTIATE_TEST_SUITE_P(Formats, HalfTest,
+                         ::testing::Values(Case{"float16", test::kHalf,
+                                                [](std::uint16_t b) { return float16_to_float(b); },
+                                                [](float v) { return float_to_float16(v); }},
+                                           Case{
+                                               "bfloat16", test::kBrain,
+                                               [](std::uint16_t b) { return bfloat16_to_float(b); },
+                                               [](float v) { return float_to_bfloat16(v); }}),
+                         [](const auto& test) { return std::string(test.param.name); });
 
 }  // namespace
 }  // namespace marlinq

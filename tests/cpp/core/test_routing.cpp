@@ -1,6 +1,4 @@
 // route and moe_align_block_size against references that are written from their description.
-#include "marlinq/routing.hpp"
-
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -8,6 +6,7 @@
 #include <numeric>
 #include <vector>
 
+#include "marlinq/routing.hpp"
 #include "support/compare.hpp"
 
 namespace marlinq {
@@ -83,7 +82,8 @@ Routed reference_route(const std::vector<double>& logits, const RouteOptions& o)
     int best = -1;
     for (std::size_t e = 0; e < experts; ++e) {
       if (taken[e] || !group_allowed[e / per_group]) continue;
-      if (best < 0 || choice[e] > choice[static_cast<std::size_t>(best)]) best = static_cast<int>(e);
+      if (best < 0 || choice[e] > choice[static_cast<std::size_t>(best)])
+        best = static_cast<int>(e);
     }
     taken[static_cast<std::size_t>(best)] = true;
     routed.ids.push_back(best);
@@ -211,10 +211,12 @@ TEST(RouteTest, TiedGroupsGoToTheLowerIndex) {
 // Whatever the logits are, ids are distinct and in range, and a NaN never beats a number.
 TEST(RouteTest, SurvivesNaNAndInfinity) {
   const double nan = std::numeric_limits<double>::quiet_NaN();
-  const std::vector<std::vector<double>> rows = {
-      {nan, 1, nan, -1},           {nan, nan, nan, nan}, {kInfinity, 0, kInfinity, nan},
-      {-kInfinity, -kInfinity, 0, nan}, {-kInfinity, -kInfinity, -kInfinity, -kInfinity},
-      {1e38, -1e38, 1e38, 0}};
+  const std::vector<std::vector<double>> rows = {{nan, 1, nan, -1},
+                                                 {nan, nan, nan, nan},
+                                                 {kInfinity, 0, kInfinity, nan},
+                                                 {-kInfinity, -kInfinity, 0, nan},
+                                                 {-kInfinity, -kInfinity, -kInfinity, -kInfinity},
+                                                 {1e38, -1e38, 1e38, 0}};
   for (const Scoring scoring : {Scoring::kSoftmax, Scoring::kSigmoid}) {
     Matrix logits(static_cast<std::int64_t>(rows.size()), 4, DType::kFloat32);
     for (std::size_t r = 0; r < rows.size(); ++r) {
@@ -254,7 +256,8 @@ TEST(RouteTest, Refusals) {
                            ConstMatrixView in, MatrixView id, MatrixView weight) {
     expect_refused(parts, [&] { route(in, options, id, weight); });
   };
-  const auto bad_options = [&](std::initializer_list<std::string_view> parts, RouteOptions options) {
+  const auto bad_options = [&](std::initializer_list<std::string_view> parts,
+                               RouteOptions options) {
     refused(parts, options, logits.input(), ids.view(), weights.view());
   };
   bad_options({"top_k: 0", "expected 1 to 8"}, {.top_k = 0});
@@ -266,8 +269,7 @@ TEST(RouteTest, Refusals) {
   bad_options({"top_groups: 0"}, {.top_k = 2, .num_groups = 2, .top_groups = 0});
   bad_options({"top_groups: 1", "top_k = 2"}, {.top_k = 2, .num_groups = 8, .top_groups = 1});
   const std::vector<float> bias(7);
-  bad_options({"correction_bias: 7 elements", "expected 8"},
-              {.top_k = 2, .correction_bias = bias});
+  bad_options({"correction_bias: 7 elements", "expected 8"}, {.top_k = 2, .correction_bias = bias});
 
   const RouteOptions two = {.top_k = 2};
   ConstMatrixView in = logits.input();
@@ -347,8 +349,9 @@ Matrix random_ids(std::int64_t rows, std::int64_t cols, DType dtype, int num_exp
   Matrix ids(rows, cols, dtype, 1);
   for (std::int64_t i = 0; i < rows; ++i) {
     for (std::int64_t j = 0; j < cols; ++j) {
-      ids.set(i, j,
-              random.chance(percent_absent) ? -1.0 : static_cast<double>(random.below(num_experts)));
+      ids.set(
+          i, j,
+          random.chance(percent_absent) ? -1.0 : static_cast<double>(random.below(num_experts)));
     }
   }
   return ids;
@@ -385,8 +388,7 @@ TEST(AlignTest, ExpertMap) {
 }
 
 TEST(AlignTest, Empty) {
-  const TokenTiles tiles =
-      moe_align_block_size(Matrix(0, 4, DType::kInt32).input(), 16, 8);
+  const TokenTiles tiles = moe_align_block_size(Matrix(0, 4, DType::kInt32).input(), 16, 8);
   EXPECT_TRUE(tiles.sorted_token_ids.empty());
   EXPECT_TRUE(tiles.expert_ids.empty());
   EXPECT_EQ(tiles.num_tokens_past_padded, 0);

@@ -1,11 +1,10 @@
 // make_row_order against its definition.
-#include "core/row_order.hpp"
-
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <vector>
 
+#include "core/row_order.hpp"
 #include "support/generators.hpp"
 
 namespace marlinq {

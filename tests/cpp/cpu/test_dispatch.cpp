@@ -1,1 +1,115 @@
+// The choice of an instruction set, for machines that this one is not too.
+#include <gtest/gtest.h>
 
+#include <cstring>
+#include <set>
+#include <string>
+
+#include "cpu/dispatch.hpp"
+#include "cpu/features.hpp"
+#include "support/compare.hpp"
+#include "support/cpu_kernels.hpp"
+
+namespace marlinq {
+namespace {
+
+using cpu::choose_isa;
+using cpu::isa_kernels;
+using cpu::IsaKernels;
+using test::expect_error;
+
+constexpr std::uint32_t kEverything = ~0U;
+
+TEST(DispatchTest, TableIsOrderedAndNamesAreDistinct) {
+  ASSERT_FALSE(isa_kernels().empty());
+  std::set<std::string> names;
+  for (std::size_t i = 0; i < isa_kernels().size(); ++i) {
+    const IsaKernels& isa = *isa_kernels()[i];
+    EXPECT_TRUE(names.insert(isa.name).second) << isa.name;
+    EXPECT_NE(isa.gemm_float32, nullptr);
+    EXPECT_NE(isa.to_float, nullptr);
+    EXPECT_NE(isa.from_float, nullptr);
+    if (i > 0) {
+      EXPECT_LT(isa.priority, isa_kernels()[i - 1]->priority);
+    }
+  }
+}
+
+TEST(DispatchTest, GenericNeedsNothing) {
+  EXPECT_STREQ(choose_isa({}, 0).name, "generic");
+  EXPECT_STREQ(choose_isa("generic", 0).name, "generic");
+}
+
+TEST(DispatchTest, TheBestUsableOneIsChosen) {
+  // Every subset of the features that any kernel asks for.
+  std::uint32_t asked = 0;
+  for (const IsaKernels* isa : isa_kernels()) asked |= isa->required;
+  for (std::uint32_t mask = 0; mask <= asked; ++mask) {
+    const IsaKernels& chosen = choose_isa({}, mask);
+    EXPECT_EQ(chosen.required & ~mask, 0U) << chosen.name << " on mask " << mask;
+    for (const IsaKernels* isa : isa_kernels()) {
+      if (isa->priority > chosen.priority) {
+        EXPECT_NE(isa->required & ~mask, 0U)
+            << isa->name << " was passed over for " << chosen.name << " on mask " << mask;
+      }
+    }
+  }
+}
+
+TEST(DispatchTest, ANameWinsOverPriority) {
+  for (const IsaKernels* isa : isa_kernels()) {
+    EXPECT_EQ(&choose_isa(isa->name, kEverything), isa);
+    EXPECT_EQ(&choose_isa(isa->name, isa->required), isa);
+  }
+}
+
+TEST(DispatchTest, RefusesUnknownNames) {
+  for (const char* name : {"avx3", "GENERIC", " ", "generic "}) {
+    expect_error(ErrorCode::kInvalidArgument,
+                 {"kernel: '" + std::string(name) + "'", "expected one of", "generic"},
+                 [&] { choose_isa(name, kEverything); });
+  }
+}
+
+TEST(DispatchTest, SaysWhatTheMachineLacks) {
+  for (const IsaKernels* isa : isa_kernels()) {
+    for (std::uint32_t bit = 1; bit != 0; bit <<= 1) {
+      if ((isa->required & bit) == 0) continue;
+      expect_error(ErrorCode::kUnsupported,
+                   {std::string("kernel '") + isa->name + "' needs",
+                    cpu::feature_names(isa->required), "lacks " + cpu::feature_names(bit)},
+                   [&] { choose_isa(isa->name, isa->required & ~bit); });
+    }
+  }
+}
+
+TEST(FeaturesTest, NamesEachFeature) {
+  EXPECT_EQ(cpu::feature_names(0), "");
+  EXPECT_EQ(cpu::feature_names(cpu::kAvx2), "avx2");
+  EXPECT_EQ(cpu::feature_names(cpu::kAvx2 | cpu::kFma), "avx2, fma");
+  EXPECT_FALSE(cpu::host_name().empty());
+}
+
+class ForcedKernelTest : public test::CpuKernelTest {};
+
+TEST_P(ForcedKernelTest, IsTheOneThatRuns) {
+  const test::Layer layer = test::make_layer({.k = 64, .n = 32});
+  CpuBackend::Context context(1);
+  const auto linear = CpuBackend::load_gptq(context, layer.tensors(), layer.spec(), options());
+  EXPECT_EQ(linear->describe().kernel, GetParam());
+  EXPECT_EQ(linear->describe().arch, GetParam());
+  EXPECT_EQ(linear->describe().compute, "float32");
+}
+
+INSTANTIATE_TEST_SUITE_P(Kernels, ForcedKernelTest, ::testing::ValuesIn(test::cpu_kernel_names()),
+                         test::kernel_name);
+
+TEST(UnforcedKernelTest, IsTheBest) {
+  const test::Layer layer = test::make_layer({.k = 64, .n = 32});
+  CpuBackend::Context context(1);
+  const auto linear = CpuBackend::load_gptq(context, layer.tensors(), layer.spec());
+  EXPECT_EQ(linear->describe().kernel, choose_isa({}).name);
+}
+
+}  // namespace
+}  // namespace marlinq

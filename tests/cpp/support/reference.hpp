@@ -11,71 +11,19 @@
 
 namespace marlinq::test {
 
-inline std::uint32_t read_word(const HostTensor& tensor, std::int64_t index) {
-  std::uint32_t word = 0;
-  std::memcpy(&word, static_cast<const unsigned char*>(tensor.data) + index * 4, sizeof word);
-  return word;
-}
-
 /// Code of input row k and output column n of qweight [ceil(K * bits / 32), N].
-inline std::uint32_t code_at(const HostTensor& qweight, int bits, std::int64_t k, std::int64_t n) {
-  std::uint32_t code = 0;
-  for (int bit = 0; bit < bits; ++bit) {
-    const std::int64_t place = k * bits + bit;
-    const std::uint32_t word = read_word(qweight, place / 32 * qweight.shape[1] + n);
-    code |= (word >> (place % 32) & 1U) << bit;
-  }
-  return code;
-}
+std::uint32_t code_at(const HostTensor& qweight, int bits, std::int64_t k, std::int64_t n);
 
 /// Stored zero-point field of group g and column n of qzeros [G, ceil(N * bits / 32)].
-inline std::uint32_t zero_field_at(const HostTensor& qzeros, int bits, std::int64_t g,
-                                   std::int64_t n) {
-  std::uint32_t field = 0;
-  for (int bit = 0; bit < bits; ++bit) {
-    const std::int64_t place = n * bits + bit;
-    const std::uint32_t word = read_word(qzeros, g * qzeros.shape[1] + place / 32);
-    field |= (word >> (place % 32) & 1U) << bit;
-  }
-  return field;
-}
+std::uint32_t zero_field_at(const HostTensor& qzeros, int bits, std::int64_t g, std::int64_t n);
 
 /// Zero point of group g and column n. v1 stores one less: in words of 2, 4 and 8 bits one is added
 /// to every field of the word, with carry into the next; 3 bits wrap field by field.
-inline std::uint32_t zero_point_at(const HostTensor& qzeros, int bits, ZeroPoints convention,
-                                   std::int64_t g, std::int64_t n) {
-  const std::uint32_t size = 1U << bits;
-  if (!qzeros.present()) return size / 2;
-  if (convention == ZeroPoints::kV2) return zero_field_at(qzeros, bits, g, n);
-  if (bits == 3) return (zero_field_at(qzeros, bits, g, n) + 1) % size;
-  const std::int64_t fields = 32 / bits;
-  std::uint32_t carry = 0;
-  std::uint32_t zero = 0;
-  for (std::int64_t column = n / fields * fields; column <= n; ++column) {
-    const std::uint32_t sum = zero_field_at(qzeros, bits, g, column) + 1 + carry;
-    zero = sum % size;
-    carry = sum / size;
-  }
-  return zero;
-}
+std::uint32_t zero_point_at(const HostTensor& qzeros, int bits, ZeroPoints convention,
+                            std::int64_t g, std::int64_t n);
 
 /// The convention that gptq.hpp promises for a module.
-inline ZeroPoints expected_convention(const GptqModule& module, const GptqSpec& spec) {
-  if (spec.zero_points != ZeroPoints::kAuto) return spec.zero_points;
-  const ZeroPoints label = spec.labelled == ZeroPoints::kAuto ? ZeroPoints::kV1 : spec.labelled;
-  if (!module.qzeros.present() || spec.symmetry == Symmetry::kAsymmetric) return label;
-  const std::uint32_t middle = 1U << (spec.bits - 1);
-  bool all_below = true;
-  bool all_middle = true;
-  for (std::int64_t g = 0; g < module.scales.shape[0]; ++g) {
-    for (std::int64_t n = 0; n < module.scales.shape[1]; ++n) {
-      const std::uint32_t field = zero_field_at(module.qzeros, spec.bits, g, n);
-      all_below = all_below && field == middle - 1;
-      all_middle = all_middle && field == middle;
-    }
-  }
-  return all_below ? ZeroPoints::kV1 : all_middle ? ZeroPoints::kV2 : label;
-}
+ZeroPoints expected_convention(const GptqModule& module, const GptqSpec& spec);
 
 /// A dequantised weight, w [k][n], and its bias (zeros where there is none).
 struct Dense {
@@ -89,58 +37,11 @@ struct Dense {
   }
 };
 
-inline std::int64_t group_at(const GptqModule& module, std::int64_t group_size, std::int64_t k) {
-  if (!module.g_idx.present()) return k / group_size;
-  const auto stored = static_cast<std::int64_t>(read_element(module.g_idx.data, DType::kInt32, k));
-  return stored < 0 ? stored + module.scales.shape[0] : stored;
-}
-
-inline Dense dequantise(const GptqModule& module, int bits, std::int64_t group_size, std::int64_t k,
-                        ZeroPoints convention) {
-  const std::int64_t n = module.qweight.shape[1];
-  const std::int64_t rows_of_group = group_size == -1 ? k : group_size;
-  Dense dense{.k = k, .n = n, .w = {}, .bias = {}};
-  const std::int64_t groups = module.scales.shape[0];
-  std::vector<double> zeros(static_cast<std::size_t>(groups * n));
-  for (std::int64_t g = 0; g < groups; ++g) {
-    for (std::int64_t column = 0; column < n; ++column) {
-      zeros[static_cast<std::size_t>(g * n + column)] =
-          zero_point_at(module.qzeros, bits, convention, g, column);
-    }
-  }
-  dense.w.reserve(static_cast<std::size_t>(k * n));
-  for (std::int64_t row = 0; row < k; ++row) {
-    const std::int64_t g = group_at(module, rows_of_group, row);
-    for (std::int64_t column = 0; column < n; ++column) {
-      const double scale =
-          read_element(module.scales.data, module.scales.dtype, g * n + column);
-      dense.w.push_back((code_at(module.qweight, bits, row, column) -
-                         zeros[static_cast<std::size_t>(g * n + column)]) *
-                        scale);
-    }
-  }
-  for (std::int64_t column = 0; column < n; ++column) {
-    dense.bias.push_back(
-        module.bias.present() ? read_element(module.bias.data, module.bias.dtype, column) : 0.0);
-  }
-  return dense;
-}
+Dense dequantise(const GptqModule& module, int bits, std::int64_t group_size, std::int64_t k,
+                 ZeroPoints convention);
 
 /// Layers of one k beside each other along N.
-inline Dense fuse(const std::vector<Dense>& parts) {
-  Dense all{.k = parts.front().k, .n = 0, .w = {}, .bias = {}};
-  for (const Dense& part : parts) all.n += part.n;
-  for (std::int64_t row = 0; row < all.k; ++row) {
-    for (const Dense& part : parts) {
-      all.w.insert(all.w.end(), part.w.begin() + row * part.n,
-                   part.w.begin() + (row + 1) * part.n);
-    }
-  }
-  for (const Dense& part : parts) {
-    all.bias.insert(all.bias.end(), part.bias.begin(), part.bias.end());
-  }
-  return all;
-}
+Dense fuse(const std::vector<Dense>& parts);
 
 /// y [m][n] = x W^T + bias, and for each row the sum of x^2 w^2 (+ bias^2) over its outputs.
 struct Product {
@@ -150,29 +51,10 @@ struct Product {
   std::vector<double> energy;
 };
 
-inline Product multiply(const std::vector<double>& x, std::int64_t m, const Dense& dense) {
-  Product product{.m = m, .n = dense.n, .y = {}, .energy = {}};
-  std::vector<double> row_energy(static_cast<std::size_t>(dense.k));
-  double bias_energy = 0;
-  for (std::int64_t k = 0; k < dense.k; ++k) {
-    for (std::int64_t n = 0; n < dense.n; ++n) {
-      row_energy[static_cast<std::size_t>(k)] += dense.at(k, n) * dense.at(k, n);
-    }
-  }
-  for (const double b : dense.bias) bias_energy += b * b;
-  for (std::int64_t row = 0; row < m; ++row) {
-    std::vector<double> y = dense.bias;
-    double energy = bias_energy;
-    for (std::int64_t k = 0; k < dense.k; ++k) {
-      const double value = x[static_cast<std::size_t>(row * dense.k + k)];
-      const double* weights = dense.w.data() + k * dense.n;
-      energy += value * value * row_energy[static_cast<std::size_t>(k)];
-      for (std::int64_t n = 0; n < dense.n; ++n) y[static_cast<std::size_t>(n)] += value * weights[n];
-    }
-    product.y.insert(product.y.end(), y.begin(), y.end());
-    product.energy.push_back(energy);
-  }
-  return product;
-}
+/// Adds x [m][stride] times rows [first, last) of the weight to y [m][n].
+void accumulate(const std::vector<double>& x, std::int64_t stride, std::int64_t m,
+                const Dense& dense, std::int64_t first, std::int64_t last, std::vector<double>& y);
+
+Product multiply(const std::vector<double>& x, std::int64_t m, const Dense& dense);
 
 }  // namespace marlinq::test

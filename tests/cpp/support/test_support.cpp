@@ -14,8 +14,8 @@ TEST(ReferenceTest, DequantisesWhatTheGeneratorDrew) {
   for (const int bits : {2, 3, 4, 8}) {
     for (const Zeros zeros : {Zeros::kAbsent, Zeros::kSymmetricV1, Zeros::kSymmetricV2,
                               Zeros::kAsymmetricV1, Zeros::kAsymmetricV2}) {
-      for (const Order order :
-           {Order::kNone, Order::kTrivial, Order::kActOrder, Order::kUnbalanced, Order::kNegative}) {
+      for (const Order order : {Order::kNone, Order::kTrivial, Order::kActOrder, Order::kUnbalanced,
+                                Order::kNegative}) {
         const Layer layer = make_layer({.bits = bits,
                                         .k = 70,
                                         .n = 19,
