@@ -1,20 +1,40 @@
-"""One context per thread and device, made when it is first needed."""
+"""One context per thread, device and stream, made when it is first needed."""
 
+import sys
 import threading
+from typing import Any
 
 from marlinq import _core
 
 
 class _Contexts(threading.local):
     def __init__(self) -> None:
-        self.by_device: dict[str, _core.Context] = {}
+        self.known: dict[tuple[str, int], _core.Context] = {}
 
 
 _contexts = _Contexts()
 
 
-def context_for(device: str, context: _core.Context | None = None) -> _core.Context:
-    """The context to use: the caller's, else this thread's own for the device.
+def _current_stream(device: str, like: Any) -> int:
+    """The stream that is current for the library of `like`; the default stream where none is known."""
+    library = type(like).__module__.partition(".")[0]
+    module = sys.modules.get(library)
+    if library == "torch" and module is not None:
+        return int(module.cuda.current_stream(device).cuda_stream)
+    if library == "cupy" and module is not None:
+        return int(module.cuda.get_current_stream().ptr)
+    return 0
+
+
+def context_for(
+    device: str, context: _core.Context | None = None, like: Any = None
+) -> _core.Context:
+    """The context to use: the caller's, else this thread's own for the device and stream.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1".
+        context: Wins if given.
+        like: An array on the device, whose library's current stream counts.
 
     Raises:
         DeviceError: The device does not exist.
@@ -22,7 +42,8 @@ def context_for(device: str, context: _core.Context | None = None) -> _core.Cont
     """
     if context is not None:
         return context
-    known = _contexts.by_device.get(device)
+    stream = _current_stream(device, like) if device.startswith("cuda") else 0
+    known = _contexts.known.get((device, stream))
     if known is None:
-        known = _contexts.by_device[device] = _core.Context(device)
+        known = _contexts.known[device, stream] = _core.Context(device, stream=stream)
     return known

@@ -49,7 +49,7 @@ class HostTensor:
 
 class HostBuffer:
     """
-    Host memory, undefined at first, that other libraries take over by DLPack.
+    Zeroed host memory that other libraries take over by DLPack.
     """
     def __dlpack__(
         self,
@@ -71,13 +71,17 @@ class Context:
     Args:
         device: "cpu", "cuda" or "cuda:N".
         threads: Host threads of a forward; 0 takes as many as the process may run on.
+        stream: A CUDA stream as an integer, which must outlive the context; 0 is the default stream.
 
     Raises:
         UnsupportedError: If no backend of this build runs the device.
         DeviceError: If the device does not exist.
     """
     def __init__(
-        self, device: str = "cpu", threads: typing.SupportsInt | typing.SupportsIndex = 0
+        self,
+        device: str = "cpu",
+        threads: typing.SupportsInt | typing.SupportsIndex = 0,
+        stream: typing.SupportsInt | typing.SupportsIndex = 0,
     ) -> None: ...
     def pregrow_marlin_gather_scratch(
         self, required_elements: typing.SupportsInt | typing.SupportsIndex

@@ -99,7 +99,7 @@ class Linear:
             InvalidArgumentError: A shape, dtype or device does not fit, or x requires grad.
         """
         shape = shape_of(x, "x")
-        context = context_for(self._device, context)
+        context = context_for(self._device, context, x)
         if out is not None:
             self._handle.forward(context, x, out)
             return out
@@ -220,7 +220,7 @@ class ExpertStack:
         """
         shape_of(x, "x")
         dispatches = _check_dispatches(dispatches)
-        context = context_for(self._device, context)
+        context = context_for(self._device, context, x)
         if out is not None:
             self._handle.gemm_phase_batched(context, x, dispatches, out)
             return out
@@ -271,7 +271,7 @@ class ExpertStack:
             InvalidArgumentError: A shape, dtype, device or tile does not fit.
         """
         shape_of(x, "x")
-        context = context_for(self._device, context)
+        context = context_for(self._device, context, x)
         if isinstance(num_tokens_past_padded, int):
             num_tokens_past_padded = np.array([num_tokens_past_padded], np.int32)
         output = None if out is not None else allocate(x, (num_tokens * top_k, self.n_per_expert))

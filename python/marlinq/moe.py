@@ -135,7 +135,7 @@ class MoeBlock:
             InvalidArgumentError: A shape, dtype, device or id does not fit.
         """
         shape = shape_of(x, "x")
-        context = context_for(self._device, context)
+        context = context_for(self._device, context, x)
         output = None if out is not None else allocate(x, shape)
         shared = None
         if self._shared_function is not None:
@@ -199,7 +199,7 @@ def route(
     shape = shape_of(logits, "logits")
     if top_k < 1:
         raise InvalidArgumentError(f"top_k: {top_k}, expected at least 1")
-    context = context_for(device_of(logits), context)
+    context = context_for(device_of(logits), context, logits)
     ids = allocate(logits, (*shape[:-1], top_k), "int32")
     weights = allocate(logits, (*shape[:-1], top_k), "float32")
     _core.route(

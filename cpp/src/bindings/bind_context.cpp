@@ -105,14 +105,16 @@ void bind_context(py::module_& module) {
 Args:
     device: "cpu", "cuda" or "cuda:N".
     threads: Host threads of a forward; 0 takes as many as the process may run on.
+    stream: A CUDA stream as an integer, which must outlive the context; 0 is the default stream.
 
 Raises:
     UnsupportedError: If no backend of this build runs the device.
     DeviceError: If the device does not exist.)")
-      .def(py::init([](const std::string& device, int threads) {
-             return open_context(parse_device(device), {.threads = threads});
+      .def(py::init([](const std::string& device, int threads, std::uintptr_t stream) {
+             return open_context(parse_device(device),
+                                 {.threads = threads, .stream = reinterpret_cast<void*>(stream)});
            }),
-           py::arg("device") = "cpu", py::arg("threads") = 0)
+           py::arg("device") = "cpu", py::arg("threads") = 0, py::arg("stream") = 0)
       .def_property_readonly("device",
                              [](const ContextHandle& self) { return to_string(self.device()); })
       .def_property_readonly("backend",

@@ -96,7 +96,15 @@ py::object take_capsule(py::handle object, std::string_view name) {
                   ", expected a numpy array or an object with __dlpack__"));
   }
   try {
-    return object.attr("__dlpack__")();
+    const auto device = py::cast<std::pair<int, int>>(object.attr("__dlpack_device__")());
+    if (device.first == kCpu || device.first == kCudaHost) return object.attr("__dlpack__")();
+    // Arrays of torch and CuPy are used on the stream that is current for their library, so nothing
+    // has to wait. Any other producer makes the legacy default stream wait for its work.
+    constexpr int kNoWait = -1;
+    constexpr int kLegacyDefaultStream = 1;
+    const auto library = py::cast<std::string>(py::type::of(object).attr("__module__"));
+    const bool current = library.starts_with("torch") || library.starts_with("cupy");
+    return object.attr("__dlpack__")(py::arg("stream") = current ? kNoWait : kLegacyDefaultStream);
   } catch (py::error_already_set& error) {
     // torch refuses tensors that require grad, among others; its own words say why.
     refuse(concat(name, ": ", std::string(py::str(error.value()))));

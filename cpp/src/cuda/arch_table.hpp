@@ -14,21 +14,24 @@ namespace marlinq::cuda {
 
 struct ArchKernels {
   const char* name;
-  int priority;            // the usable entry with the highest is chosen
-  int min_capability;      // 10 * major + minor
+  int priority;             // the usable entry with the highest is chosen
+  int min_capability;       // 10 * major + minor
   const char* requirement;  // for people
 
-  /// Packs the fused modules of one layer on the current device, on `stream`; returns when the tensors of the
-  /// caller are no longer needed. Throws out_of_memory or device.
+  /// Packs the fused modules of one layer on the current device, on `stream`; returns when the
+  /// tensors of the caller are no longer needed. Throws out_of_memory or device.
   DeviceWeight (*pack)(const GptqWeights& weights, void* stream);
 
   /// Pure: how to run a problem.
-  GemmPlan (*plan)(const GemmProblem& problem, const DeviceLimits& limits, BatchInvariance invariance);
+  GemmPlan (*plan)(const GemmProblem& problem, const DeviceLimits& limits,
+                   BatchInvariance invariance);
 
   /// Most floats of partial sums and most counters that any plan needs.
-  void (*scratch_need)(const DeviceLimits& limits, std::int64_t& partial_floats, std::int32_t& counters);
+  void (*scratch_need)(const DeviceLimits& limits, std::int64_t& partial_floats,
+                       std::int32_t& counters);
 
-  void (*launch)(const GemmProblem& problem, const GemmPlan& plan, const SplitScratch& scratch, void* stream);
+  void (*launch)(const GemmProblem& problem, const GemmPlan& plan, const SplitScratch& scratch,
+                 void* stream);
 };
 
 /// Every architecture of this build, best first.

@@ -10,8 +10,8 @@
 namespace marlinq::cuda {
 namespace {
 
-// Rows are padded inside the scratch (to whole chunks of K, and groups to whole steps), by less than this factor
-// for any K of 64 and more; small ones fit the floor.
+// Rows are padded inside the scratch (to whole chunks of K, and groups to whole steps), by less
+// than this factor for any K of 64 and more; small ones fit the floor.
 constexpr std::int64_t kGatherSlack = 2;
 constexpr std::int64_t kGatherFloor = std::int64_t{1} << 20;
 
@@ -20,10 +20,12 @@ void check_device(int device) {
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status != cudaSuccess) {
     (void)cudaGetLastError();
-    throw Error(ErrorCode::kDevice, concat("device 'cuda:", device, "': ", cudaGetErrorString(status)));
+    throw Error(ErrorCode::kDevice,
+                concat("device 'cuda:", device, "': ", cudaGetErrorString(status)));
   }
   if (device < 0 || device >= count) {
-    throw Error(ErrorCode::kDevice, concat("device 'cuda:", device, "': there are ", count, " CUDA devices"));
+    throw Error(ErrorCode::kDevice,
+                concat("device 'cuda:", device, "': there are ", count, " CUDA devices"));
   }
 }
 
@@ -37,8 +39,8 @@ DeviceLimits device_limits(int device) {
   };
   return {.multiprocessors = attribute(cudaDevAttrMultiProcessorCount),
           .shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          .capability =
-              10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor)};
+          .capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+                        attribute(cudaDevAttrComputeCapabilityMinor)};
 }
 
 bool ContextState::capturing() const {
@@ -51,12 +53,14 @@ void* ContextState::grow_gather(std::int64_t elements) {
   if (gather.size() >= elements) return gather.data();
   if (capturing()) {
     throw Error(ErrorCode::kInvalidArgument,
-                concat("graph capture: the gather scratch holds ", gather.size(), " elements and this forward needs ",
-                       elements, "; call pregrow_marlin_gather_scratch(", elements, ") before the capture"));
+                concat("graph capture: the gather scratch holds ", gather.size(),
+                       " elements and this forward needs ", elements,
+                       "; call pregrow_marlin_gather_scratch(", elements, ") before the capture"));
   }
   CudaBuffer larger(device, DType::kFloat16, elements);
   if (captured) retired.push_back(std::move(gather));
-  gather = std::move(larger);  // frees the old one, after the device has finished with it, unless a graph may use it
+  gather = std::move(larger);  // frees the old one, after the device has finished with it, unless a
+                               // graph may use it
   ++scratch_allocations;
   return gather.data();
 }
@@ -86,7 +90,8 @@ CudaContext::CudaContext(int device, void* stream) : state_(std::make_unique<Con
   state_->partials = CudaBuffer(device, DType::kFloat32, floats);
   state_->counters = CudaBuffer(device, DType::kInt32, counters);
   const RelaxedCapture relaxed;
-  MARLINQ_CUDA_CHECK(cudaMemset(state_->counters.data(), 0, static_cast<std::size_t>(counters) * 4));
+  MARLINQ_CUDA_CHECK(
+      cudaMemset(state_->counters.data(), 0, static_cast<std::size_t>(counters) * 4));
   MARLINQ_CUDA_CHECK(cudaDeviceSynchronize());
 }
 
@@ -96,9 +101,13 @@ CudaContext::~CudaContext() = default;
 
 Device CudaContext::device() const noexcept { return {DeviceKind::kCuda, state_->device}; }
 void* CudaContext::stream() const noexcept { return state_->stream; }
-void CudaContext::set_stream(void* stream) noexcept { state_->stream = static_cast<cudaStream_t>(stream); }
+void CudaContext::set_stream(void* stream) noexcept {
+  state_->stream = static_cast<cudaStream_t>(stream);
+}
 int CudaContext::threads() const noexcept { return 1; }
-std::int64_t CudaContext::scratch_allocations() const noexcept { return state_->scratch_allocations; }
+std::int64_t CudaContext::scratch_allocations() const noexcept {
+  return state_->scratch_allocations;
+}
 
 }  // namespace marlinq::cuda
 

@@ -28,8 +28,8 @@ struct ContextState {
 
   bool capturing() const;
 
-  /// The gather scratch with room for `elements` 2-byte elements. Throws invalid_argument inside a capture
-  /// that would need more.
+  /// The gather scratch with room for `elements` 2-byte elements. Throws invalid_argument inside a
+  /// capture that would need more.
   void* grow_gather(std::int64_t elements);
 
   SplitScratch split_scratch() const noexcept;

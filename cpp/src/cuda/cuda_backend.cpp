@@ -17,14 +17,20 @@ namespace cuda {
 namespace {
 
 FloatType float_type(DType dtype) noexcept {
-  return dtype == DType::kFloat16 ? FloatType::kF16 : dtype == DType::kBFloat16 ? FloatType::kBF16 : FloatType::kF32;
+  return dtype == DType::kFloat16    ? FloatType::kF16
+         : dtype == DType::kBFloat16 ? FloatType::kBF16
+                                     : FloatType::kF32;
 }
 
 /// A GPTQ linear layer on one device; shared by any number of contexts and streams of that device.
 class CudaMarlinLinear final : public Linear<CudaBackend> {
  public:
-  CudaMarlinLinear(DeviceWeight weight, const ArchKernels& arch, Description description, BatchInvariance invariance)
-      : weight_(std::move(weight)), arch_(arch), description_(std::move(description)), invariance_(invariance) {}
+  CudaMarlinLinear(DeviceWeight weight, const ArchKernels& arch, Description description,
+                   BatchInvariance invariance)
+      : weight_(std::move(weight)),
+        arch_(arch),
+        description_(std::move(description)),
+        invariance_(invariance) {}
 
   std::int64_t in_features() const noexcept override { return description_.k; }
   std::int64_t out_features() const noexcept override { return description_.n; }
@@ -35,7 +41,8 @@ class CudaMarlinLinear final : public Linear<CudaBackend> {
     check_rows(m);
     const Device device = weight_.memory.device();
     if (context.device() != device) {
-      refuse_argument(concat("context: on ", to_string(context.device()), ", expected ", to_string(device)));
+      refuse_argument(
+          concat("context: on ", to_string(context.device()), ", expected ", to_string(device)));
     }
     check_input(input, "x", device, m, description_.k);
     check_output(output, "out", device, m, description_.n, input.dtype);
@@ -47,23 +54,24 @@ class CudaMarlinLinear final : public Linear<CudaBackend> {
   }
 
  private:
-  void run(ContextState& state, const Segment& segment, const ConstMatrixView& input, const MatrixView& output,
-           std::int64_t m) const {
+  void run(ContextState& state, const Segment& segment, const ConstMatrixView& input,
+           const MatrixView& output, std::int64_t m) const {
     const auto y_size = static_cast<std::int64_t>(size_of(output.dtype));
-    GemmProblem problem{.weight = segment.view,
-                        .x = input.data,
-                        .x_type = input.dtype == DType::kBFloat16 ? FloatType::kBF16 : FloatType::kF16,
-                        .x_stride = input.row_stride,
-                        .x_columns = segment.view.k,
-                        .y = static_cast<unsigned char*>(output.data) + segment.first_feature * y_size,
-                        .y_type = float_type(output.dtype),
-                        .y_stride = output.row_stride,
-                        .m = static_cast<std::int32_t>(m)};
+    GemmProblem problem{
+        .weight = segment.view,
+        .x = input.data,
+        .x_type = input.dtype == DType::kBFloat16 ? FloatType::kBF16 : FloatType::kF16,
+        .x_stride = input.row_stride,
+        .x_columns = segment.view.k,
+        .y = static_cast<unsigned char*>(output.data) + segment.first_feature * y_size,
+        .y_type = float_type(output.dtype),
+        .y_stride = output.row_stride,
+        .m = static_cast<std::int32_t>(m)};
     if (needs_gather(segment, input, m)) {
       const std::int32_t columns = segment.view.packed_rows;
       void* gathered = state.grow_gather(m * columns);
-      gather_rows(input.data, float_type(input.dtype), input.row_stride, problem.m, segment.view.k, segment.view.source,
-                  gathered, problem.x_type, columns, state.stream);
+      gather_rows(input.data, float_type(input.dtype), input.row_stride, problem.m, segment.view.k,
+                  segment.view.source, gathered, problem.x_type, columns, state.stream);
       problem.x = gathered;
       problem.x_stride = columns;
       problem.x_columns = columns;
@@ -86,8 +94,8 @@ class CudaMarlinLinear final : public Linear<CudaBackend> {
   BatchInvariance invariance_;
 };
 
-Description describe_layer(const GptqWeights& weights, const DeviceWeight& packed, const ArchKernels& arch,
-                           Device device, BatchInvariance invariance) {
+Description describe_layer(const GptqWeights& weights, const DeviceWeight& packed,
+                           const ArchKernels& arch, Device device, BatchInvariance invariance) {
   Description d;
   d.backend = CudaBackend::kName;
   d.device = to_string(device);
@@ -123,11 +131,14 @@ Description describe_layer(const GptqWeights& weights, const DeviceWeight& packe
 }  // namespace
 }  // namespace cuda
 
-std::unique_ptr<Linear<CudaBackend>> CudaBackend::load_gptq(Context& context, const GptqTensors& tensors,
-                                                            const GptqSpec& spec, const LoadOptions& options) {
+std::unique_ptr<Linear<CudaBackend>> CudaBackend::load_gptq(Context& context,
+                                                            const GptqTensors& tensors,
+                                                            const GptqSpec& spec,
+                                                            const LoadOptions& options) {
   if (options.compute != Compute::kAuto) {
-    throw Error(ErrorCode::kUnsupported, concat("backend 'cuda' does not support compute '", to_string(options.compute),
-                                                "'; activations decide between float16 and bfloat16"));
+    throw Error(ErrorCode::kUnsupported,
+                concat("backend 'cuda' does not support compute '", to_string(options.compute),
+                       "'; activations decide between float16 and bfloat16"));
   }
   const GptqWeights weights = validate(tensors, spec);
   cuda::ContextState& state = context.state();
@@ -141,7 +152,11 @@ std::unique_ptr<Linear<CudaBackend>> CudaBackend::load_gptq(Context& context, co
 }
 
 BackendInfo CudaBackend::info() {
-  BackendInfo info{.name = std::string(kName), .devices = {}, .hardware = "no device", .kernels = {}, .compute = {"auto"}};
+  BackendInfo info{.name = std::string(kName),
+                   .devices = {},
+                   .hardware = "no device",
+                   .kernels = {},
+                   .compute = {"auto"}};
   int count = 0;
   // Without a driver or a device there is nothing to list, and nothing wrong.
   if (cudaGetDeviceCount(&count) != cudaSuccess) {
@@ -153,7 +168,8 @@ BackendInfo CudaBackend::info() {
     info.devices.push_back(to_string(Device{DeviceKind::kCuda, device}));
     cudaDeviceProp properties;
     MARLINQ_CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
-    info.hardware = device == 0 ? std::string(properties.name) : concat(info.hardware, ", ", properties.name);
+    info.hardware =
+        device == 0 ? std::string(properties.name) : concat(info.hardware, ", ", properties.name);
     best = std::max(best, 10 * properties.major + properties.minor);
   }
   bool found = false;

@@ -10,18 +10,23 @@
 
 namespace marlinq::cuda {
 
-[[noreturn]] inline void throw_cuda_error(cudaError_t status, const char* what, std::source_location where) {
-  (void)cudaGetLastError();  // an error that is not sticky must not be reported again by a later call
-  const ErrorCode code = status == cudaErrorMemoryAllocation ? ErrorCode::kOutOfMemory : ErrorCode::kDevice;
-  throw Error(code, concat(what, ": ", cudaGetErrorString(status), " (", cudaGetErrorName(status), ")"), where);
+[[noreturn]] inline void throw_cuda_error(cudaError_t status, const char* what,
+                                          std::source_location where) {
+  (void)
+      cudaGetLastError();  // an error that is not sticky must not be reported again by a later call
+  const ErrorCode code =
+      status == cudaErrorMemoryAllocation ? ErrorCode::kOutOfMemory : ErrorCode::kDevice;
+  throw Error(code,
+              concat(what, ": ", cudaGetErrorString(status), " (", cudaGetErrorName(status), ")"),
+              where);
 }
 
-#define MARLINQ_CUDA_CHECK(call)                                                                      \
-  do {                                                                                                \
-    const cudaError_t marlinq_status = (call);                                                        \
-    if (marlinq_status != cudaSuccess) {                                                              \
-      ::marlinq::cuda::throw_cuda_error(marlinq_status, #call, std::source_location::current());      \
-    }                                                                                                 \
+#define MARLINQ_CUDA_CHECK(call)                                                                 \
+  do {                                                                                           \
+    const cudaError_t marlinq_status = (call);                                                   \
+    if (marlinq_status != cudaSuccess) {                                                         \
+      ::marlinq::cuda::throw_cuda_error(marlinq_status, #call, std::source_location::current()); \
+    }                                                                                            \
   } while (0)
 
 /// Makes a device current for a scope.

@@ -6,7 +6,8 @@
 
 namespace marlinq::cuda {
 
-CudaBuffer::CudaBuffer(int device, DType dtype, std::int64_t size) : size_(size), dtype_(dtype), device_(device) {
+CudaBuffer::CudaBuffer(int device, DType dtype, std::int64_t size)
+    : size_(size), dtype_(dtype), device_(device) {
   if (size == 0) return;
   const DeviceGuard guard(device);
   const RelaxedCapture relaxed;
@@ -14,7 +15,8 @@ CudaBuffer::CudaBuffer(int device, DType dtype, std::int64_t size) : size_(size)
   const cudaError_t status = cudaMalloc(&data_, bytes);
   if (status == cudaErrorMemoryAllocation) {
     (void)cudaGetLastError();
-    throw Error(ErrorCode::kOutOfMemory, concat("cannot allocate ", bytes, " bytes on ", to_string(this->device())));
+    throw Error(ErrorCode::kOutOfMemory,
+                concat("cannot allocate ", bytes, " bytes on ", to_string(this->device())));
   }
   MARLINQ_CUDA_CHECK(status);
 }

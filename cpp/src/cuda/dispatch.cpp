@@ -1,4 +1,5 @@
-// Chooses the architecture folder: once per load, by the device or by the name that LoadOptions::kernel gives.
+// Chooses the architecture folder: once per load, by the device or by the name that
+// LoadOptions::kernel gives.
 #include <algorithm>
 #include <string>
 
@@ -26,14 +27,16 @@ const ArchKernels& choose_arch(std::string_view name, int capability) {
     if (name.empty() && usable) return *arch;
     if (name == arch->name) {
       if (usable) return *arch;
-      throw Error(ErrorCode::kUnsupported, concat("kernel '", name, "' needs ", arch->requirement,
-                                                  "; this device has ", capability / 10, ".", capability % 10));
+      throw Error(ErrorCode::kUnsupported,
+                  concat("kernel '", name, "' needs ", arch->requirement, "; this device has ",
+                         capability / 10, ".", capability % 10));
     }
     known += (known.empty() ? "" : ", ") + std::string(arch->name);
   }
   if (name.empty()) {
-    throw Error(ErrorCode::kUnsupported, concat("compute capability ", capability / 10, ".", capability % 10,
-                                                ": no kernel of this build runs it, expected 8.0 or newer"));
+    throw Error(ErrorCode::kUnsupported,
+                concat("compute capability ", capability / 10, ".", capability % 10,
+                       ": no kernel of this build runs it, expected 8.0 or newer"));
   }
   throw Error(ErrorCode::kInvalidArgument, concat("kernel: '", name, "', expected one of ", known));
 }

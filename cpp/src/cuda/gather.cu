@@ -20,7 +20,8 @@ __device__ __forceinline__ Out convert(In value) {
 }
 
 template <class In, class Out>
-__global__ void gather(const In* x, int64_t x_stride, int32_t k, const int32_t* source, Out* out, int32_t columns) {
+__global__ void gather(const In* x, int64_t x_stride, int32_t k, const int32_t* source, Out* out,
+                       int32_t columns) {
   const int64_t row = blockIdx.y;
   const int32_t first = (blockIdx.x * kThreads + threadIdx.x) * kColumns;
   if (first >= columns) return;
@@ -35,21 +36,23 @@ __global__ void gather(const In* x, int64_t x_stride, int32_t k, const int32_t* 
 
 }  // namespace
 
-void gather_rows(const void* x, FloatType x_type, std::int64_t x_stride, std::int32_t m, std::int32_t k,
-                 const std::int32_t* source, void* out, FloatType out_type, std::int32_t columns, void* stream) {
+void gather_rows(const void* x, FloatType x_type, std::int64_t x_stride, std::int32_t m,
+                 std::int32_t k, const std::int32_t* source, void* out, FloatType out_type,
+                 std::int32_t columns, void* stream) {
   constexpr std::int32_t kMaxRows = 65535;  // of a grid's second dimension
   const auto size = x_type == FloatType::kF32 ? 4 : 2;
   for (std::int32_t first = 0; first < m; first += kMaxRows) {
     const dim3 grid((columns / kColumns + kThreads - 1) / kThreads, std::min(kMaxRows, m - first));
     const auto* rows = static_cast<const unsigned char*>(x) + first * x_stride * size;
-    auto* target = static_cast<unsigned char*>(out) + static_cast<std::int64_t>(first) * columns * 2;
+    auto* target =
+        static_cast<unsigned char*>(out) + static_cast<std::int64_t>(first) * columns * 2;
     auto* s = static_cast<cudaStream_t>(stream);
     if (x_type == FloatType::kF32) {
       gather<<<grid, kThreads, 0, s>>>(reinterpret_cast<const float*>(rows), x_stride, k, source,
                                        reinterpret_cast<__half*>(target), columns);
     } else if (out_type == FloatType::kBF16) {
-      gather<<<grid, kThreads, 0, s>>>(reinterpret_cast<const __nv_bfloat16*>(rows), x_stride, k, source,
-                                       reinterpret_cast<__nv_bfloat16*>(target), columns);
+      gather<<<grid, kThreads, 0, s>>>(reinterpret_cast<const __nv_bfloat16*>(rows), x_stride, k,
+                                       source, reinterpret_cast<__nv_bfloat16*>(target), columns);
     } else {
       gather<<<grid, kThreads, 0, s>>>(reinterpret_cast<const __half*>(rows), x_stride, k, source,
                                        reinterpret_cast<__half*>(target), columns);

@@ -7,8 +7,10 @@
 
 namespace marlinq::cuda {
 
-/// out[row][i] = x[row][source[i]], 0 where source is -1; source null: the same column, 0 from k on.
-void gather_rows(const void* x, FloatType x_type, std::int64_t x_stride, std::int32_t m, std::int32_t k,
-                 const std::int32_t* source, void* out, FloatType out_type, std::int32_t columns, void* stream);
+/// out[row][i] = x[row][source[i]], 0 where source is -1; source null: the same column, 0 from k
+/// on.
+void gather_rows(const void* x, FloatType x_type, std::int64_t x_stride, std::int32_t m,
+                 std::int32_t k, const std::int32_t* source, void* out, FloatType out_type,
+                 std::int32_t columns, void* stream);
 
 }  // namespace marlinq::cuda

@@ -12,9 +12,10 @@ struct WeightView {
   const std::uint32_t* codes = nullptr;
   const void* scales = nullptr;
   const std::uint8_t* zeros = nullptr;
-  const float* bias = nullptr;           // null: none
+  const float* bias = nullptr;               // null: none
   const std::int32_t* step_group = nullptr;  // group of each 16 packed rows
-  const std::int32_t* source = nullptr;  // input row of each packed row, -1 padding; null: the same row
+  const std::int32_t* source =
+      nullptr;  // input row of each packed row, -1 padding; null: the same row
   FloatType scale_type = FloatType::kF16;
   std::int32_t code_bits = 4;
   std::int32_t n = 0;

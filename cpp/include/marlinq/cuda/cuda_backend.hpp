@@ -48,8 +48,8 @@ class MARLINQ_API CudaContext {
 
   Device device() const noexcept;
   void* stream() const noexcept;
-  /// Work of later calls goes to this stream. The scratch is shared by all streams of a context, so the
-  /// caller orders them.
+  /// Work of later calls goes to this stream. The scratch is shared by all streams of a context, so
+  /// the caller orders them.
   void set_stream(void* stream) noexcept;
   int threads() const noexcept;
   /// How often the scratch has grown.
@@ -69,8 +69,10 @@ struct MARLINQ_API CudaBackend : QuantMarlinDefaults<CudaBackend> {
   using Context = cuda::CudaContext;
   using Buffer = cuda::CudaBuffer;
 
-  static std::unique_ptr<Linear<CudaBackend>> load_gptq(Context& context, const GptqTensors& tensors,
-                                                        const GptqSpec& spec, const LoadOptions& options = {});
+  static std::unique_ptr<Linear<CudaBackend>> load_gptq(Context& context,
+                                                        const GptqTensors& tensors,
+                                                        const GptqSpec& spec,
+                                                        const LoadOptions& options = {});
   static void pregrow_marlin_gather_scratch(Context& context, std::int64_t required_elements);
 
   // For the registry.

@@ -1,9 +1,10 @@
 // Packed codes to fragments of q - zero, exact in fp16 and in bf16.
 //
-// fp16, 4 bits: a nibble or-ed into 0x6400 is 1024 + q, or 1024 + 16 q for the nibble above it, so two nibbles cost
-// no shift: subtract 1024 + z, or multiply by 1/16 and subtract 64 + z. bf16 has 7 mantissa bits: 0x4300 is 128 + q and
-// each nibble needs its shift. All sums are of integers below 2^11 (fp16) or 2^8 (bf16), hence exact.
-// 8 bits: fp16 by bytes permuted into 0x64xx; bf16 through float32, as 128 + q does not fit 8 bits.
+// fp16, 4 bits: a nibble or-ed into 0x6400 is 1024 + q, or 1024 + 16 q for the nibble above it, so
+// two nibbles cost no shift: subtract 1024 + z, or multiply by 1/16 and subtract 64 + z. bf16 has 7
+// mantissa bits: 0x4300 is 128 + q and each nibble needs its shift. All sums are of integers below
+// 2^11 (fp16) or 2^8 (bf16), hence exact. 8 bits: fp16 by bytes permuted into 0x64xx; bf16 through
+// float32, as 128 + q does not fit 8 bits.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -27,7 +28,7 @@ template <>
 struct ZeroPair<__half, 4> {
   uint32_t low, high;
   __device__ __forceinline__ void set(uint32_t feature, uint32_t feature_8) {
-    low = (0x6400u + feature) * 0x10001u;                                   // 1024 + z
+    low = (0x6400u + feature) * 0x10001u;                                    // 1024 + z
     const __half offset = __int2half_rn(-64 - static_cast<int>(feature_8));  // exact
     const __half2 both = __halves2half2(offset, offset);
     high = reinterpret_cast<const uint32_t&>(both);
@@ -76,8 +77,8 @@ __device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b, __nv_bfloat
 }
 
 /// The fragment of 16 rows from the words of one lane: 4 bits take one word, 8 bits two.
-__device__ __forceinline__ void decode(uint32_t (&a)[4], const uint32_t* words, const ZeroPair<__half, 4>& zero,
-                                       __half) {
+__device__ __forceinline__ void decode(uint32_t (&a)[4], const uint32_t* words,
+                                       const ZeroPair<__half, 4>& zero, __half) {
   constexpr uint32_t kBase = 0x64006400u;
   constexpr uint32_t kSixteenth = 0x2c002c00u;
   const uint32_t word = words[0];
@@ -100,8 +101,8 @@ __device__ __forceinline__ void decode(uint32_t (&a)[4], const uint32_t* words,
   }
 }
 
-__device__ __forceinline__ void decode(uint32_t (&a)[4], const uint32_t* words, const ZeroPair<__half, 8>& zero,
-                                       __half) {
+__device__ __forceinline__ void decode(uint32_t (&a)[4], const uint32_t* words,
+                                       const ZeroPair<__half, 8>& zero, __half) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     a[2 * h] = subtract(__byte_perm(words[h], 0x64646464u, 0x4140), zero.low, __half());
@@ -116,7 +117,8 @@ __device__ __forceinline__ void decode(uint32_t (&a)[4], const uint32_t* words,
     float value[4];
 #pragma unroll
     for (int byte = 0; byte < 4; ++byte) {
-      const float biased = __uint_as_float(__byte_perm(words[h], 0x4b000000u, 0x7540 + byte));  // 2^23 + q
+      const float biased =
+          __uint_as_float(__byte_perm(words[h], 0x4b000000u, 0x7540 + byte));  // 2^23 + q
       value[byte] = biased - (byte < 2 ? zero.low : zero.high);
     }
     const __nv_bfloat162 low = __floats2bfloat162_rn(value[0], value[1]);

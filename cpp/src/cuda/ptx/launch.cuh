@@ -3,8 +3,8 @@
 
 namespace marlinq::cuda::ptx {
 
-/// Returns when the kernel before has finished and its writes can be seen. Until then: no read of what a kernel may
-/// have written, and no write.
+/// Returns when the kernel before has finished and its writes can be seen. Until then: no read of
+/// what a kernel may have written, and no write.
 __device__ __forceinline__ void wait_for_predecessor() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -33,19 +33,23 @@ class GroupStream {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) {
-      const int64_t element = ((static_cast<int64_t>(strip(s)) * w_.groups + group) * 8 + lane / 4) * 2;
+      const int64_t element =
+          ((static_cast<int64_t>(strip(s)) * w_.groups + group) * 8 + lane / 4) * 2;
       next_zero_[s] = __ldg(reinterpret_cast<const uint16_t*>(w_.zeros + element));
       if (w_.scale_type == FloatType::kF32) {
-        const float2 pair = __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(w_.scales) + element));
+        const float2 pair =
+            __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(w_.scales) + element));
         next_scale_[s][0] = __float_as_uint(pair.x);
         next_scale_[s][1] = __float_as_uint(pair.y);
       } else {
-        next_scale_[s][0] = __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(w_.scales) + element));
+        next_scale_[s][0] = __ldg(
+            reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(w_.scales) + element));
       }
     }
   }
 
-  /// Makes the group asked for the current one and asks for the one after it, if these strips have one.
+  /// Makes the group asked for the current one and asks for the one after it, if these strips have
+  /// one.
   __device__ __forceinline__ void take() {
     group_ = next_group_;
 #pragma unroll

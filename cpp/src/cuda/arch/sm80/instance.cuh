@@ -9,10 +9,11 @@
 namespace marlinq::cuda::sm80 {
 
 template <class Params>
-void launch_kernel(void (*kernel)(Params), const Params& params, dim3 grid, int threads, const GemmPlan& plan,
-                   cudaStream_t stream) {
+void launch_kernel(void (*kernel)(Params), const Params& params, dim3 grid, int threads,
+                   const GemmPlan& plan, cudaStream_t stream) {
   // An attribute of the function on this device: cheap, and allowed during a capture.
-  MARLINQ_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes));
+  MARLINQ_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes));
   cudaLaunchAttribute dependent{};
   dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   dependent.val.programmaticStreamSerializationAllowed = 1;
@@ -39,11 +40,12 @@ constexpr Instance tile_instance() {
           .ring_bytes = S::kSharedBytes,
           .slot_bytes = 0,
           .warps = kWarps,
-          .launch = [](const GemmProblem& problem, const GemmPlan& plan, const SplitScratch& scratch,
-                       cudaStream_t stream) {
+          .launch = [](const GemmProblem& problem, const GemmPlan& plan,
+                       const SplitScratch& scratch, cudaStream_t stream) {
             const dim3 grid((problem.m + S::kTokens - 1) / S::kTokens,
                             (problem.weight.n + S::kFeatures - 1) / S::kFeatures, plan.splits);
-            launch_kernel(gemm<S>, KernelParams{problem, scratch, plan.splits}, grid, kWarps * 32, plan, stream);
+            launch_kernel(gemm<S>, KernelParams{problem, scratch, plan.splits}, grid, kWarps * 32,
+                          plan, stream);
           }};
 }
 
@@ -57,7 +59,8 @@ constexpr Instance strip_instance() {
           .ring_bytes = S::kRingBytes,
           .slot_bytes = S::kSlotFloats * 4,
           .warps = S::kWarps,
-          .launch = [](const GemmProblem& problem, const GemmPlan& plan, const SplitScratch&, cudaStream_t stream) {
+          .launch = [](const GemmProblem& problem, const GemmPlan& plan, const SplitScratch&,
+                       cudaStream_t stream) {
             launch_kernel(strip_gemm<S>, problem, dim3(plan.blocks), S::kWarps * 32, plan, stream);
           }};
 }

@@ -1,12 +1,14 @@
 // The dense product of the sm_80 family: y[token][feature] with weights as operand A of mma.sync.
 //
-// A block of 8 warps computes kTokens tokens x kFeatureWarps * kStrips * 16 features over a range of chunks of
-// 64 packed rows; kRowWarps warps share that range, each group of kFeatureWarps warps a contiguous part of it.
-// Each group streams its own ring: the x tile (shared by its warps, 128-byte rows, swizzled for ldmatrix) and the
-// codes (every lane copies the 16 bytes that it alone reads).
+// A block of 8 warps computes kTokens tokens x kFeatureWarps * kStrips * 16 features over a range
+// of chunks of 64 packed rows; kRowWarps warps share that range, each group of kFeatureWarps warps
+// a contiguous part of it. Each group streams its own ring: the x tile (shared by its warps,
+// 128-byte rows, swizzled for ldmatrix) and the codes (every lane copies the 16 bytes that it alone
+// reads).
 //
-// Sums: products of one quantisation group in a float32 accumulator, times the scale into a second; then over the
-// row warps and over the splits of K, in fixed order. Nothing depends on which block finishes when.
+// Sums: products of one quantisation group in a float32 accumulator, times the scale into a second;
+// then over the row warps and over the splits of K, in fixed order. Nothing depends on which block
+// finishes when.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -44,7 +46,8 @@ struct Shape {
   static constexpr int kCodeBytes = kFeatureWarps * kStrips * kPieces * 512;
   static constexpr int kStageBytes = kXBytes + kCodeBytes;
   static constexpr int kRingBytes = kRowWarps * kStages * kStageBytes;
-  // The sums of the row warps, [row warp][token][feature], padded by 4 floats against bank conflicts.
+  // The sums of the row warps, [row warp][token][feature], padded by 4 floats against bank
+  // conflicts.
   static constexpr int kSumStride = kFeatures + 4;
   static constexpr int kSumBytes = kRowWarps * kTokens * kSumStride * 4;
   static constexpr int kSharedBytes = kRingBytes > kSumBytes ? kRingBytes : kSumBytes;
@@ -64,8 +67,8 @@ class Mainloop {
   __device__ __forceinline__ Mainloop(const KernelParams& params, unsigned char* shared)
       : p_(params.problem),
         w_(params.problem.weight),
-        groups_(params.problem.weight,
-                blockIdx.y * (S::kFeatures / 16) + threadIdx.x / 32 % S::kFeatureWarps * S::kStrips) {
+        groups_(params.problem.weight, blockIdx.y * (S::kFeatures / 16) +
+                                           threadIdx.x / 32 % S::kFeatureWarps * S::kStrips) {
     const int warp = threadIdx.x / 32;
     lane_ = threadIdx.x % 32;
     row_warp_ = warp / S::kFeatureWarps;
@@ -74,8 +77,10 @@ class Mainloop {
     ring_ = ptx::shared_address(shared) + row_warp_ * S::kStages * S::kStageBytes;
     chunks_ = w_.packed_rows / kChunkRows;
     first_token_ = blockIdx.x * S::kTokens;
-    const int split_begin = static_cast<int>(static_cast<int64_t>(chunks_) * blockIdx.z / params.splits);
-    const int split_end = static_cast<int>(static_cast<int64_t>(chunks_) * (blockIdx.z + 1) / params.splits);
+    const int split_begin =
+        static_cast<int>(static_cast<int64_t>(chunks_) * blockIdx.z / params.splits);
+    const int split_end =
+        static_cast<int>(static_cast<int64_t>(chunks_) * (blockIdx.z + 1) / params.splits);
     const int length = split_end - split_begin;
     begin_ = split_begin + length * row_warp_ / S::kRowWarps;
     end_ = split_begin + length * (row_warp_ + 1) / S::kRowWarps;
@@ -157,11 +162,14 @@ class Mainloop {
       const T* source = bytes > 0 ? x + (first_token_ + token) * p_.x_stride + column : x;
       ptx::copy_async_zfill(stage + token * 128 + ((part ^ (token % 8)) * 16), source, bytes);
     }
-    const uint32_t codes = stage + S::kXBytes + feature_warp_ * S::kStrips * S::kPieces * 512 + lane_ * 16;
+    const uint32_t codes =
+        stage + S::kXBytes + feature_warp_ * S::kStrips * S::kPieces * 512 + lane_ * 16;
 #pragma unroll
     for (int s = 0; s < S::kStrips; ++s) {
       const uint32_t* source =
-          w_.codes + (static_cast<int64_t>(groups_.strip(s)) * chunks_ + chunk) * (S::kPieces * 128) + lane_ * 4;
+          w_.codes +
+          (static_cast<int64_t>(groups_.strip(s)) * chunks_ + chunk) * (S::kPieces * 128) +
+          lane_ * 4;
 #pragma unroll
       for (int piece = 0; piece < S::kPieces; ++piece) {
         ptx::copy_async(codes + (s * S::kPieces + piece) * 512, source + piece * 128);
@@ -185,7 +193,8 @@ class Mainloop {
 
   __device__ __forceinline__ void multiply(int slot, const int4& steps) {
     const uint32_t stage = ring_ + slot * S::kStageBytes;
-    const uint32_t codes = stage + S::kXBytes + feature_warp_ * S::kStrips * S::kPieces * 512 + lane_ * 16;
+    const uint32_t codes =
+        stage + S::kXBytes + feature_warp_ * S::kStrips * S::kPieces * 512 + lane_ * 16;
     uint32_t words[S::kStrips][S::kPieces * 4];
 #pragma unroll
     for (int s = 0; s < S::kStrips; ++s) {
@@ -225,7 +234,8 @@ class Mainloop {
 
   // Fragments of x for 16 rows: pairs of token tiles, or for a single tile two steps at once.
   template <int kPairs>
-  __device__ __forceinline__ void load_tokens(uint32_t (&b)[kPairs][4], uint32_t stage, int step) const {
+  __device__ __forceinline__ void load_tokens(uint32_t (&b)[kPairs][4], uint32_t stage,
+                                              int step) const {
     const int matrix = lane_ / 8;
     const int row = lane_ % 8;
     if constexpr (S::kTokenTiles == 1) {
@@ -274,13 +284,15 @@ __global__ void __launch_bounds__(kWarps * 32) gemm(const __grid_constant__ Kern
   const auto row_warp_sum = [&](int token, int feature) {
     float value = 0.0f;
 #pragma unroll
-    for (int w = 0; w < S::kRowWarps; ++w) value += sums[(w * S::kTokens + token) * S::kSumStride + feature];
+    for (int w = 0; w < S::kRowWarps; ++w)
+      value += sums[(w * S::kTokens + token) * S::kSumStride + feature];
     return value;
   };
   const int tile = blockIdx.y * gridDim.x + blockIdx.x;
   const int64_t tile_floats = S::kTokens * S::kFeatures;
   if (params.splits > 1) {
-    float* partial = params.scratch.partials + (static_cast<int64_t>(tile) * params.splits + blockIdx.z) * tile_floats;
+    float* partial = params.scratch.partials +
+                     (static_cast<int64_t>(tile) * params.splits + blockIdx.z) * tile_floats;
     for (int i = threadIdx.x; i < tokens * S::kFeatures; i += kWarps * 32) {
       partial[i] = row_warp_sum(i / S::kFeatures, i % S::kFeatures);
     }
@@ -288,18 +300,21 @@ __global__ void __launch_bounds__(kWarps * 32) gemm(const __grid_constant__ Kern
     __syncthreads();
     __shared__ bool last;
     if (threadIdx.x == 0) {
-      last = atomicAdd(params.scratch.counters + tile, 1u) == static_cast<uint32_t>(params.splits - 1);
+      last =
+          atomicAdd(params.scratch.counters + tile, 1u) == static_cast<uint32_t>(params.splits - 1);
     }
     __syncthreads();
     if (!last) return;
     __threadfence();
     if (threadIdx.x == 0) params.scratch.counters[tile] = 0;
-    const float* all = params.scratch.partials + static_cast<int64_t>(tile) * params.splits * tile_floats;
+    const float* all =
+        params.scratch.partials + static_cast<int64_t>(tile) * params.splits * tile_floats;
     for (int i = threadIdx.x; i < tokens * S::kFeatures; i += kWarps * 32) {
       const int feature = i % S::kFeatures;
       if (feature >= features) continue;
       float value = 0.0f;
-      for (int split = 0; split < params.splits; ++split) value += __ldcg(all + split * tile_floats + i);
+      for (int split = 0; split < params.splits; ++split)
+        value += __ldcg(all + split * tile_floats + i);
       store_output(p, first_token + i / S::kFeatures, first_feature + feature, value);
     }
     return;
@@ -307,7 +322,8 @@ __global__ void __launch_bounds__(kWarps * 32) gemm(const __grid_constant__ Kern
   for (int i = threadIdx.x; i < tokens * S::kFeatures; i += kWarps * 32) {
     const int feature = i % S::kFeatures;
     if (feature < features) {
-      store_output(p, first_token + i / S::kFeatures, first_feature + feature, row_warp_sum(i / S::kFeatures, feature));
+      store_output(p, first_token + i / S::kFeatures, first_feature + feature,
+                   row_warp_sum(i / S::kFeatures, feature));
     }
   }
 }

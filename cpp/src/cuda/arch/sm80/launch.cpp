@@ -27,17 +27,21 @@ std::span<const Instance> instances(FloatType type, std::int32_t code_bits) {
   return code_bits == 4 ? kInstances_bf16_w4 : kInstances_bf16_w8;
 }
 
-GemmPlan strip_plan(const Instance& instance, const WeightView& weight, const DeviceLimits& limits) {
+GemmPlan strip_plan(const Instance& instance, const WeightView& weight,
+                    const DeviceLimits& limits) {
   const std::int64_t groups = ceil_div(weight.n, instance.feature_tile);
   const std::int64_t blocks = std::min<std::int64_t>(groups, limits.multiprocessors);
   const std::int64_t slots = ceil_div(groups, blocks) + instance.warps;
-  // Two kernels share a multiprocessor while one hands over to the next, which hides the start of small layers. In
-  // large ones it would let two blocks of one kernel meet, and double its time: ask for more than half there.
+  // Two kernels share a multiprocessor while one hands over to the next, which hides the start of
+  // small layers. In large ones it would let two blocks of one kernel meet, and double its time:
+  // ask for more than half there.
   constexpr std::int64_t kLargeLayer = std::int64_t{24} << 20;
   constexpr std::int64_t kMoreThanHalf = 116 << 10;
-  const std::int64_t code_bytes = std::int64_t{weight.n} * weight.packed_rows * weight.code_bits / 8;
+  const std::int64_t code_bytes =
+      std::int64_t{weight.n} * weight.packed_rows * weight.code_bits / 8;
   std::int64_t shared = instance.ring_bytes + slots * instance.slot_bytes;
-  if (code_bytes > kLargeLayer) shared = std::max(shared, std::min<std::int64_t>(kMoreThanHalf, limits.shared_bytes));
+  if (code_bytes > kLargeLayer)
+    shared = std::max(shared, std::min<std::int64_t>(kMoreThanHalf, limits.shared_bytes));
   return {.kind = KernelKind::kStrip,
           .token_tile = instance.token_tile,
           .feature_tile = instance.feature_tile,
@@ -56,12 +60,14 @@ GemmPlan tile_plan(const Instance& instance, const WeightView& weight, std::int6
   // As many splits of K as fill the device once, none shorter than 4 chunks.
   constexpr std::int64_t kMinChunks = 4;
   const std::int64_t chunks = weight.packed_rows / Layout::kRowAlignment;
-  const std::int64_t wanted = std::clamp<std::int64_t>(limits.multiprocessors / tiles, 1, kMaxSplits);
-  return {.kind = KernelKind::kTile,
-          .token_tile = instance.token_tile,
-          .feature_tile = instance.feature_tile,
-          .splits = static_cast<std::int32_t>(std::clamp<std::int64_t>(chunks / kMinChunks, 1, wanted)),
-          .shared_bytes = instance.ring_bytes};
+  const std::int64_t wanted =
+      std::clamp<std::int64_t>(limits.multiprocessors / tiles, 1, kMaxSplits);
+  return {
+      .kind = KernelKind::kTile,
+      .token_tile = instance.token_tile,
+      .feature_tile = instance.feature_tile,
+      .splits = static_cast<std::int32_t>(std::clamp<std::int64_t>(chunks / kMinChunks, 1, wanted)),
+      .shared_bytes = instance.ring_bytes};
 }
 
 GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvariance invariance) {
@@ -71,11 +77,15 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
   for (const Instance& instance : instances(problem.x_type, problem.weight.code_bits)) {
     GemmPlan candidate;
     if (instance.kind == KernelKind::kStrip) {
-      // The fewest tokens that hold m; then the least work of the busiest block, then more strips a warp.
-      if (invariant || problem.m > instance.token_tile || (problem.m <= 8 && instance.token_tile > 8)) continue;
+      // The fewest tokens that hold m; then the least work of the busiest block, then more strips a
+      // warp.
+      if (invariant || problem.m > instance.token_tile ||
+          (problem.m <= 8 && instance.token_tile > 8))
+        continue;
       candidate = strip_plan(instance, problem.weight, limits);
       if (candidate.shared_bytes > limits.shared_bytes) continue;
-      if (found && strip_load(candidate, problem.weight) > strip_load(best, problem.weight)) continue;
+      if (found && strip_load(candidate, problem.weight) > strip_load(best, problem.weight))
+        continue;
     } else {
       // One tile for every m where rows must not depend on the batch.
       if (found && best.kind == KernelKind::kStrip) continue;
@@ -84,8 +94,9 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
       const std::int64_t token_tiles = invariant ? 1 : ceil_div(problem.m, instance.token_tile);
       candidate = tile_plan(instance, problem.weight, token_tiles, limits);
       // The widest tile that fills the device without splitting K, else the narrowest.
-      if (found && best.splits == 1 && ceil_div(problem.weight.n, best.feature_tile) * token_tiles * 4 >=
-                                               3 * limits.multiprocessors) {
+      if (found && best.splits == 1 &&
+          ceil_div(problem.weight.n, best.feature_tile) * token_tiles * 4 >=
+              3 * limits.multiprocessors) {
         continue;
       }
     }
@@ -96,30 +107,36 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
   return best;
 }
 
-void scratch_need(const DeviceLimits& limits, std::int64_t& partial_floats, std::int32_t& counters) {
+void scratch_need(const DeviceLimits& limits, std::int64_t& partial_floats,
+                  std::int32_t& counters) {
   // K is split only where the tiles alone do not fill the device.
   partial_floats = 0;
   for (const Instance& instance : instances(FloatType::kF16, 4)) {
     if (instance.kind != KernelKind::kTile) continue;
-    partial_floats = std::max<std::int64_t>(
-        partial_floats, std::int64_t{limits.multiprocessors} * instance.token_tile * instance.feature_tile);
+    partial_floats =
+        std::max<std::int64_t>(partial_floats, std::int64_t{limits.multiprocessors} *
+                                                   instance.token_tile * instance.feature_tile);
   }
   counters = limits.multiprocessors;
 }
 
-void launch(const GemmProblem& problem, const GemmPlan& plan, const SplitScratch& scratch, void* stream) {
+void launch(const GemmProblem& problem, const GemmPlan& plan, const SplitScratch& scratch,
+            void* stream) {
   for (const Instance& instance : instances(problem.x_type, problem.weight.code_bits)) {
     if (instance.kind != plan.kind || instance.token_tile != plan.token_tile ||
         instance.feature_tile != plan.feature_tile) {
       continue;
     }
-    // A split product's partial sums must fit the scratch: token tiles that do not are launched in turn.
+    // A split product's partial sums must fit the scratch: token tiles that do not are launched in
+    // turn.
     std::int64_t token_tiles = ceil_div(problem.m, plan.token_tile);
     if (plan.splits > 1) {
       const std::int64_t feature_tiles = ceil_div(problem.weight.n, plan.feature_tile);
-      const std::int64_t floats = std::int64_t{plan.token_tile} * plan.feature_tile * plan.splits * feature_tiles;
-      token_tiles = std::max<std::int64_t>(
-          1, std::min({token_tiles, scratch.partial_floats / floats, scratch.num_counters / feature_tiles}));
+      const std::int64_t floats =
+          std::int64_t{plan.token_tile} * plan.feature_tile * plan.splits * feature_tiles;
+      token_tiles =
+          std::max<std::int64_t>(1, std::min({token_tiles, scratch.partial_floats / floats,
+                                              scratch.num_counters / feature_tiles}));
     }
     const auto rows = static_cast<std::int32_t>(token_tiles * plan.token_tile);
     const std::int64_t x_size = 2;
@@ -133,8 +150,8 @@ void launch(const GemmProblem& problem, const GemmPlan& plan, const SplitScratch
     }
     return;
   }
-  throw Error(ErrorCode::kInternal, concat("sm80: no kernel for a tile of ", plan.token_tile, " tokens x ",
-                                           plan.feature_tile, " features"));
+  throw Error(ErrorCode::kInternal, concat("sm80: no kernel for a tile of ", plan.token_tile,
+                                           " tokens x ", plan.feature_tile, " features"));
 }
 
 }  // namespace

@@ -10,7 +10,8 @@
 
 namespace marlinq::cuda::sm80 {
 
-__device__ __forceinline__ void store_output(const GemmProblem& p, int token, int feature, float value) {
+__device__ __forceinline__ void store_output(const GemmProblem& p, int token, int feature,
+                                             float value) {
   if (p.weight.bias != nullptr) value += p.weight.bias[feature];
   const int64_t place = token * p.y_stride + feature;
   switch (p.y_type) {

@@ -27,7 +27,8 @@ struct RawModule {
   int64_t first_feature;
 };
 
-__device__ __forceinline__ uint32_t read_code(const uint32_t* qweight, int bits, int64_t n, int64_t row, int64_t column) {
+__device__ __forceinline__ uint32_t read_code(const uint32_t* qweight, int bits, int64_t n,
+                                              int64_t row, int64_t column) {
   const int64_t bit = row * bits;
   const int shift = static_cast<int>(bit % 32);
   uint32_t value = qweight[bit / 32 * n + column] >> shift;
@@ -51,10 +52,12 @@ __device__ __forceinline__ uint32_t read_zero(const RawModule& raw, int64_t grou
 }
 
 // One thread a word of the final buffer.
-__global__ void pack_codes(RawModule raw, Layout layout, const int32_t* source, const int32_t* step_group,
-                           const int32_t* raw_group, uint32_t* codes, int64_t first_strip, int64_t last_strip) {
+__global__ void pack_codes(RawModule raw, Layout layout, const int32_t* source,
+                           const int32_t* step_group, const int32_t* raw_group, uint32_t* codes,
+                           int64_t first_strip, int64_t last_strip) {
   const int64_t per_strip = layout.chunks() * Layout::kLanes * 4;
-  const int64_t index = first_strip * per_strip + blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  const int64_t index =
+      first_strip * per_strip + blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (index >= last_strip * per_strip) return;
   const int word = index % 4;
   const int lane = index / 4 % Layout::kLanes;
@@ -64,7 +67,8 @@ __global__ void pack_codes(RawModule raw, Layout layout, const int32_t* source, 
   const int64_t step = layout.code_bits == 4 ? chunk * 4 + word : chunk * 2 + word / 2;
   uint32_t result = 0;
   for (int field = 0; field < fields; ++field) {
-    const FieldPlace place = layout.code_bits == 4 ? nibble_place(lane, field) : byte_place(lane, word % 2, field);
+    const FieldPlace place =
+        layout.code_bits == 4 ? nibble_place(lane, field) : byte_place(lane, word % 2, field);
     const int64_t feature = strip * 16 + place.feature;
     const int64_t column = feature - raw.first_feature;
     if (column < 0 || column >= raw.n) continue;  // padding, or another module's
@@ -73,7 +77,8 @@ __global__ void pack_codes(RawModule raw, Layout layout, const int32_t* source, 
                                    : read_zero(raw, raw_group[step_group[step]], column);
     result |= code << (field * layout.code_bits);
   }
-  // Modules of one segment meet inside a strip only where their features are apart: or-ing is exact.
+  // Modules of one segment meet inside a strip only where their features are apart: or-ing is
+  // exact.
   codes[index] |= result;
 }
 
@@ -86,12 +91,15 @@ __global__ void pack_groups(RawModule raw, Layout layout, const int32_t* raw_gro
   const int64_t feature = raw.first_feature + column;
   const int64_t target = layout.group_element(feature / 16, group, static_cast<int>(feature % 16));
   const int64_t from = static_cast<int64_t>(raw_group[group]) * raw.n + column;
-  for (int byte = 0; byte < scale_size; ++byte) scales[target * scale_size + byte] = raw.scales[from * scale_size + byte];
+  for (int byte = 0; byte < scale_size; ++byte)
+    scales[target * scale_size + byte] = raw.scales[from * scale_size + byte];
   zeros[target] = static_cast<uint8_t>(read_zero(raw, raw_group[group], column));
 }
 
 FloatType float_type(DType dtype) noexcept {
-  return dtype == DType::kFloat16 ? FloatType::kF16 : dtype == DType::kBFloat16 ? FloatType::kBF16 : FloatType::kF32;
+  return dtype == DType::kFloat16    ? FloatType::kF16
+         : dtype == DType::kBFloat16 ? FloatType::kBF16
+                                     : FloatType::kF32;
 }
 
 // Modules that share one row order and one dtype of scales, fused to one range of features.
@@ -110,14 +118,17 @@ struct SegmentPlan {
 
 SegmentPlan plan_order(const GptqWeights& weights, const ValidatedModule& part) {
   SegmentPlan plan;
-  plan.order = make_row_order(part.group_of_row, weights.groups, Layout::kGroupAlignment, Layout::kGroupAlignment);
+  plan.order = make_row_order(part.group_of_row, weights.groups, Layout::kGroupAlignment,
+                              Layout::kGroupAlignment);
   for (const RowBlock& step : plan.order.blocks) {
-    if (plan.raw_group.empty() || plan.raw_group.back() != step.group) plan.raw_group.push_back(step.group);
+    if (plan.raw_group.empty() || plan.raw_group.back() != step.group)
+      plan.raw_group.push_back(step.group);
     plan.step_group.push_back(static_cast<std::int32_t>(plan.raw_group.size()) - 1);
   }
   const std::int64_t rows = round_up(plan.order.rows(), Layout::kRowAlignment);
   plan.order.source.resize(static_cast<std::size_t>(rows), -1);
-  plan.step_group.resize(static_cast<std::size_t>(rows / Layout::kGroupAlignment), plan.step_group.back());
+  plan.step_group.resize(static_cast<std::size_t>(rows / Layout::kGroupAlignment),
+                         plan.step_group.back());
   plan.layout = {.code_bits = weights.bits == 8 ? 8 : 4,
                  .packed_rows = rows,
                  .groups = static_cast<std::int64_t>(plan.raw_group.size())};
@@ -147,11 +158,14 @@ std::vector<SegmentPlan> plan_segments(const GptqWeights& weights) {
 // Device copies of host arrays for the time of a pack.
 class Uploads {
  public:
-  explicit Uploads(cudaStream_t stream) : stream_(stream) { MARLINQ_CUDA_CHECK(cudaGetDevice(&device_)); }
+  explicit Uploads(cudaStream_t stream) : stream_(stream) {
+    MARLINQ_CUDA_CHECK(cudaGetDevice(&device_));
+  }
 
   const void* put(const void* data, std::size_t bytes) {
     buffers_.emplace_back(device_, DType::kInt32, static_cast<std::int64_t>((bytes + 3) / 4));
-    MARLINQ_CUDA_CHECK(cudaMemcpyAsync(buffers_.back().data(), data, bytes, cudaMemcpyHostToDevice, stream_));
+    MARLINQ_CUDA_CHECK(
+        cudaMemcpyAsync(buffers_.back().data(), data, bytes, cudaMemcpyHostToDevice, stream_));
     return buffers_.back().data();
   }
 
@@ -191,13 +205,16 @@ DeviceWeight pack(const GptqWeights& weights, void* stream_pointer) {
 
   Uploads uploads(stream);
   for (const SegmentPlan& s : segments) {
-    const auto* source = static_cast<const int32_t*>(uploads.put(s.order.source.data(), s.order.source.size() * 4));
-    const auto* raw_group = static_cast<const int32_t*>(uploads.put(s.raw_group.data(), s.raw_group.size() * 4));
-    MARLINQ_CUDA_CHECK(cudaMemcpyAsync(memory + s.steps, s.step_group.data(), s.step_group.size() * 4,
-                                       cudaMemcpyHostToDevice, stream));
+    const auto* source =
+        static_cast<const int32_t*>(uploads.put(s.order.source.data(), s.order.source.size() * 4));
+    const auto* raw_group =
+        static_cast<const int32_t*>(uploads.put(s.raw_group.data(), s.raw_group.size() * 4));
+    MARLINQ_CUDA_CHECK(cudaMemcpyAsync(memory + s.steps, s.step_group.data(),
+                                       s.step_group.size() * 4, cudaMemcpyHostToDevice, stream));
     if (!s.order.identity) {
-      MARLINQ_CUDA_CHECK(cudaMemcpyAsync(memory + s.source, s.order.source.data(), s.order.source.size() * 4,
-                                         cudaMemcpyHostToDevice, stream));
+      MARLINQ_CUDA_CHECK(cudaMemcpyAsync(memory + s.source, s.order.source.data(),
+                                         s.order.source.size() * 4, cudaMemcpyHostToDevice,
+                                         stream));
     }
     const int scale_size = s.scale_type == FloatType::kF32 ? 4 : 2;
     std::vector<float> bias(s.has_bias ? static_cast<std::size_t>(s.layout.n) : 0);
@@ -205,12 +222,15 @@ DeviceWeight pack(const GptqWeights& weights, void* stream_pointer) {
     for (const std::size_t i : s.modules) {
       const ValidatedModule& part = weights.modules[i];
       const auto words = static_cast<std::size_t>(packed_words(weights.k, weights.bits) * part.n);
-      const auto zero_words = static_cast<std::size_t>(packed_words(part.n, weights.bits) * weights.groups);
-      const auto scale_bytes = static_cast<std::size_t>(weights.groups * part.n) * static_cast<std::size_t>(scale_size);
+      const auto zero_words =
+          static_cast<std::size_t>(packed_words(part.n, weights.bits) * weights.groups);
+      const auto scale_bytes =
+          static_cast<std::size_t>(weights.groups * part.n) * static_cast<std::size_t>(scale_size);
       const RawModule raw{
           .qweight = static_cast<const uint32_t*>(uploads.put(part.qweight, words * 4)),
-          .qzeros = part.qzeros == nullptr ? nullptr
-                                             : static_cast<const uint32_t*>(uploads.put(part.qzeros, zero_words * 4)),
+          .qzeros = part.qzeros == nullptr
+                        ? nullptr
+                        : static_cast<const uint32_t*>(uploads.put(part.qzeros, zero_words * 4)),
           .scales = static_cast<const unsigned char*>(uploads.put(part.scales, scale_bytes)),
           .bits = weights.bits,
           .add_one = part.zero_points == ZeroPoints::kV1 ? 1 : 0,
@@ -218,23 +238,27 @@ DeviceWeight pack(const GptqWeights& weights, void* stream_pointer) {
           .first_feature = feature};
       const std::int64_t first_strip = feature / 16;
       const std::int64_t last_strip = ceil_div(feature + part.n, 16);
-      const std::int64_t threads = (last_strip - first_strip) * s.layout.chunks() * Layout::kLanes * 4;
-      const auto blocks = [](std::int64_t count) { return static_cast<unsigned>(ceil_div(count, kThreads)); };
-      pack_codes<<<blocks(threads), kThreads, 0, stream>>>(raw, s.layout, source,
-                                                           reinterpret_cast<const int32_t*>(memory + s.steps), raw_group,
-                                                           reinterpret_cast<uint32_t*>(memory + s.codes), first_strip,
-                                                           last_strip);
+      const std::int64_t threads =
+          (last_strip - first_strip) * s.layout.chunks() * Layout::kLanes * 4;
+      const auto blocks = [](std::int64_t count) {
+        return static_cast<unsigned>(ceil_div(count, kThreads));
+      };
+      pack_codes<<<blocks(threads), kThreads, 0, stream>>>(
+          raw, s.layout, source, reinterpret_cast<const int32_t*>(memory + s.steps), raw_group,
+          reinterpret_cast<uint32_t*>(memory + s.codes), first_strip, last_strip);
       MARLINQ_CUDA_CHECK(cudaGetLastError());
-      pack_groups<<<blocks(part.n * s.layout.groups), kThreads, 0, stream>>>(raw, s.layout, raw_group, scale_size,
-                                                                              memory + s.scales, memory + s.zeros);
+      pack_groups<<<blocks(part.n * s.layout.groups), kThreads, 0, stream>>>(
+          raw, s.layout, raw_group, scale_size, memory + s.scales, memory + s.zeros);
       MARLINQ_CUDA_CHECK(cudaGetLastError());
       for (std::int64_t column = 0; part.bias != nullptr && column < part.n; ++column) {
-        bias[static_cast<std::size_t>(feature + column)] = read_float(part.bias, part.bias_dtype, column);
+        bias[static_cast<std::size_t>(feature + column)] =
+            read_float(part.bias, part.bias_dtype, column);
       }
       feature += part.n;
     }
     if (s.has_bias) {
-      MARLINQ_CUDA_CHECK(cudaMemcpyAsync(memory + s.bias, bias.data(), bias.size() * 4, cudaMemcpyHostToDevice, stream));
+      MARLINQ_CUDA_CHECK(cudaMemcpyAsync(memory + s.bias, bias.data(), bias.size() * 4,
+                                         cudaMemcpyHostToDevice, stream));
     }
     MARLINQ_CUDA_CHECK(cudaStreamSynchronize(stream));
     result.segments.push_back(
@@ -243,7 +267,8 @@ DeviceWeight pack(const GptqWeights& weights, void* stream_pointer) {
                   .zeros = memory + s.zeros,
                   .bias = s.has_bias ? reinterpret_cast<const float*>(memory + s.bias) : nullptr,
                   .step_group = reinterpret_cast<const int32_t*>(memory + s.steps),
-                  .source = s.order.identity ? nullptr : reinterpret_cast<const int32_t*>(memory + s.source),
+                  .source = s.order.identity ? nullptr
+                                             : reinterpret_cast<const int32_t*>(memory + s.source),
                   .scale_type = s.scale_type,
                   .code_bits = s.layout.code_bits,
                   .n = static_cast<std::int32_t>(s.layout.n),

@@ -1,10 +1,12 @@
-// The dense product of the sm_80 family for few tokens: bound by the stream of codes, so nothing else may wait.
+// The dense product of the sm_80 family for few tokens: bound by the stream of codes, so nothing
+// else may wait.
 //
-// One block a multiprocessor owns whole groups of kStrips strips. Its items (strip group, chunk of 64 packed rows)
-// are one sequence; each warp takes a contiguous run of it and streams the codes through a ring of its own, every lane
-// copying the 16 bytes that it alone reads: no barrier in the loop. x comes straight from the caches in fragment
-// order. At the end of a strip group or of its run a warp leaves its sums in shared memory; at the end of the block they
-// are added in the order of the warps, so nothing depends on timing.
+// One block a multiprocessor owns whole groups of kStrips strips. Its items (strip group, chunk of
+// 64 packed rows) are one sequence; each warp takes a contiguous run of it and streams the codes
+// through a ring of its own, every lane copying the 16 bytes that it alone reads: no barrier in the
+// loop. x comes straight from the caches in fragment order. At the end of a strip group or of its
+// run a warp leaves its sums in shared memory; at the end of the block they are added in the order
+// of the warps, so nothing depends on timing.
 //
 // Weights do not depend on the kernel before: the ring is filled before the wait for it.
 #pragma once
@@ -45,7 +47,8 @@ class StripLoop {
  public:
   using T = typename S::T;
 
-  __device__ __forceinline__ StripLoop(const GemmProblem& problem, unsigned char* shared, float* slots)
+  __device__ __forceinline__ StripLoop(const GemmProblem& problem, unsigned char* shared,
+                                       float* slots)
       : p_(problem), w_(problem.weight), slots_(slots), groups_(problem.weight, 0) {
     warp_ = threadIdx.x / 32;
     lane_ = threadIdx.x % 32;
@@ -54,7 +57,8 @@ class StripLoop {
     strips_ = (w_.n + 15) / 16;
     const int groups = (strips_ + S::kStrips - 1) / S::kStrips;
     first_strip_group_ = static_cast<int>(static_cast<int64_t>(groups) * blockIdx.x / gridDim.x);
-    strip_groups_ = static_cast<int>(static_cast<int64_t>(groups) * (blockIdx.x + 1) / gridDim.x) - first_strip_group_;
+    strip_groups_ = static_cast<int>(static_cast<int64_t>(groups) * (blockIdx.x + 1) / gridDim.x) -
+                    first_strip_group_;
     items_ = strip_groups_ * chunks_;
     run_ = (items_ + S::kWarps - 1) / S::kWarps;
     begin_ = min(warp_ * run_, items_);
@@ -136,7 +140,9 @@ class StripLoop {
 
  private:
   // [feature][token]: the two tokens of an accumulator pair are neighbours.
-  __device__ __forceinline__ static int slot_element(int token, int feature) { return feature * S::kTokens + token; }
+  __device__ __forceinline__ static int slot_element(int token, int feature) {
+    return feature * S::kTokens + token;
+  }
 
   // Strips beyond the last are read from the last; their features are never stored.
   __device__ __forceinline__ int strip(int strip_group, int s) const {
@@ -147,10 +153,14 @@ class StripLoop {
 #pragma unroll
     for (int s = 0; s < S::kStrips; ++s) {
       const uint32_t* source =
-          w_.codes + (static_cast<int64_t>(strip(fill_group_, s)) * chunks_ + fill_chunk_) * (S::kPieces * 128) + lane_ * 4;
+          w_.codes +
+          (static_cast<int64_t>(strip(fill_group_, s)) * chunks_ + fill_chunk_) *
+              (S::kPieces * 128) +
+          lane_ * 4;
 #pragma unroll
       for (int piece = 0; piece < S::kPieces; ++piece) {
-        ptx::copy_async(ring_ + slot * S::kStageBytes + (s * S::kPieces + piece) * 512, source + piece * 128);
+        ptx::copy_async(ring_ + slot * S::kStageBytes + (s * S::kPieces + piece) * 512,
+                        source + piece * 128);
       }
     }
     if (++fill_chunk_ == chunks_) {
@@ -159,7 +169,8 @@ class StripLoop {
     }
   }
 
-  // Makes the next group the current one; at the end of the strips' groups that is the first of the next strips.
+  // Makes the next group the current one; at the end of the strips' groups that is the first of the
+  // next strips.
   __device__ __forceinline__ void take_group() {
     groups_.take();
     if (!groups_.has_next() && strip_group_ + 1 < strip_groups_) {
@@ -223,7 +234,10 @@ class StripLoop {
         b[tile][i] = 0;
         if (token < p_.m && column + 8 * i < p_.x_columns) {
           // Not through the read-only path: the kernel before may have written x.
-          asm volatile("ld.global.u32 %0, [%1];" : "=r"(b[tile][i]) : "l"(row + column + 8 * i) : "memory");
+          asm volatile("ld.global.u32 %0, [%1];"
+                       : "=r"(b[tile][i])
+                       : "l"(row + column + 8 * i)
+                       : "memory");
         }
       }
     }
@@ -235,7 +249,8 @@ class StripLoop {
     for (int s = 0; s < S::kStrips; ++s) {
 #pragma unroll
       for (int piece = 0; piece < S::kPieces; ++piece) {
-        const uint4 q = ptx::load_shared_16(ring_ + slot * S::kStageBytes + (s * S::kPieces + piece) * 512);
+        const uint4 q =
+            ptx::load_shared_16(ring_ + slot * S::kStageBytes + (s * S::kPieces + piece) * 512);
         words[s][piece * 4] = q.x;
         words[s][piece * 4 + 1] = q.y;
         words[s][piece * 4 + 2] = q.z;
@@ -276,7 +291,8 @@ class StripLoop {
 };
 
 template <class S>
-__global__ void __launch_bounds__(S::kWarps * 32) strip_gemm(const __grid_constant__ GemmProblem problem) {
+__global__ void __launch_bounds__(S::kWarps * 32)
+    strip_gemm(const __grid_constant__ GemmProblem problem) {
   extern __shared__ __align__(128) unsigned char shared[];
   StripLoop<S> loop(problem, shared, reinterpret_cast<float*>(shared + S::kRingBytes));
   loop.run();
