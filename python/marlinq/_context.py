@@ -16,7 +16,7 @@ _contexts = _Contexts()
 
 
 def _current_stream(device: str, like: Any) -> int:
-    """The stream that is current for the library of `like`; the default stream where none is known."""
+    """The stream that is current for the library of `like`, else the default stream."""
     library = type(like).__module__.partition(".")[0]
     module = sys.modules.get(library)
     if library == "torch" and module is not None:
