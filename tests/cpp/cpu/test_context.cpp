@@ -1,9 +1,11 @@
 // Contexts: threads, scratch that is counted and only grows, and memory that runs out.
 #include <gtest/gtest.h>
 
-#include <array>
 #include <atomic>
+#include <limits>
 #include <ostream>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/context.hpp"

@@ -1,8 +1,11 @@
 // The two phases of an expert stack on every kernel.
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <memory>
 #include <numeric>
+#include <optional>
+#include <span>
 #include <vector>
 
 #include "marlinq/routing.hpp"

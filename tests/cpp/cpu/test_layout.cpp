@@ -2,9 +2,12 @@
 // layout.hpp; and back from the packed bytes to the checkpoint.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "core/marlin_linear.hpp"
