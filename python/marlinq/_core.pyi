@@ -49,7 +49,7 @@ class HostTensor:
 
 class HostBuffer:
     """
-    Host memory, undefined at first, that other libraries take over by DLPack.
+    Zeroed host memory that other libraries take over by DLPack.
     """
     def __dlpack__(
         self,
