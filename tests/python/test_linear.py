@@ -276,3 +276,22 @@ def test_refused_contexts() -> None:
         arrays = make_layer(64, 128).arrays()
         with pytest.raises((UnsupportedError, DeviceError), match="cuda"):
             marlinq.load_gptq(**arrays, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_large_inputs_do_not_overflow(kernel: str, dtype: type) -> None:
+    """Products of codes reach beyond float32 here; the results, scaled by 1e-3, do not."""
+    layer = make_layer(64, 256, symmetric=False, seed=30)
+    lin = marlinq.load_gptq(**layer.arrays(), kernel=kernel)
+    largest = 3e38 if dtype is np.float32 else 6e4
+    x = np.full((3, 256), largest, dtype)
+    x[1] = np.where(np.arange(256) % 2, largest, -largest)
+    x[2] = 1
+    out = np.empty((3, 64), np.float32)
+    lin(x, out=out)
+    expected = layer.expected(x).y
+    fits = np.abs(expected) < np.finfo(np.float32).max
+    assert fits.any()
+    assert np.isfinite(out[fits]).all()
+    alone = lin(x[2:], out=np.empty((1, 64), np.float32))
+    np.testing.assert_array_equal(out[2:], alone)

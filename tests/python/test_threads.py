@@ -12,6 +12,7 @@ import marlinq
 import numpy as np
 import pytest
 from gptq_writer import Array, make_layer, stack_arrays, write_checkpoint
+from marlinq.errors import InvalidArgumentError
 from support import normal
 
 LAYER = make_layer(192, 320, symmetric=False, act_order=True, bias=True, seed=30)
@@ -150,3 +151,24 @@ def test_a_thread_may_end_before_its_objects(threads: int) -> None:
     with ThreadPoolExecutor(1) as pool:
         linear, result = pool.submit(work).result()
     np.testing.assert_array_equal(linear(x), result)
+
+
+def test_a_context_in_two_threads_is_refused() -> None:
+    """Scratch belongs to a context: sharing one must be an error, never a wrong result."""
+    layer = make_layer(512, 1024, seed=9)
+    linear = marlinq.load_gptq(**layer.arrays())
+    context = marlinq.Context("cpu", 1)
+    expected = linear(normal((64, 1024), seed=1))
+
+    def run(_: int) -> str | None:
+        try:
+            result = linear(normal((64, 1024), seed=1), context=context)
+        except InvalidArgumentError as error:
+            return str(error)
+        np.testing.assert_array_equal(result, expected)
+        return None
+
+    with ThreadPoolExecutor(4) as pool:
+        messages = {message for message in pool.map(run, range(64)) if message}
+    assert messages <= {"context: in use by another thread, expected one context per thread"}
+    np.testing.assert_array_equal(linear(normal((64, 1024), seed=1), context=context), expected)

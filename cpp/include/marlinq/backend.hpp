@@ -69,8 +69,8 @@ struct QuantMarlinDefaults {
     unsupported("load_gptq_stacked");
   }
 
-  /// Grows the context's scratch to `required_elements` = m_total * (widest matmul input).
-  /// Idempotent; only ever grows.
+  /// Grows the context's scratch to `required_elements` = m_total * (widest matmul input), so that
+  /// forwards of linears and stacks up to there allocate nothing. Idempotent; only ever grows.
   template <class Context>
   static void pregrow_marlin_gather_scratch(Context&, std::int64_t /*required_elements*/) {}
 

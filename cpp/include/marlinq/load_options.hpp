@@ -29,7 +29,7 @@ struct LoadOptions {
   BatchInvariance batch_invariance = BatchInvariance::kNotRequired;
   /// Forces a kernel by one of the names that describe_host() lists; empty lets the backend choose.
   /// A name that this machine cannot run is `unsupported`, an unknown one `invalid_argument`.
-  std::string kernel;
+  std::string kernel = {};
 };
 
 }  // namespace marlinq

@@ -11,6 +11,9 @@
 
 namespace marlinq {
 
+inline constexpr int kMaxExperts = 1024;  // of a routing and of a MoE block
+inline constexpr int kMaxTopK = 16;
+
 enum class Scoring : std::uint8_t { kSoftmax, kSigmoid };
 
 /// The inverse of "softmax" and "sigmoid". Throws invalid_argument.
@@ -22,7 +25,8 @@ struct RouteOptions {
   int top_k = 1;  // 1 to 16
   Scoring scoring = Scoring::kSoftmax;
   Renormalise renormalise = Renormalise::kYes;  // divide the chosen weights by their sum
-  /// f32 [E], added to the scores for the choice alone (e_score_correction_bias); empty: none.
+  /// f32 [E], finite, added to the scores for the choice alone (e_score_correction_bias); empty:
+  /// none.
   std::span<const float> correction_bias = {};
   /// Experts come in num_groups equal groups; only the top_groups best may be chosen from. A
   /// group's score is its best expert, or the sum of its best two where there is a correction bias

@@ -45,7 +45,8 @@ MARLINQ_API std::string to_string(Device device);
 /// Reads "cpu", "cuda" (index 0) or "cuda:N". Throws invalid_argument.
 MARLINQ_API Device parse_device(std::string_view text);
 
-/// A row-major matrix that somebody else owns: element (i, j) is at index i * row_stride + j.
+/// A row-major matrix that somebody else owns: element (i, j) is at index i * row_stride + j. The
+/// address is a multiple of the element's size.
 template <class Pointer>
 struct BasicMatrixView {
   Pointer data = nullptr;

@@ -12,16 +12,13 @@
 #include <vector>
 
 #include "core/concat.hpp"
+#include "core/refuse.hpp"
 #include "marlinq/error.hpp"
 
 namespace py = pybind11;
 
 namespace marlinq::bindings {
 namespace {
-
-[[noreturn]] void refuse(const std::string& message) {
-  throw Error(ErrorCode::kInvalidArgument, message);
-}
 
 std::optional<DType> parse_dtype(std::string_view name) {
   if (name == "float32") return DType::kFloat32;
@@ -44,8 +41,8 @@ BorrowedArray borrow_numpy(const py::array& array, std::string_view name) {
   const auto dtype_name = py::cast<std::string>(array.dtype().attr("name"));
   const std::optional<DType> dtype = parse_dtype(dtype_name);
   if (!dtype || !py::cast<bool>(array.dtype().attr("isnative"))) {
-    refuse(concat(name, ": dtype ", dtype_name, dtype ? " in foreign byte order" : "",
-                  ", expected float32, float16, bfloat16, int32 or int64"));
+    refuse_argument(concat(name, ": dtype ", dtype_name, dtype ? " in foreign byte order" : "",
+                           ", expected float32, float16, bfloat16, int32 or int64"));
   }
   BorrowedArray borrowed;
   borrowed.dtype = *dtype;
@@ -55,8 +52,8 @@ BorrowedArray borrow_numpy(const py::array& array, std::string_view name) {
   for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) {
     borrowed.shape.push_back(array.shape(axis));
     if (array.strides(axis) % size != 0) {
-      refuse(concat(name, ": stride of ", array.strides(axis), " bytes on axis ", axis,
-                    ", expected a multiple of ", size));
+      refuse_argument(concat(name, ": stride of ", array.strides(axis), " bytes on axis ", axis,
+                             ", expected a multiple of ", size));
     }
     borrowed.strides.push_back(array.strides(axis) / size);
   }
@@ -89,7 +86,7 @@ bool is_contiguous(const BorrowedArray& array) {
 
 template <class View>
 View matrix_view(const BorrowedArray& array, std::string_view name) {
-  if (array.shape.empty()) refuse(concat(name, ": no dimensions, expected at least one"));
+  if (array.shape.empty()) refuse_argument(concat(name, ": no dimensions, expected at least one"));
   View view{.data = array.data,
             .dtype = array.dtype,
             .device = array.device,
@@ -100,8 +97,8 @@ View matrix_view(const BorrowedArray& array, std::string_view name) {
   for (std::size_t axis = 0; axis < last; ++axis) view.rows *= array.shape[axis];
   if (view.rows == 0 || view.cols == 0) return view;
   if (view.cols > 1 && array.strides[last] != 1) {
-    refuse(concat(name, ": stride ", array.strides[last],
-                  " along the last axis, expected 1 (contiguous rows)"));
+    refuse_argument(concat(name, ": stride ", array.strides[last],
+                           " along the last axis, expected 1 (contiguous rows)"));
   }
   // Leading axes of more than one element, innermost first, each the size of all inside it times
   // their stride.
@@ -110,7 +107,7 @@ View matrix_view(const BorrowedArray& array, std::string_view name) {
     if (array.shape[axis] == 1) continue;
     if (rows == 1) view.row_stride = array.strides[axis];
     if (array.strides[axis] != view.row_stride * rows) {
-      refuse(concat(
+      refuse_argument(concat(
           name, ": the leading axes of shape ", shape_text(array),
           " have no common row stride, expected ones that reshape to a matrix without a copy"));
     }
@@ -126,10 +123,10 @@ class PyHostTensor {
     if (!dtype && !shape) {
       BorrowedArray array = borrow(buffer, "tensor");
       if (array.device.kind != DeviceKind::kCpu) {
-        refuse(concat("tensor: on ", to_string(array.device), ", expected host memory"));
+        refuse_argument(concat("tensor: on ", to_string(array.device), ", expected host memory"));
       }
       if (!is_contiguous(array))
-        refuse(concat("tensor: shape ", shape_text(array), " is not contiguous"));
+        refuse_argument(concat("tensor: shape ", shape_text(array), " is not contiguous"));
       set_shape(array.shape);
       tensor_.data = array.data;
       tensor_.dtype = array.dtype;
@@ -138,14 +135,19 @@ class PyHostTensor {
                            [](void* p) { delete static_cast<std::shared_ptr<void>*>(p); });
       return;
     }
-    if (!dtype || !shape) refuse("tensor: dtype and shape go together");
+    if (!dtype || !shape) refuse_argument("tensor: dtype and shape go together");
     const std::optional<DType> parsed = parse_dtype(*dtype);
     if (!parsed)
-      refuse(concat("tensor: dtype ", *dtype,
-                    ", expected float32, float16, bfloat16, int32 or int64"));
+      refuse_argument(concat("tensor: dtype ", *dtype,
+                             ", expected float32, float16, bfloat16, int32 or int64"));
+    if (!py::isinstance<py::buffer>(buffer)) {
+      refuse_argument(
+          concat("tensor: ", std::string(py::str(py::type::of(buffer).attr("__name__"))),
+                 ", expected a contiguous buffer of bytes"));
+    }
     view_ = py::cast<py::buffer>(buffer).request();
     if (view_->ndim != 1 || view_->strides[0] != view_->itemsize)
-      refuse("tensor: the buffer is not contiguous bytes");
+      refuse_argument("tensor: the buffer is not contiguous bytes");
     set_shape(*shape);
     tensor_.data = view_->ptr;
     tensor_.dtype = *parsed;
@@ -164,11 +166,11 @@ class PyHostTensor {
 
  private:
   void set_shape(const std::vector<std::int64_t>& shape) {
-    // More dimensions than any tensor of the format has; validation names what was expected.
+    if (shape.empty() || shape.size() > tensor_.shape.size()) {
+      refuse_argument(concat("tensor: ", shape.size(), " dimensions, expected 1 or 2"));
+    }
     tensor_.rank = static_cast<int>(shape.size());
-    if (shape.empty()) refuse("tensor: a scalar, expected at least one dimension");
-    for (std::size_t i = 0; i < shape.size() && i < tensor_.shape.size(); ++i)
-      tensor_.shape[i] = shape[i];
+    std::copy(shape.begin(), shape.end(), tensor_.shape.begin());
   }
 
   HostTensor tensor_;
@@ -182,16 +184,20 @@ class PyBuffer {
   PyBuffer(std::vector<std::int64_t> shape, const std::string& dtype) {
     const std::optional<DType> parsed = parse_dtype(dtype);
     if (!parsed)
-      refuse(concat("dtype: ", dtype, ", expected float32, float16, bfloat16, int32 or int64"));
+      refuse_argument(
+          concat("dtype: ", dtype, ", expected float32, float16, bfloat16, int32 or int64"));
     array_.dtype = *parsed;
     array_.shape = std::move(shape);
     array_.strides.resize(array_.shape.size());
     std::int64_t step = 1;
     for (std::size_t axis = array_.shape.size(); axis-- > 0;) {
       if (array_.shape[axis] < 0)
-        refuse(concat("shape: ", shape_text(array_), ", expected no negative extent"));
+        refuse_argument(concat("shape: ", shape_text(array_), ", expected no negative extent"));
       array_.strides[axis] = step;
-      step *= array_.shape[axis];
+      if (__builtin_mul_overflow(step, array_.shape[axis], &step)) {
+        throw Error(ErrorCode::kOutOfMemory,
+                    concat("cannot allocate an array of shape ", shape_text(array_)));
+      }
     }
     // Zeroed, so that rows which a call leaves alone are defined.
     array_.owner = std::shared_ptr<void>(
@@ -224,13 +230,14 @@ ConstMatrixView as_matrix(const BorrowedArray& array, std::string_view name) {
 }
 
 MatrixView as_output(const BorrowedArray& array, std::string_view name) {
-  if (array.read_only) refuse(concat(name, ": read-only, expected an array that can be written"));
+  if (array.read_only)
+    refuse_argument(concat(name, ": read-only, expected an array that can be written"));
   return matrix_view<MatrixView>(array, name);
 }
 
 ConstArrayView as_flat(const BorrowedArray& array, std::string_view name) {
   if (!is_contiguous(array))
-    refuse(concat(name, ": shape ", shape_text(array), " is not contiguous"));
+    refuse_argument(concat(name, ": shape ", shape_text(array), " is not contiguous"));
   return {.data = array.data,
           .dtype = array.dtype,
           .device = array.device,

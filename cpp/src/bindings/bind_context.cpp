@@ -9,6 +9,7 @@
 #include "bindings/arrays.hpp"
 #include "bindings/objects.hpp"
 #include "core/concat.hpp"
+#include "core/matrix_checks.hpp"
 #include "marlinq/error.hpp"
 #include "marlinq/registry.hpp"
 #include "marlinq/routing.hpp"
@@ -48,6 +49,7 @@ std::span<const T> typed_span(const ConstArrayView& view, DType dtype, const cha
                 concat(name, ": ", to_string(view.dtype), " on ", to_string(view.device),
                        ", expected ", to_string(dtype), " on cpu"));
   }
+  check_alignment(view.data, dtype, name);
   return {static_cast<const T*>(view.data), static_cast<std::size_t>(view.size)};
 }
 

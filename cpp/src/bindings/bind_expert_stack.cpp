@@ -22,9 +22,10 @@ ExpertStackHandle load(const ContextHandle& context,
                        const std::string& labelled, const std::string& symmetry,
                        const std::string& compute, bool batch_invariant,
                        const std::string& kernel) {
+  std::vector<py::object> owners;
   std::vector<GptqTensors> layers;
   layers.reserve(experts.size());
-  for (const auto& expert : experts) layers.push_back(make_layer(expert));
+  for (const auto& expert : experts) layers.push_back(make_layer(expert, owners));
   const GptqSpec spec = make_spec(bits, group_size, k, zero_points, labelled, symmetry);
   const LoadOptions options = make_options(compute, batch_invariant, kernel);
   const py::gil_scoped_release release;

@@ -55,7 +55,8 @@ py::typing::Dict<py::str, py::object> check(const std::vector<const PyModule*>& 
                                             const std::string& zero_points,
                                             const std::string& labelled,
                                             const std::string& symmetry) {
-  const GptqTensors layer = make_layer(modules);
+  std::vector<py::object> owners;
+  const GptqTensors layer = make_layer(modules, owners);
   const GptqSpec spec = make_spec(bits, group_size, k, zero_points, labelled, symmetry);
   GptqWeights weights;
   {
@@ -90,7 +91,8 @@ LinearHandle load(const ContextHandle& context, const std::vector<const PyModule
                   int bits, std::int64_t group_size, std::int64_t k, const std::string& zero_points,
                   const std::string& labelled, const std::string& symmetry,
                   const std::string& compute, bool batch_invariant, const std::string& kernel) {
-  const GptqTensors layer = make_layer(modules);
+  std::vector<py::object> owners;
+  const GptqTensors layer = make_layer(modules, owners);
   const GptqSpec spec = make_spec(bits, group_size, k, zero_points, labelled, symmetry);
   const LoadOptions options = make_options(compute, batch_invariant, kernel);
   const py::gil_scoped_release release;
@@ -133,13 +135,15 @@ LoadOptions make_options(const std::string& compute, bool batch_invariant,
           .kernel = kernel};
 }
 
-GptqTensors make_layer(const std::vector<const PyModule*>& modules) {
+GptqTensors make_layer(const std::vector<const PyModule*>& modules,
+                       std::vector<py::object>& owners) {
   GptqTensors layer;
   for (const PyModule* module : modules) {
     if (module == nullptr) {
       throw Error(ErrorCode::kInvalidArgument, "modules: an entry is None, expected a Module");
     }
     layer.modules.push_back(module->module);
+    owners.insert(owners.end(), module->owners.begin(), module->owners.end());
   }
   return layer;
 }

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "core/concat.hpp"
+#include "core/refuse.hpp"
 #include "marlinq/error.hpp"
 
 namespace py = pybind11;
@@ -43,10 +44,6 @@ constexpr const char* kUsed = "used_dltensor";
 enum DeviceType : std::int32_t { kCpu = 1, kCuda = 2, kCudaHost = 3 };
 enum TypeCode : std::uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6 };
 
-[[noreturn]] void refuse(const std::string& message) {
-  throw Error(ErrorCode::kInvalidArgument, message);
-}
-
 DType dtype_of(DLDataType type, std::string_view name) {
   if (type.lanes == 1) {
     if (type.code == kFloat && type.bits == 32) return DType::kFloat32;
@@ -62,9 +59,9 @@ DType dtype_of(DLDataType type, std::string_view name) {
                        : type.code == kBfloat ? "bfloat"
                        : type.code == kBool   ? "bool"
                                               : "unknown dtype ";
-  refuse(concat(name, ": dtype ", family, static_cast<int>(type.bits),
-                type.lanes > 1 ? " in vectors" : "",
-                ", expected float32, float16, bfloat16, int32 or int64"));
+  refuse_argument(concat(name, ": dtype ", family, static_cast<int>(type.bits),
+                         type.lanes > 1 ? " in vectors" : "",
+                         ", expected float32, float16, bfloat16, int32 or int64"));
 }
 
 DLDataType type_of(DType dtype) {
@@ -86,14 +83,14 @@ DLDataType type_of(DType dtype) {
 Device device_of(DLDevice device, std::string_view name) {
   if (device.device_type == kCpu || device.device_type == kCudaHost) return {};
   if (device.device_type == kCuda) return {DeviceKind::kCuda, device.device_id};
-  refuse(
+  refuse_argument(
       concat(name, ": DLPack device type ", device.device_type, ", expected a CPU or CUDA array"));
 }
 
 py::object take_capsule(py::handle object, std::string_view name) {
   if (!py::hasattr(object, "__dlpack__")) {
-    refuse(concat(name, ": ", std::string(py::str(py::type::of(object).attr("__name__"))),
-                  ", expected a numpy array or an object with __dlpack__"));
+    refuse_argument(concat(name, ": ", std::string(py::str(py::type::of(object).attr("__name__"))),
+                           ", expected a numpy array or an object with __dlpack__"));
   }
   try {
     const auto device = py::cast<std::pair<int, int>>(object.attr("__dlpack_device__")());
@@ -106,8 +103,9 @@ py::object take_capsule(py::handle object, std::string_view name) {
     const bool current = library.starts_with("torch") || library.starts_with("cupy");
     return object.attr("__dlpack__")(py::arg("stream") = current ? kNoWait : kLegacyDefaultStream);
   } catch (py::error_already_set& error) {
+    if (error.matches(PyExc_MemoryError) || !error.matches(PyExc_Exception)) throw;
     // torch refuses tensors that require grad, among others; its own words say why.
-    refuse(concat(name, ": ", std::string(py::str(error.value()))));
+    refuse_argument(concat(name, ": ", std::string(py::str(error.value()))));
   }
 }
 
@@ -116,13 +114,13 @@ py::object take_capsule(py::handle object, std::string_view name) {
 BorrowedArray import_dlpack(py::handle object, std::string_view name) {
   if (py::hasattr(object, "requires_grad") &&
       py::cast<bool>(py::bool_(object.attr("requires_grad")))) {
-    refuse(concat(name, ": the tensor requires grad, expected one without (detach() it)"));
+    refuse_argument(concat(name, ": the tensor requires grad, expected one without (detach() it)"));
   }
   py::object capsule = take_capsule(object, name);
   auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), kFresh));
   if (managed == nullptr) {
     PyErr_Clear();
-    refuse(concat(name, ": __dlpack__() did not return a fresh dltensor capsule"));
+    refuse_argument(concat(name, ": __dlpack__() did not return a fresh dltensor capsule"));
   }
   PyCapsule_SetName(capsule.ptr(), kUsed);
   std::shared_ptr<void> owner(managed, [](void* pointer) {

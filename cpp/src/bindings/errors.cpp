@@ -2,6 +2,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <new>
+
 #include "marlinq/error.hpp"
 
 namespace py = pybind11;
@@ -34,6 +36,9 @@ void register_errors() {
     if (!pointer) return;
     try {
       std::rethrow_exception(pointer);
+    } catch (const std::bad_alloc&) {
+      const py::object type = py::module_::import("marlinq.errors").attr("OutOfMemoryError");
+      PyErr_SetString(type.ptr(), "out of host memory");
     } catch (const Error& error) {
       const py::object type = py::module_::import("marlinq.errors").attr(class_name(error.code()));
       PyErr_SetString(type.ptr(), error.what());

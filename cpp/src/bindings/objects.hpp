@@ -33,8 +33,10 @@ GptqSpec make_spec(int bits, std::int64_t group_size, std::int64_t k,
 LoadOptions make_options(const std::string& compute, bool batch_invariant,
                          const std::string& kernel);
 
-/// The modules of one layer; their tensors stay borrowed.
-GptqTensors make_layer(const std::vector<const PyModule*>& modules);
+/// The modules of one layer; their tensors stay borrowed. `owners` then keeps them alive, whatever becomes
+/// of the Python list while the GIL is released.
+GptqTensors make_layer(const std::vector<const PyModule*>& modules,
+                       std::vector<pybind11::object>& owners);
 
 pybind11::typing::Dict<pybind11::str, pybind11::object> to_dict(const Description& description);
 

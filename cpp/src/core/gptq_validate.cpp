@@ -9,18 +9,16 @@
 #include "core/concat.hpp"
 #include "core/elements.hpp"
 #include "core/integers.hpp"
+#include "core/refuse.hpp"
 #include "marlinq/error.hpp"
 #include "marlinq/gptq.hpp"
 
 namespace marlinq {
 namespace {
 
-// Row and column indices are 32-bit in the packed weight's tables.
-constexpr std::int64_t kMaxExtent = std::numeric_limits<std::int32_t>::max() / 2;
-
-[[noreturn]] void refuse(const std::string& message) {
-  throw Error(ErrorCode::kInvalidArgument, message);
-}
+// Row and column indices are 32-bit in the packed weight's tables, and groups are padded there: one row
+// may take 16.
+constexpr std::int64_t kMaxExtent = std::numeric_limits<std::int32_t>::max() / 16;
 
 std::string shape_of(const HostTensor& tensor) {
   std::string text = "[";
@@ -49,15 +47,19 @@ class ModuleChecker {
       expect_rank(module_.g_idx, "g_idx", 1, "[k]");
     }
 
+    if (qweight.shape[0] < 1 || qweight.shape[0] > kMaxExtent) {
+      refuse_argument(concat(tensor_name("qweight"), ": shape ", shape_of(qweight),
+                             ", expected 1 to ", kMaxExtent, " rows of words"));
+    }
     const std::int64_t k = input_features();
     const std::int64_t n = qweight.shape[1];
     if (k < 1 || k > kMaxExtent) {
-      refuse(concat(tensor_name("qweight"), ": k = ", k, " input features, expected 1 to ",
-                    kMaxExtent));
+      refuse_argument(concat(tensor_name("qweight"), ": k = ", k, " input features, expected 1 to ",
+                             kMaxExtent));
     }
     if (n < 1 || n > kMaxExtent) {
-      refuse(concat(tensor_name("qweight"), ": n = ", n, " output features, expected 1 to ",
-                    kMaxExtent));
+      refuse_argument(concat(tensor_name("qweight"), ": n = ", n,
+                             " output features, expected 1 to ", kMaxExtent));
     }
     const std::int64_t group_size = spec_.group_size == -1 ? k : spec_.group_size;
     const std::int64_t groups = ceil_div(k, group_size);
@@ -113,21 +115,21 @@ class ModuleChecker {
   }
 
   void require(const HostTensor& tensor, std::string_view name) const {
-    if (!tensor.present()) refuse(concat(tensor_name(name), ": missing"));
+    if (!tensor.present()) refuse_argument(concat(tensor_name(name), ": missing"));
   }
 
   void expect_dtype(const HostTensor& tensor, std::string_view name, bool floating) const {
     if (floating ? !is_floating(tensor.dtype) : tensor.dtype != DType::kInt32) {
-      refuse(concat(tensor_name(name), ": dtype ", to_string(tensor.dtype), ", expected ",
-                    floating ? "float32, float16 or bfloat16" : "int32"));
+      refuse_argument(concat(tensor_name(name), ": dtype ", to_string(tensor.dtype), ", expected ",
+                             floating ? "float32, float16 or bfloat16" : "int32"));
     }
   }
 
   void expect_rank(const HostTensor& tensor, std::string_view name, int rank,
                    std::string_view meaning) const {
     if (tensor.rank != rank) {
-      refuse(concat(tensor_name(name), ": ", tensor.rank, " dimensions, expected ", rank, ", ",
-                    meaning));
+      refuse_argument(concat(tensor_name(name), ": ", tensor.rank, " dimensions, expected ", rank,
+                             ", ", meaning));
     }
   }
 
@@ -144,14 +146,14 @@ class ModuleChecker {
       ++axis;
     }
     if (!same) {
-      refuse(concat(tensor_name(name), ": shape ", shape_of(tensor), ", expected ", meaning, " = ",
-                    text, "] (k = ", input_features(), ", bits = ", spec_.bits,
-                    ", group_size = ", spec_.group_size, ")"));
+      refuse_argument(concat(tensor_name(name), ": shape ", shape_of(tensor), ", expected ",
+                             meaning, " = ", text, "] (k = ", input_features(),
+                             ", bits = ", spec_.bits, ", group_size = ", spec_.group_size, ")"));
     }
     if (tensor.data == nullptr || tensor.bytes != elements * size_of(tensor.dtype)) {
-      refuse(concat(tensor_name(name), ": ", tensor.data == nullptr ? 0 : tensor.bytes,
-                    " bytes, expected ", elements * size_of(tensor.dtype), " for shape ",
-                    shape_of(tensor)));
+      refuse_argument(concat(tensor_name(name), ": ", tensor.data == nullptr ? 0 : tensor.bytes,
+                             " bytes, expected ", elements * size_of(tensor.dtype), " for shape ",
+                             shape_of(tensor)));
     }
   }
 
@@ -163,8 +165,8 @@ class ModuleChecker {
       if (!std::isfinite(value)) {
         const std::string place =
             tensor.rank == 1 ? concat(i) : concat(i / columns, ", ", i % columns);
-        refuse(concat(tensor_name(name), ": element [", place, "] is ", value,
-                      ", expected a finite number"));
+        refuse_argument(concat(tensor_name(name), ": element [", place, "] is ", value,
+                               ", expected a finite number"));
       }
     }
   }
@@ -180,8 +182,9 @@ class ModuleChecker {
         const std::int64_t stored = read_integer(module_.g_idx.data, DType::kInt32, row);
         group = stored < 0 ? stored + groups : stored;
         if (group < 0 || group >= groups) {
-          refuse(concat(tensor_name("g_idx"), ": element [", row, "] is ", stored, ", expected ",
-                        -groups, " to ", groups - 1, " for ", groups, " groups"));
+          refuse_argument(concat(tensor_name("g_idx"), ": element [", row, "] is ", stored,
+                                 ", expected ", -groups, " to ", groups - 1, " for ", groups,
+                                 " groups"));
         }
       }
       checked.group_of_row[static_cast<std::size_t>(row)] = static_cast<std::int32_t>(group);
@@ -257,16 +260,16 @@ class ModuleChecker {
 
 GptqWeights validate(const GptqTensors& tensors, const GptqSpec& spec) {
   if (spec.bits != 2 && spec.bits != 3 && spec.bits != 4 && spec.bits != 8) {
-    refuse(concat("bits: ", spec.bits, ", expected 2, 3, 4 or 8"));
+    refuse_argument(concat("bits: ", spec.bits, ", expected 2, 3, 4 or 8"));
   }
   if (spec.group_size != -1 && (spec.group_size < 1 || spec.group_size > kMaxExtent)) {
-    refuse(concat("group_size: ", spec.group_size, ", expected -1 or at least 1"));
+    refuse_argument(concat("group_size: ", spec.group_size, ", expected -1 or at least 1"));
   }
   if (spec.k < 0 || spec.k > kMaxExtent)
-    refuse(concat("k: ", spec.k, ", expected 1 to ", kMaxExtent));
+    refuse_argument(concat("k: ", spec.k, ", expected 1 to ", kMaxExtent));
   if (spec.n < 0 || spec.n > kMaxExtent)
-    refuse(concat("n: ", spec.n, ", expected 1 to ", kMaxExtent));
-  if (tensors.modules.empty()) refuse("modules: none, expected at least one");
+    refuse_argument(concat("n: ", spec.n, ", expected 1 to ", kMaxExtent));
+  if (tensors.modules.empty()) refuse_argument("modules: none, expected at least one");
 
   GptqWeights layer;
   layer.bits = spec.bits;
@@ -277,10 +280,11 @@ GptqWeights validate(const GptqTensors& tensors, const GptqSpec& spec) {
     shared.k = layer.k;  // fused modules share the input
   }
   if (layer.n > kMaxExtent)
-    refuse(concat("n: ", layer.n, " in all, expected at most ", kMaxExtent));
+    refuse_argument(concat("n: ", layer.n, " in all, expected at most ", kMaxExtent));
   if (spec.n != 0 && layer.n != spec.n) {
-    refuse(concat(tensors.modules.front().name, tensors.modules.front().name.empty() ? "" : ".",
-                  "qweight: n = ", layer.n, " output features, expected ", spec.n));
+    refuse_argument(concat(tensors.modules.front().name,
+                           tensors.modules.front().name.empty() ? "" : ".",
+                           "qweight: n = ", layer.n, " output features, expected ", spec.n));
   }
   return layer;
 }

@@ -1,6 +1,6 @@
 // Linear and MarlinExpertStack over a backend's packed weight, written once for every backend that
-// offers the primitives of PackedGemm: views are checked here, so that a primitive only ever sees a
-// sound problem.
+// offers the primitives of PackedGemm. Views are checked here; a primitive checks only what needs a
+// look at the device's memory.
 #pragma once
 
 #include <concepts>
@@ -28,7 +28,8 @@ concept PackedGemm =
       { B::gemm(context, packed, index, input, output, index) } -> std::same_as<void>;
       { B::gemm_batched(context, packed, input, dispatches, output) } -> std::same_as<void>;
       { B::gemm_fused(context, packed, input, tiles, output) } -> std::same_as<void>;
-      { B::describe(packed) } -> std::same_as<Description>;
+      { B::describe(packed) } -> std::same_as<Description>;         // of the whole stack
+      { B::describe(packed, index) } -> std::same_as<Description>;  // of one expert
       { packed.num_experts() } -> std::same_as<std::int64_t>;
       { packed.k() } -> std::same_as<std::int64_t>;
       { packed.n() } -> std::same_as<std::int64_t>;
@@ -52,7 +53,7 @@ class MarlinLinear final : public Linear<B> {
     if (m > 0) B::gemm(context, *packed_, expert_, input, output, m);
   }
 
-  Description describe() const override { return B::describe(*packed_); }
+  Description describe() const override { return B::describe(*packed_, expert_); }
 
   const typename B::Packed& packed() const noexcept { return *packed_; }
 

@@ -2,11 +2,13 @@
 // everywhere.
 #pragma once
 
+#include <limits>
 #include <string_view>
 
 #include "core/concat.hpp"
 #include "core/elements.hpp"
 #include "core/integers.hpp"
+#include "core/refuse.hpp"
 #include "marlinq/error.hpp"
 #include "marlinq/linear.hpp"
 #include "marlinq/moe_block.hpp"
@@ -14,8 +16,11 @@
 
 namespace marlinq {
 
-[[noreturn]] inline void refuse_argument(const std::string& message) {
-  throw Error(ErrorCode::kInvalidArgument, message);
+inline void check_alignment(const void* data, DType dtype, std::string_view name) {
+  if (reinterpret_cast<std::uintptr_t>(data) % size_of(dtype) != 0) {
+    refuse_argument(concat(name, ": address not a multiple of ", size_of(dtype), ", the size of ",
+                           to_string(dtype)));
+  }
 }
 
 template <class View>
@@ -38,6 +43,7 @@ void check_matrix(const View& view, std::string_view name, Device device, std::i
   if (view.data == nullptr && view.rows > 0 && view.cols > 0) {
     refuse_argument(concat(name, ": null data"));
   }
+  check_alignment(view.data, view.dtype, name);
 }
 
 inline void check_input(const ConstMatrixView& view, std::string_view name, Device device,
@@ -72,6 +78,7 @@ inline void check_array(const ConstArrayView& view, std::string_view name, Devic
     refuse_argument(concat(name, ": ", view.size, " elements, expected at least ", min_size));
   }
   if (view.data == nullptr && view.size > 0) refuse_argument(concat(name, ": null data"));
+  check_alignment(view.data, view.dtype, name);
 }
 
 inline void check_rows(std::int64_t m) {
@@ -110,6 +117,11 @@ inline void check_tile_size(int block_size) {
 inline void check_tiles(const FusedTiles& tiles, Device device) {
   check_tile_size(tiles.block_size);
   if (tiles.top_k < 1) refuse_argument(concat("top_k: ", tiles.top_k, ", expected at least 1"));
+  constexpr std::int64_t kMaxIds = std::numeric_limits<std::int32_t>::max();
+  if (tiles.num_tokens > kMaxIds / tiles.top_k) {
+    refuse_argument(concat("num_tokens: ", tiles.num_tokens, ", expected at most ",
+                           kMaxIds / tiles.top_k, " with top_k = ", tiles.top_k));
+  }
   if (tiles.num_tokens < 0)
     refuse_argument(concat("num_tokens: ", tiles.num_tokens, ", expected at least 0"));
   check_array(tiles.sorted_token_ids, "sorted_token_ids", device, DType::kInt32, 0);

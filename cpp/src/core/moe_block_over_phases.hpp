@@ -11,6 +11,7 @@
 #include "core/matrix_checks.hpp"
 #include "marlinq/backend.hpp"
 #include "marlinq/moe_block.hpp"
+#include "marlinq/routing.hpp"
 
 namespace marlinq {
 
@@ -73,7 +74,14 @@ void check_moe_parts(const MoeBlockParts<B>& parts) {
     refuse_argument(concat("down: ", parts.down->num_experts(), " experts, expected ",
                            parts.gate_up->num_experts(), " as in gate_up"));
   }
+  if (parts.gate_up->num_experts() > kMaxExperts) {
+    refuse_argument(concat("gate_up: ", parts.gate_up->num_experts(), " experts, expected at most ",
+                           kMaxExperts));
+  }
   if (parts.shared) {
+    if (parts.shared->gate_up == nullptr || parts.shared->down == nullptr) {
+      refuse_argument("shared expert: gate_up and down are needed, only one was given");
+    }
     const Linear<B>& gate_up = *parts.shared->gate_up;
     const Linear<B>& down = *parts.shared->down;
     if (gate_up.in_features() != hidden) {
@@ -96,7 +104,6 @@ void check_moe_parts(const MoeBlockParts<B>& parts) {
 /// Everything about a block's input that needs no look at the ids. Throws invalid_argument.
 inline void check_moe_input(const MoeInput& input, const MatrixView& output, Device device,
                             std::int64_t hidden, bool has_shared_expert) {
-  constexpr std::int64_t kMaxTopK = 16;
   check_input(input.x, "x", device, 0, hidden);
   const std::int64_t tokens = input.x.rows;
   const std::int64_t top_k = input.topk_ids.cols;

@@ -13,8 +13,6 @@
 namespace marlinq {
 namespace {
 
-constexpr int kMaxExperts = 1024;
-constexpr int kMaxTopK = 16;
 constexpr double kNever = -std::numeric_limits<double>::infinity();
 
 void check_route(const ConstMatrixView& logits, const RouteOptions& options, const MatrixView& ids,
@@ -45,6 +43,12 @@ void check_route(const ConstMatrixView& logits, const RouteOptions& options, con
     refuse_argument(concat("correction_bias: ", options.correction_bias.size(),
                            " elements, expected ", experts));
   }
+  for (std::size_t e = 0; e < options.correction_bias.size(); ++e) {
+    if (!std::isfinite(options.correction_bias[e])) {
+      refuse_argument(concat("correction_bias: element [", e, "] is ", options.correction_bias[e],
+                             ", expected a finite number"));
+    }
+  }
   check_matrix(ids, "ids", host, logits.rows, options.top_k);
   check_matrix(weights, "weights", host, logits.rows, options.top_k);
   if (ids.dtype != DType::kInt32) {
@@ -55,7 +59,7 @@ void check_route(const ConstMatrixView& logits, const RouteOptions& options, con
   }
 }
 
-// Logits to scores. A NaN scores 0 and so is never preferred to a number.
+// Logits to scores. A NaN scores 0.
 void score(std::vector<double>& values, Scoring scoring) {
   if (scoring == Scoring::kSigmoid) {
     for (double& value : values) value = std::isnan(value) ? 0.0 : 1.0 / (1.0 + std::exp(-value));
@@ -112,11 +116,12 @@ void route(const ConstMatrixView& logits, const RouteOptions& options, const Mat
       scores[e] = read_float(logits.data, logits.dtype,
                              row * logits.row_stride + static_cast<std::int64_t>(e));
     }
-    score(scores, options.scoring);
     choice = scores;
+    score(scores, options.scoring);
+    for (std::size_t e = 0; e < experts; ++e)
+      choice[e] = std::isnan(choice[e]) ? kNever : scores[e];
     for (std::size_t e = 0; e < options.correction_bias.size(); ++e) {
-      const double biased = choice[e] + static_cast<double>(options.correction_bias[e]);
-      choice[e] = std::isnan(biased) ? kNever : biased;
+      choice[e] += static_cast<double>(options.correction_bias[e]);
     }
     if (options.top_groups < options.num_groups) keep_top_groups(choice, options);
     std::iota(order.begin(), order.end(), 0);

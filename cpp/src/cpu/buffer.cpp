@@ -29,9 +29,11 @@ CpuBuffer::CpuBuffer(DType dtype, std::int64_t size) : size_(size), dtype_(dtype
   const std::int64_t bytes = size * element;
   const std::int64_t alignment =
       bytes >= kHugePage ? kHugePage : static_cast<std::int64_t>(kAlignment);
-  data_ = std::aligned_alloc(
-      static_cast<std::size_t>(alignment),
-      static_cast<std::size_t>(round_up(bytes, alignment == kHugePage ? 4096 : alignment)));
+  // Not aligned_alloc, whose size has to be a multiple of the alignment.
+  if (posix_memalign(&data_, static_cast<std::size_t>(alignment),
+                     static_cast<std::size_t>(bytes)) != 0) {
+    data_ = nullptr;
+  }
   if (data_ == nullptr) {
     throw Error(ErrorCode::kOutOfMemory,
                 concat("cannot allocate ", bytes, " bytes of host memory"));

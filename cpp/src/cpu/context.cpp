@@ -1,5 +1,8 @@
 #include "cpu/context.hpp"
 
+#include <algorithm>
+#include <limits>
+
 #include "core/matrix_checks.hpp"
 #include "cpu/parallel.hpp"
 
@@ -15,10 +18,23 @@ float* ContextState::grow(std::size_t slot, std::int64_t elements) {
   return static_cast<float*>(buffer.data());
 }
 
+void ContextState::pregrow(std::int64_t elements) {
+  // Padding inside groups adds less than the input again, and fused modules with permutations of
+  // their own keep a copy each. Sums are one for at least 8 of these. What is not touched costs
+  // only address space; the floor is for small K, where padding weighs most.
+  constexpr std::int64_t kCopies = 4;
+  constexpr std::int64_t kSumRows = 8;
+  constexpr std::int64_t kFloor = std::int64_t{1} << 16;
+  if (elements == 0) return;
+  const std::int64_t most = std::numeric_limits<std::int64_t>::max() / kCopies - kFloor;
+  const std::int64_t copies = std::min(elements, most) * kCopies + kFloor;
+  grow(Scratch::kInput, copies);
+  grow(Scratch::kInputSums, copies / kSumRows);
+}
+
 CpuContext::CpuContext(int threads) : state_(std::make_unique<ContextState>()) {
-  constexpr int kMaxThreads = 4096;
-  if (threads < 0 || threads > kMaxThreads) {
-    refuse_argument(concat("threads: ", threads, ", expected 0 (all) to ", kMaxThreads));
+  if (threads < 0 || threads > max_threads()) {
+    refuse_argument(concat("threads: ", threads, ", expected 0 (all) to ", max_threads()));
   }
   state_->threads = threads > 0 ? threads : default_threads();
 }

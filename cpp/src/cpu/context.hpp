@@ -15,7 +15,6 @@ namespace marlinq::cpu {
 enum class Scratch : std::uint8_t {
   kInput,      // x as the kernels read it: the gather scratch
   kInputSums,  // sums of x over runs of packed rows
-  kConvert,    // a row of x per thread, as float32
   kMoe,        // first of the MoeScratch matrices
 };
 
@@ -24,6 +23,7 @@ struct RowMap {
   std::int64_t input = 0;
   std::int64_t output = 0;
   float weight = 1.0F;
+  float restore = 1.0F;  // undoes the power of two that x was scaled by
 };
 
 /// Consecutive entries of the row maps that one expert multiplies.
@@ -63,12 +63,15 @@ struct ContextState {
   // Lists of the call in progress, kept for their memory.
   std::vector<RowMap> rows;
   std::vector<RowGroup> groups;
+  std::vector<std::int64_t> zero_rows;  // of the output
   std::vector<PreparedInput> prepared;
   std::vector<Segment> segments;
   TokenTiles tiles;
 
   /// At least `elements` floats; grows only. Throws out_of_memory.
   float* grow(std::size_t slot, std::int64_t elements);
+  /// Room for what a forward of m rows and K input features keeps of its input, m * K = `elements`.
+  void pregrow(std::int64_t elements);
   float* grow(Scratch slot, std::int64_t elements) {
     return grow(static_cast<std::size_t>(slot), elements);
   }

@@ -41,7 +41,7 @@ void CpuBackend::pregrow_marlin_gather_scratch(Context& context, std::int64_t re
   if (required_elements < 0) {
     refuse_argument(concat("required_elements: ", required_elements, ", expected at least 0"));
   }
-  context.state().grow(cpu::Scratch::kInput, required_elements);
+  context.state().pregrow(required_elements);
 }
 
 void CpuBackend::route(Context&, const ConstMatrixView& logits, const RouteOptions& options,
@@ -65,7 +65,11 @@ BackendInfo CpuBackend::info() {
   return info;
 }
 
-CpuBackend::Context CpuBackend::open(Device, const ContextOptions& options) {
+CpuBackend::Context CpuBackend::open(Device device, const ContextOptions& options) {
+  if (device.index != 0) {
+    throw Error(ErrorCode::kDevice,
+                concat("device: cpu with index ", device.index, ", expected the one cpu, index 0"));
+  }
   return Context(options.threads);
 }
 
@@ -81,6 +85,10 @@ std::shared_ptr<const CpuBackend::Packed> CpuBackend::pack(Context& context,
 }
 
 Description CpuBackend::describe(const Packed& packed) { return packed.description(); }
+
+Description CpuBackend::describe(const Packed& packed, std::int64_t expert) {
+  return packed.description(expert);
+}
 
 void CpuBackend::gemm(Context& context, const Packed& packed, std::int64_t expert,
                       const ConstMatrixView& input, const MatrixView& output, std::int64_t m) {
@@ -123,8 +131,8 @@ void CpuBackend::gemm_fused(Context& context, const Packed& packed, const ConstM
   cpu::ContextState& state = context.state();
   state.rows.clear();
   state.groups.clear();
+  state.zero_rows.clear();
   const std::int64_t ids = tiles.num_tokens * tiles.top_k;
-  const std::size_t row_bytes = static_cast<std::size_t>(packed.n()) * size_of(output.dtype);
   for (std::int64_t entry = 0; entry < entries; ++entry) {
     const std::int64_t expert = id_at(tiles.expert_ids, entry / tiles.block_size);
     if (expert < -1 || expert >= packed.num_experts()) {
@@ -138,9 +146,7 @@ void CpuBackend::gemm_fused(Context& context, const Packed& packed, const ConstM
     }
     if (id >= ids) continue;  // padding
     if (expert < 0) {
-      std::memset(static_cast<std::uint8_t*>(output.data) +
-                      static_cast<std::size_t>(id * output.row_stride) * size_of(output.dtype),
-                  0, row_bytes);
+      state.zero_rows.push_back(id);
       continue;
     }
     // Tiles of one expert that follow each other are one group of rows.
@@ -152,6 +158,12 @@ void CpuBackend::gemm_fused(Context& context, const Packed& packed, const ConstM
     const float weight =
         tiles.topk_weights ? static_cast<const float*>(tiles.topk_weights->data)[id] : 1.0F;
     state.rows.push_back({.input = id / tiles.top_k, .output = id, .weight = weight});
+  }
+  const std::size_t element_size = size_of(output.dtype);
+  for (const std::int64_t row : state.zero_rows) {
+    const auto offset = static_cast<std::size_t>(row * output.row_stride) * element_size;
+    std::memset(static_cast<std::uint8_t*>(output.data) + offset, 0,
+                static_cast<std::size_t>(packed.n()) * element_size);
   }
   if (!state.groups.empty()) cpu::run_row_groups(state, packed, input, output);
 }

@@ -1,7 +1,9 @@
 #include "cpu/gemm.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "core/elements.hpp"
@@ -13,14 +15,10 @@ namespace {
 
 // Below this many multiplications a call is over before another thread has woken up.
 constexpr std::int64_t kSerialWork = std::int64_t{1} << 17;
-// Floats between two threads' rows in Scratch::kConvert: a cache line.
-constexpr std::int64_t kConvertPadding = 16;
-
-FloatType float_type(DType dtype) noexcept {
-  return dtype == DType::kFloat16    ? FloatType::kF16
-         : dtype == DType::kBFloat16 ? FloatType::kBF16
-                                     : FloatType::kF32;
-}
+// Rows of x with elements from here on are scaled down by as much: float32 ends at 2^128, and
+// codes, K and scales together stay far below 2^64.
+constexpr float kLargeInput = 0x1p64F;
+constexpr float kMaxFloat = std::numeric_limits<float>::max();
 
 RowTiles cut(std::int64_t rows, std::int32_t most) noexcept {
   const auto count = static_cast<std::int32_t>(ceil_div(rows, most));
@@ -45,10 +43,9 @@ class RowGroupProduct {
 
   void run() {
     plan();
-    parallel_parts(static_cast<int>(std::min<std::int64_t>(threads_, tiles_)),
-                   [&](int part, int parts) {
-                     prepare(part, tiles_ * part / parts, tiles_ * (part + 1) / parts);
-                   });
+    parallel_parts(
+        static_cast<int>(std::min<std::int64_t>(threads_, tiles_)),
+        [&](int part, int parts) { prepare(tiles_ * part / parts, tiles_ * (part + 1) / parts); });
     parallel_parts(
         static_cast<int>(std::min<std::int64_t>(threads_, cost_)),
         [&](int part, int parts) { multiply(cost_ * part / parts, cost_ * (part + 1) / parts); });
@@ -87,8 +84,6 @@ class RowGroupProduct {
     x_ = state_.grow(Scratch::kInput, floats);
     sums_ = state_.grow(Scratch::kInputSums, sums);
     threads_ = work < kSerialWork ? 1 : state_.threads;
-    if (input_.dtype != DType::kFloat32)
-      convert_ = state_.grow(Scratch::kConvert, threads_ * convert_stride());
   }
 
   void add_segments(const RowGroup& group, const PackedExpert& expert,
@@ -117,21 +112,8 @@ class RowGroupProduct {
            (chunks.count - chunks.larger) * cut(chunks.base, isa_.tile_rows).count;
   }
 
-  std::int64_t convert_stride() const noexcept {
-    return round_up(packed_.k(), kConvertPadding) + kConvertPadding;
-  }
-
-  // Row `row` of the input as float32; converted into `scratch` unless it is float32 already.
-  const float* float_row(std::int64_t row, float* scratch) const {
-    const std::uint8_t* source = element(input_.data, input_.dtype, row * input_.row_stride);
-    if (input_.dtype == DType::kFloat32) return reinterpret_cast<const float*>(source);
-    isa_.to_float(float_type(input_.dtype), source, scratch, packed_.k());
-    return scratch;
-  }
-
-  // Prepares the tiles [begin, end) as thread `part`.
-  void prepare(int part, std::int64_t begin, std::int64_t end) const {
-    float* scratch = convert_ == nullptr ? nullptr : convert_ + part * convert_stride();
+  // Prepares the tiles [begin, end).
+  void prepare(std::int64_t begin, std::int64_t end) const {
     auto next =
         std::upper_bound(state_.prepared.begin(), state_.prepared.end(), begin,
                          [](std::int64_t tile, const PreparedInput& p) { return tile < p.tiles; });
@@ -148,7 +130,7 @@ class RowGroupProduct {
         for (std::int64_t t = 0; t < tiles.count; ++t, ++tile) {
           if (tile < begin || tile >= end) continue;
           prepare_tile(prepared, group, order, first_row(chunks, c) + first_row(tiles, t),
-                       row_count(tiles, t), scratch);
+                       row_count(tiles, t));
         }
       }
     }
@@ -156,21 +138,17 @@ class RowGroupProduct {
 
   // Writes `count` rows of x as [packed row][row], and their sums over each run.
   void prepare_tile(const PreparedInput& prepared, const RowGroup& group, const RowOrder& order,
-                    std::int64_t row, std::int32_t count, float* scratch) const {
+                    std::int64_t row, std::int32_t count) const {
     float* tile = x_ + prepared.x + row * order.rows();
     for (std::int32_t r = 0; r < count; ++r) {
-      const float* source =
-          float_row(state_.rows[static_cast<std::size_t>(group.first + row + r)].input, scratch);
-      float* target = tile + r;
-      if (order.identity) {
-        for (std::int64_t p = 0; p < packed_.k(); ++p) target[p * count] = source[p];
-        for (std::int64_t p = packed_.k(); p < order.rows(); ++p) target[p * count] = 0.0F;
-      } else {
-        for (std::int64_t p = 0; p < order.rows(); ++p) {
-          const std::int32_t from = order.source[static_cast<std::size_t>(p)];
-          target[p * count] = from < 0 ? 0.0F : source[from];
-        }
+      RowMap& map = state_.rows[static_cast<std::size_t>(group.first + row + r)];
+      float restore = 1.0F;
+      if (fill_row(order, map.input, 1.0F, tile + r, count) >= kLargeInput) {
+        // Sums of such a row could overflow where the result does not: a power of two is exact.
+        fill_row(order, map.input, 1.0F / kLargeInput, tile + r, count);
+        restore = kLargeInput;
       }
+      if (prepared.order == 0) map.restore = restore;
     }
     if (prepared.sums < 0) return;
     const auto runs = static_cast<std::int64_t>(order.blocks.size());
@@ -186,6 +164,50 @@ class RowGroupProduct {
         }
         sums[i] = ((part[0] + part[1]) + (part[2] + part[3])) +
                   ((part[4] + part[5]) + (part[6] + part[7]));
+      }
+    }
+  }
+
+  // Writes factor * x of one input row into every `stride`-th float of `target`, in the packed row
+  // order, and returns the largest finite magnitude of x.
+  float fill_row(const RowOrder& order, std::int64_t row, float factor, float* target,
+                 std::int32_t stride) const {
+    constexpr std::int64_t kPiece = 256;
+    const FloatType type = float_type(input_.dtype);
+    const std::size_t size = size_of(input_.dtype);
+    const std::uint8_t* source = element(input_.data, input_.dtype, row * input_.row_stride);
+    float largest = 0.0F;
+    for (std::int64_t first = 0; first < order.rows(); first += kPiece) {
+      const std::int64_t count = std::min(kPiece, order.rows() - first);
+      std::uint8_t gathered[kPiece * sizeof(float)];
+      float values[kPiece];
+      if (order.identity) {
+        const std::int64_t real = std::clamp<std::int64_t>(packed_.k() - first, 0, count);
+        isa_.to_float(type, source + static_cast<std::size_t>(first) * size, values, real);
+        std::fill(values + real, values + count, 0.0F);
+      } else {
+        gather(order, source, first, count, size, gathered);
+        isa_.to_float(type, gathered, values, count);
+      }
+      for (std::int64_t i = 0; i < count; ++i) {
+        const float magnitude = std::fabs(values[i]);
+        largest = magnitude > largest && magnitude <= kMaxFloat ? magnitude : largest;
+        target[(first + i) * stride] = factor * values[i];
+      }
+    }
+    return largest;
+  }
+
+  // Elements of an input row at packed rows [first, first + count); all-zero bits where padded.
+  static void gather(const RowOrder& order, const std::uint8_t* source, std::int64_t first,
+                     std::int64_t count, std::size_t size, std::uint8_t* target) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int32_t from = order.source[static_cast<std::size_t>(first + i)];
+      std::uint8_t* place = target + static_cast<std::size_t>(i) * size;
+      if (from < 0) {
+        std::memset(place, 0, size);
+      } else {
+        std::memcpy(place, source + static_cast<std::size_t>(from) * size, size);
       }
     }
   }
@@ -224,7 +246,7 @@ class RowGroupProduct {
     const BlockTask task{
         .codes = data + module.codes + layout.code_offset(block),
         .scales = data + module.scales + layout.group_offset(block) * scale_size,
-        .zeros = module.zeros < 0 ? nullptr : data + module.zeros + layout.group_offset(block),
+        .zeros = module.zeros < 0 ? nullptr : data + module.zeros + layout.zero_offset(block),
         .scale_type = module.scale_type,
         .code_bits = layout.code_bits,
         .middle = packed_.middle(),
@@ -254,11 +276,20 @@ class RowGroupProduct {
       const RowMap& map =
           state_.rows[static_cast<std::size_t>(group.first + segment.first_row + r)];
       float* values = result + r * Layout::kBlockColumns;
-      if (bias != nullptr) {
-        for (std::int64_t i = 0; i < columns; ++i) values[i] += bias[i];
-      }
-      if (map.weight != 1.0F) {
-        for (std::int64_t i = 0; i < columns; ++i) values[i] *= map.weight;
+      if (map.restore != 1.0F) {
+        // In double, as a step between may be out of range where the result is not.
+        for (std::int64_t i = 0; i < columns; ++i) {
+          const double sum = static_cast<double>(values[i]) * static_cast<double>(map.restore) +
+                             static_cast<double>(bias == nullptr ? 0.0F : bias[i]);
+          values[i] = static_cast<float>(sum * static_cast<double>(map.weight));
+        }
+      } else {
+        if (bias != nullptr) {
+          for (std::int64_t i = 0; i < columns; ++i) values[i] += bias[i];
+        }
+        if (map.weight != 1.0F) {
+          for (std::int64_t i = 0; i < columns; ++i) values[i] *= map.weight;
+        }
       }
       const std::int64_t place = map.output * output_.row_stride + module.first_column + column;
       isa_.from_float(float_type(output_.dtype), values,
@@ -278,7 +309,6 @@ class RowGroupProduct {
   std::int64_t cost_ = 0;
   float* x_ = nullptr;
   float* sums_ = nullptr;
-  float* convert_ = nullptr;
 };
 
 }  // namespace

@@ -50,6 +50,10 @@ struct BlockTask {
   float* result;      // [row][32], 64-byte aligned
 };
 
+// A block of columns and a run of rows; layout.hpp says why these.
+inline constexpr std::int32_t kBlockColumns = 32;
+inline constexpr std::int32_t kMaxRowBlock = 128;
+
 // Two 64-row tasks' results (8 KB each), an unpacked panel (16 KB) and the x of one run (32 KB at
 // 64 rows) stay within L1 and L2 of any processor of the last ten years.
 inline constexpr std::int32_t kMaxTaskRows = 64;

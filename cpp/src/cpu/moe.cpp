@@ -8,6 +8,7 @@
 #include "core/routing.hpp"
 #include "cpu/context.hpp"
 #include "cpu/dispatch.hpp"
+#include "cpu/packed.hpp"
 #include "cpu/parallel.hpp"
 
 namespace marlinq {
@@ -120,9 +121,7 @@ void CpuBackend::moe_combine(Context& context, const MoeCombine& combine,
   const std::int64_t hidden = output.cols;
   const std::int64_t top_k = combine.topk_ids.cols;
   const cpu::IsaKernels& isa = cpu::choose_isa({});
-  const auto type = output.dtype == DType::kFloat16    ? cpu::FloatType::kF16
-                    : output.dtype == DType::kBFloat16 ? cpu::FloatType::kBF16
-                                                       : cpu::FloatType::kF32;
+  const cpu::FloatType type = cpu::float_type(output.dtype);
   const auto shared_factor = [&](std::int64_t token) {
     if (combine.shared_gate.empty()) return 1.0F;
     double dot = 0;

@@ -12,12 +12,6 @@
 namespace marlinq::cpu {
 namespace {
 
-FloatType float_type(DType dtype) noexcept {
-  return dtype == DType::kFloat16    ? FloatType::kF16
-         : dtype == DType::kBFloat16 ? FloatType::kBF16
-                                     : FloatType::kF32;
-}
-
 // What one column block is packed from and to.
 struct BlockTarget {
   const ValidatedModule& module;
@@ -67,9 +61,17 @@ void pack_groups(const BlockTarget& target) {
     const std::int64_t source = group * target.module.n + target.first_column();
     std::memcpy(target.memory + target.packed.scales + place * static_cast<std::int64_t>(size),
                 element(target.module.scales, target.module.scale_dtype, source), real * size);
-    if (target.packed.zeros >= 0) {
-      read_zero_points(target.module, target.bits, group, target.first_column(),
-                       static_cast<int>(real), target.memory + target.packed.zeros + place);
+    if (target.packed.zeros < 0) continue;
+    std::uint8_t zeros[Layout::kBlockColumns] = {};
+    read_zero_points(target.module, target.bits, group, target.first_column(),
+                     static_cast<int>(real), zeros);
+    std::uint8_t* packed = target.memory + target.packed.zeros + place * layout.code_bits / 8;
+    for (int column = 0; column < target.columns(); ++column) {
+      if (layout.code_bits == 8) {
+        packed[column] = zeros[column];
+      } else if (column % 2 == 0) {
+        packed[column / 2] = static_cast<std::uint8_t>(zeros[column] | zeros[column + 1] << 4);
+      }
     }
   }
 }
@@ -103,13 +105,11 @@ class OrderCache {
   std::shared_ptr<const RowOrder> order_;
 };
 
-std::string zero_point_names(std::span<const GptqWeights> experts) {
+std::string zero_point_names(const GptqWeights& weights) {
   bool v1 = false;
   bool v2 = false;
-  for (const GptqWeights& expert : experts) {
-    for (const ValidatedModule& module : expert.modules) {
-      (module.zero_points == ZeroPoints::kV1 ? v1 : v2) = true;
-    }
+  for (const ValidatedModule& module : weights.modules) {
+    (module.zero_points == ZeroPoints::kV1 ? v1 : v2) = true;
   }
   return v1 && v2 ? "mixed" : v1 ? "v1" : "v2";
 }
@@ -163,7 +163,7 @@ class Packer {
         packed.codes = reserve(packed.layout.code_bytes());
         packed.scales = reserve(packed.layout.group_elements() *
                                 static_cast<std::int64_t>(size_of(module.scale_dtype)));
-        if (!symmetric_in_all(i)) packed.zeros = reserve(packed.layout.group_elements());
+        if (!symmetric_in_all(i)) packed.zeros = reserve(packed.layout.zero_bytes());
         if (module.bias != nullptr) packed.bias = reserve(packed.layout.padded_columns() * 4);
         first_column += module.n;
         expert.modules.push_back(packed);
@@ -186,6 +186,9 @@ class Packer {
     for (const PackedModule& module : result_->experts_.front().modules)
       blocks_per_expert += module.layout.blocks();
     const std::int64_t expert_count = result_->num_experts();
+    // Below this many bytes a thread is not worth waking.
+    constexpr std::int64_t kSerialBytes = 1 << 18;
+    if (result_->memory_.size() * 4 < kSerialBytes) threads = 1;
     // Padding between sections is zero, so that equal weights have equal bytes.
     parallel_for(threads, expert_count, 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t e = begin; e < end; ++e) clear_unwritten(memory, result_->expert(e));
@@ -243,32 +246,56 @@ class Packer {
     d.k = first.k;
     d.n = first.n;
     d.num_experts = result_->num_experts();
-    d.symmetric = true;
     d.batch_invariant = true;  // the order of a row's sums never depends on the other rows
-    d.zero_points = zero_point_names(experts_);
     d.scale_dtype = to_string(first.modules.front().scale_dtype);
     d.bias = first.modules.front().bias != nullptr;
     for (const PackedModule& module : result_->experts_.front().modules) {
       d.fused.push_back(module.layout.n);
       d.n_padded += module.layout.padded_columns();
     }
-    for (const PackedExpert& expert : result_->experts_) {
+    d.symmetric = true;
+    for (std::size_t e = 0; e < experts_.size(); ++e) {
+      PackedExpert& expert = result_->experts_[e];
+      describe_expert(experts_[e], expert);
       d.packed_bytes += expert.bytes;
+      d.checkpoint_bytes += expert.checkpoint_bytes;
+      d.symmetric = d.symmetric && expert.symmetric;
+      d.act_order = d.act_order || expert.act_order;
+      d.zero_points = e == 0 || d.zero_points == expert.zero_points ? expert.zero_points : "mixed";
+      d.warnings.insert(d.warnings.end(), expert.warnings.begin(), expert.warnings.end());
       for (const auto& order : expert.orders) d.k_padded = std::max(d.k_padded, order->rows());
     }
-    for (const GptqWeights& weights : experts_) {
-      for (const ValidatedModule& module : weights.modules) {
-        d.symmetric = d.symmetric && module.symmetric;
-        d.act_order = d.act_order || module.act_order;
-        d.checkpoint_bytes += static_cast<std::int64_t>(module.bytes);
-      }
-      d.warnings.insert(d.warnings.end(), weights.warnings.begin(), weights.warnings.end());
+  }
+
+  static void describe_expert(const GptqWeights& weights, PackedExpert& expert) {
+    expert.symmetric = true;
+    for (const ValidatedModule& module : weights.modules) {
+      expert.symmetric = expert.symmetric && module.symmetric;
+      expert.act_order = expert.act_order || module.act_order;
+      expert.checkpoint_bytes += static_cast<std::int64_t>(module.bytes);
     }
+    expert.zero_points = zero_point_names(weights);
+    expert.warnings = weights.warnings;
   }
 
   std::span<const GptqWeights> experts_;
   std::shared_ptr<PackedExperts> result_;
 };
+
+Description PackedExperts::description(std::int64_t index) const {
+  const PackedExpert& one = expert(index);
+  Description d = description_;
+  d.num_experts = 1;
+  d.k_padded = 0;
+  for (const auto& order : one.orders) d.k_padded = std::max(d.k_padded, order->rows());
+  d.symmetric = one.symmetric;
+  d.act_order = one.act_order;
+  d.zero_points = one.zero_points;
+  d.packed_bytes = one.bytes;
+  d.checkpoint_bytes = one.checkpoint_bytes;
+  d.warnings = one.warnings;
+  return d;
+}
 
 std::shared_ptr<const PackedExperts> pack_experts(std::span<const GptqWeights> experts,
                                                   const IsaKernels& isa, int threads) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "core/row_order.hpp"
@@ -12,6 +13,12 @@
 #include "marlinq/cpu/cpu_backend.hpp"
 
 namespace marlinq::cpu {
+
+inline FloatType float_type(DType dtype) noexcept {
+  return dtype == DType::kFloat16    ? FloatType::kF16
+         : dtype == DType::kBFloat16 ? FloatType::kBF16
+                                     : FloatType::kF32;
+}
 
 /// One module of one expert. Offsets are bytes from the start of the stack's memory.
 struct PackedModule {
@@ -30,7 +37,14 @@ struct PackedExpert {
   std::int64_t begin = 0;
   std::int64_t bytes = 0;
   std::vector<PackedModule> modules;
-  std::vector<std::shared_ptr<const RowOrder>> orders;  // the distinct ones
+  std::vector<std::shared_ptr<const RowOrder>> orders;  // neighbours differ
+
+  // For describe().
+  bool symmetric = false;
+  bool act_order = false;
+  std::string zero_points;
+  std::int64_t checkpoint_bytes = 0;
+  std::vector<std::string> warnings;
 };
 
 /// The weights of all experts of one projection. Immutable once pack() has returned it.
@@ -52,7 +66,10 @@ class PackedExperts {
   std::span<const std::uint8_t> bytes(std::int64_t index) const {
     return {data() + expert(index).begin, static_cast<std::size_t>(expert(index).bytes)};
   }
+  /// Of all experts together.
   const Description& description() const noexcept { return description_; }
+  /// Of one expert, as if it had been loaded alone.
+  Description description(std::int64_t index) const;
 
  private:
   friend class Packer;

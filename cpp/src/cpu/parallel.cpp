@@ -22,6 +22,16 @@ int default_threads() noexcept {
 #endif
 }
 
+int max_threads() noexcept {
+  constexpr int kPerProcessor = 8;
+  const int most = kPerProcessor * default_threads();
+#if defined(_OPENMP) && !defined(MARLINQ_STD_THREAD)
+  return omp_get_thread_limit() < most ? omp_get_thread_limit() : most;
+#else
+  return most;
+#endif
+}
+
 namespace detail {
 
 void run_parallel(int parts, Body body, const void* closure) {

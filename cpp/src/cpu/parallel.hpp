@@ -8,6 +8,10 @@ namespace marlinq::cpu {
 /// As many threads as the process may run on (its affinity mask).
 int default_threads() noexcept;
 
+/// The most that a context may ask for: some times the processors, and within the limits that the
+/// threading runtime would end the process over.
+int max_threads() noexcept;
+
 namespace detail {
 using Body = void (*)(const void* closure, int part, int parts);
 void run_parallel(int parts, Body body, const void* closure);

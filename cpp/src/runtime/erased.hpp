@@ -1,6 +1,7 @@
 // The type-erased side of the handles, and its one implementation for every backend.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <new>
 #include <string_view>
@@ -66,6 +67,23 @@ class AnyMoeBlock {
   virtual void forward(AnyContext&, const MoeInput&, const MatrixView&) const = 0;
 };
 
+/// Marks a context as in use for a scope. Throws invalid_argument if another thread is using it.
+class ContextUse {
+ public:
+  explicit ContextUse(std::atomic_flag& busy) : busy_(busy) {
+    if (busy_.test_and_set(std::memory_order_acquire)) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  "context: in use by another thread, expected one context per thread");
+    }
+  }
+  ContextUse(const ContextUse&) = delete;
+  ContextUse& operator=(const ContextUse&) = delete;
+  ~ContextUse() { busy_.clear(std::memory_order_release); }
+
+ private:
+  std::atomic_flag& busy_;
+};
+
 /// Runs f; memory that ran out anywhere becomes marlinq's own error.
 template <class F>
 auto guarded(F&& f) -> decltype(f()) {
@@ -106,7 +124,9 @@ class LinearModel final : public AnyLinear {
   Description describe() const override { return linear_->describe(); }
   void forward(AnyContext& context, const ConstMatrixView& input, const MatrixView& output,
                std::int64_t m) const override {
-    linear_->forward(cast<ContextModel, B>(context, "context").context(), input, output, m);
+    auto& model = cast<ContextModel, B>(context, "context");
+    const ContextUse use(model.busy());
+    linear_->forward(model.context(), input, output, m);
   }
   const std::shared_ptr<const Linear<B>>& typed() const noexcept { return linear_; }
 
@@ -131,13 +151,15 @@ class ExpertStackModel final : public AnyExpertStack {
   void gemm_phase_batched(AnyContext& context, const ConstMatrixView& input,
                           std::span<const ExpertDispatch> dispatches,
                           const MatrixView& output) const override {
-    stack_->gemm_phase_batched(cast<ContextModel, B>(context, "context").context(), input,
-                               dispatches, output);
+    auto& model = cast<ContextModel, B>(context, "context");
+    const ContextUse use(model.busy());
+    stack_->gemm_phase_batched(model.context(), input, dispatches, output);
   }
   void gemm_phase_fused(AnyContext& context, const ConstMatrixView& input, const FusedTiles& tiles,
                         const MatrixView& output) const override {
-    stack_->gemm_phase_fused(cast<ContextModel, B>(context, "context").context(), input, tiles,
-                             output);
+    auto& model = cast<ContextModel, B>(context, "context");
+    const ContextUse use(model.busy());
+    stack_->gemm_phase_fused(model.context(), input, tiles, output);
   }
   const std::shared_ptr<const MarlinExpertStack<B>>& typed() const noexcept { return stack_; }
 
@@ -155,7 +177,9 @@ class MoeBlockModel final : public AnyMoeBlock {
   std::int64_t num_experts() const noexcept override { return block_->num_experts(); }
   void forward(AnyContext& context, const MoeInput& input,
                const MatrixView& output) const override {
-    block_->forward(cast<ContextModel, B>(context, "context").context(), input, output);
+    auto& model = cast<ContextModel, B>(context, "context");
+    const ContextUse use(model.busy());
+    block_->forward(model.context(), input, output);
   }
 
  private:
@@ -174,15 +198,18 @@ class ContextModel final : public AnyContext {
 
   LinearHandle load_gptq(const GptqTensors& tensors, const GptqSpec& spec,
                          const LoadOptions& options) override {
+    const ContextUse use(busy_);
     return LinearHandle(
         std::make_shared<LinearModel<B>>(B::load_gptq(context_, tensors, spec, options)));
   }
   ExpertStackHandle load_gptq_stacked(std::span<const GptqTensors> experts, const GptqSpec& spec,
                                       const LoadOptions& options) override {
+    const ContextUse use(busy_);
     return ExpertStackHandle(std::make_shared<ExpertStackModel<B>>(
         B::load_gptq_stacked(context_, experts, spec, options)));
   }
   MoeBlockHandle make_moe_block(const MoeBlockSpec& spec) override {
+    const ContextUse use(busy_);
     MoeBlockParts<B> parts{
         .gate_up = cast<ExpertStackModel, B>(spec.gate_up.any(), "gate_up").typed(),
         .down = cast<ExpertStackModel, B>(spec.down.any(), "down").typed(),
@@ -202,17 +229,21 @@ class ContextModel final : public AnyContext {
     return MoeBlockHandle(std::make_shared<MoeBlockModel<B>>(B::make_moe_block(context_, parts)));
   }
   void pregrow_marlin_gather_scratch(std::int64_t elements) override {
+    const ContextUse use(busy_);
     B::pregrow_marlin_gather_scratch(context_, elements);
   }
   void route(const ConstMatrixView& logits, const RouteOptions& options, const MatrixView& ids,
              const MatrixView& weights) override {
+    const ContextUse use(busy_);
     B::route(context_, logits, options, ids, weights);
   }
 
   typename B::Context& context() noexcept { return context_; }
+  std::atomic_flag& busy() noexcept { return busy_; }
 
  private:
   typename B::Context context_;
+  std::atomic_flag busy_;
 };
 
 }  // namespace detail
@@ -225,7 +256,19 @@ struct BackendEntry {
   ContextHandle (*open)(Device, const ContextOptions&);
 };
 
-template <BackendQuantMarlin B>
+/// What the handles and the registry need of a backend beside the trait.
+template <class B>
+concept RegisteredBackend =
+    BackendQuantMarlin<B> &&
+    requires(const typename B::Context& context, Device device, const ContextOptions& options) {
+      { context.threads() } -> std::same_as<int>;
+      { context.scratch_allocations() } -> std::same_as<std::int64_t>;
+      { B::runs(device.kind) } -> std::same_as<bool>;
+      { B::info() } -> std::same_as<BackendInfo>;
+      { B::open(device, options) } -> std::same_as<typename B::Context>;
+    };
+
+template <RegisteredBackend B>
 BackendEntry erase_backend() {
   return {.name = B::kName,
           .runs = [](DeviceKind kind) { return B::runs(kind); },

@@ -1,7 +1,10 @@
 // validate(): every refusal with its message, and what it decides about groups and zero points.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "marlinq/gptq.hpp"

@@ -3,6 +3,7 @@
 
 #include <bit>
 #include <cmath>
+#include <string>
 
 #include "core/half.hpp"
 #include "support/generators.hpp"

@@ -1,6 +1,7 @@
 // route and moe_align_block_size against references that are written from their description.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>

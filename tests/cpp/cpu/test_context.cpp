@@ -1,9 +1,11 @@
 // Contexts: threads, scratch that is counted and only grows, and memory that runs out.
 #include <gtest/gtest.h>
 
-#include <array>
 #include <atomic>
+#include <limits>
 #include <ostream>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/context.hpp"
@@ -29,8 +31,10 @@ TEST(ContextTest, Threads) {
   EXPECT_EQ(CpuContext(3).threads(), 3);
   EXPECT_EQ(CpuContext(0).threads(), cpu::default_threads());
   EXPECT_GE(cpu::default_threads(), 1);
-  for (const int threads : {-1, 4097, std::numeric_limits<int>::max()}) {
-    expect_refused({"threads: " + std::to_string(threads), "0 (all) to 4096"},
+  const int most = cpu::max_threads();
+  EXPECT_EQ(CpuContext(most).threads(), most);
+  for (const int threads : {-1, most + 1, std::numeric_limits<int>::max()}) {
+    expect_refused({"threads: " + std::to_string(threads), "0 (all) to " + std::to_string(most)},
                    [&] { CpuContext context(threads); });
   }
 }

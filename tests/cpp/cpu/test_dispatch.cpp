@@ -1,7 +1,6 @@
 // The choice of an instruction set, for machines that this one is not too.
 #include <gtest/gtest.h>
 
-#include <cstring>
 #include <set>
 #include <string>
 

@@ -1,9 +1,12 @@
 // The kernels: every code, every shape, every combination of formats, and the bit-for-bit promises.
 #include <gtest/gtest.h>
 
-#include <cstring>
+#include <cmath>
+#include <limits>
 #include <map>
 #include <memory>
+#include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 

@@ -2,9 +2,12 @@
 // layout.hpp; and back from the packed bytes to the checkpoint.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "core/marlin_linear.hpp"
@@ -67,7 +70,7 @@ Sections define(const Layer& layer) {
   Sections s;
   s.codes.assign(static_cast<std::size_t>(columns * packed * width_bits / 8), 0);
   s.scales.assign(static_cast<std::size_t>(columns * layer.groups * scale_size), 0);
-  s.zeros.assign(static_cast<std::size_t>(columns * layer.groups), 0);
+  s.zeros.assign(static_cast<std::size_t>(columns * layer.groups * width_bits / 8), 0);
   s.bias.assign(static_cast<std::size_t>(columns), 0.0F);
   for (std::int64_t n = 0; n < o.n; ++n) {
     const std::int64_t block = n / 32;
@@ -92,8 +95,13 @@ Sections define(const Layer& layer) {
       std::memcpy(s.scales.data() + at * scale_size,
                   layer.scales.data() + (g * o.n + n) * scale_size,
                   static_cast<std::size_t>(scale_size));
-      s.zeros[static_cast<std::size_t>(at)] =
-          static_cast<std::uint8_t>(layer.zeros[static_cast<std::size_t>(g * o.n + n)]);
+      const int zero = layer.zeros[static_cast<std::size_t>(g * o.n + n)];
+      if (width_bits == 8) {
+        s.zeros[static_cast<std::size_t>(at)] = static_cast<std::uint8_t>(zero);
+      } else {
+        s.zeros[static_cast<std::size_t>(at / 2)] |=
+            static_cast<std::uint8_t>(n % 2 == 0 ? zero : zero << 4);
+      }
     }
     if (o.bias) {
       s.bias[static_cast<std::size_t>(n)] =
@@ -160,8 +168,12 @@ void check_round_trip(const PackedExperts& packed, const PackedModule& module, c
       ASSERT_EQ(test::read_element(packed.data() + module.scales, o.scales, at),
                 test::read_element(layer.scales.data(), o.scales, g * o.n + n));
       if (module.zeros >= 0) {
-        ASSERT_EQ(packed.data()[module.zeros + at],
-                  layer.zeros[static_cast<std::size_t>(g * o.n + n)]);
+        const std::int64_t in_block = g * layout.block_columns(block) + column;
+        const int place = layout.code_bits == 8 ? 0 : static_cast<int>(in_block % 2 * 4);
+        const std::uint8_t byte =
+            packed
+                .data()[module.zeros + layout.zero_offset(block) + in_block * layout.code_bits / 8];
+        ASSERT_EQ(byte >> place & mask, layer.zeros[static_cast<std::size_t>(g * o.n + n)]);
       }
     }
   }
@@ -300,7 +312,7 @@ TEST(StackLayoutTest, SectionsLieInsideTheirExpert) {
       const std::vector<std::pair<std::int64_t, std::int64_t>> sections = {
           {module.codes, module.layout.code_bytes()},
           {module.scales, module.layout.group_elements() * scale_size},
-          {module.zeros, module.layout.group_elements()},
+          {module.zeros, module.layout.zero_bytes()},
           {module.bias, module.layout.padded_columns() * 4}};
       for (const auto& [begin, bytes] : sections) {
         EXPECT_GE(begin, end);

@@ -1,7 +1,9 @@
 // The MoE block on the CPU against a double reference.
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "support/compare.hpp"
@@ -314,6 +316,21 @@ TEST_F(MoeRefusalTest, PartsThatDoNotFitTogether) {
   parts = block.parts;
   parts.shared_gate.assign(95, 0.0F);
   parts_refused({"shared_gate: 95 elements", "expected 96"}, parts);
+}
+
+// In a process of its own, since what is not refused here is a null pointer.
+TEST_F(MoeRefusalTest, HalfASharedExpert) {
+  for (const bool has_gate_up : {false, true}) {
+    MoeBlockParts<CpuBackend> parts = block.parts;
+    parts.shared = {has_gate_up ? linear(kHidden, 64) : nullptr,
+                    has_gate_up ? nullptr : linear(32, kHidden)};
+    EXPECT_EXIT(
+        {
+          parts_refused({"shared"}, parts);
+          std::exit(HasFailure() ? 1 : 0);
+        },
+        ::testing::ExitedWithCode(0), "");
+  }
 }
 
 TEST_F(MoeRefusalTest, InputsThatDoNotFit) {

@@ -5,8 +5,10 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <span>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "marlinq/handle.hpp"
@@ -94,6 +96,17 @@ class HandleTest : public ::testing::Test {
   ContextHandle cpu;
   LinearHandle linear;
 };
+
+TEST_F(HandleTest, AContextInUseIsRefused) {
+  const ContextHandle context = null_context();
+  auto& model = static_cast<detail::ContextModel<NullBackend>&>(context.any());
+  {
+    const detail::ContextUse use(model.busy());
+    expect_refused({"context: in use by another thread", "one context per thread"},
+                   [&] { context.pregrow_marlin_gather_scratch(1); });
+  }
+  context.pregrow_marlin_gather_scratch(1);
+}
 
 TEST_F(HandleTest, TellWhatTheyHold) {
   EXPECT_EQ(cpu.backend(), "cpu");

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <string>
+#include <vector>
 
 #include "marlinq/registry.hpp"
 #include "marlinq/version.hpp"

@@ -1,7 +1,9 @@
 // The tests' own tools: the reference finds what the generator drew, and the judges can say no.
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <set>
+#include <utility>
 #include <vector>
 
 #include "support/compare.hpp"

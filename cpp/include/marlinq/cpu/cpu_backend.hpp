@@ -93,6 +93,7 @@ struct MARLINQ_API CpuBackend : QuantMarlinDefaults<CpuBackend> {
   static std::shared_ptr<const Packed> pack(Context& context, std::span<const GptqWeights> experts,
                                             const LoadOptions& options);
   static Description describe(const Packed& packed);
+  static Description describe(const Packed& packed, std::int64_t expert);
   static void gemm(Context& context, const Packed& packed, std::int64_t expert,
                    const ConstMatrixView& input, const MatrixView& output, std::int64_t m);
   static void gemm_batched(Context& context, const Packed& packed, const ConstMatrixView& input,

@@ -27,11 +27,8 @@ namespace {
 using F = Vec::F;
 using I = Vec::I;
 
-constexpr int kBlockColumns = 32;
-constexpr int kMaxRun = 128;
-
 struct Panel {
-  alignas(64) float values[kMaxRun * kBlockColumns];
+  alignas(64) float values[kMaxRowBlock * kBlockColumns];
 };
 
 // Calls f.template operator()<i>() for i = 0 ... kCount - 1, unrolled.
@@ -151,7 +148,8 @@ MARLINQ_INLINE void apply_group(const BlockTask& task, int run, int column, int 
       }
       continue;
     }
-    const F zero = Vec::load_zeros(task.zeros + index, task.middle);
+    const F zero = task.code_bits == 4 ? Vec::load_zero_nibbles(task.zeros + index / 2, task.middle)
+                                       : Vec::load_zero_bytes(task.zeros + index, task.middle);
     for (int r = 0; r < kRows; ++r) {
       float* place = result + r * kBlockColumns;
       const F x_sum =

@@ -48,8 +48,19 @@ struct Vec {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
   }
-  [[gnu::always_inline]] static inline F load_zeros(const std::uint8_t* p, std::int32_t middle) {
+  [[gnu::always_inline]] static inline F load_zero_bytes(const std::uint8_t* p,
+                                                         std::int32_t middle) {
     const I wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(wide, _mm512_set1_epi32(middle)));
+  }
+
+  [[gnu::always_inline]] static inline F load_zero_nibbles(const std::uint8_t* p,
+                                                           std::int32_t middle) {
+    const __m128i pairs = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    const __m128i mask = _mm_set1_epi8(15);
+    const __m128i low = _mm_and_si128(pairs, mask);
+    const __m128i high = _mm_and_si128(_mm_srli_epi16(pairs, 4), mask);
+    const I wide = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(low, high));
     return _mm512_cvtepi32_ps(_mm512_sub_epi32(wide, _mm512_set1_epi32(middle)));
   }
 

@@ -58,8 +58,15 @@ struct Vec {
     return F{bfloat16_to_float(h[0]), bfloat16_to_float(h[1]), bfloat16_to_float(h[2]),
              bfloat16_to_float(h[3])};
   }
-  [[gnu::always_inline]] static inline F load_zeros(const std::uint8_t* p, std::int32_t middle) {
+  [[gnu::always_inline]] static inline F load_zero_bytes(const std::uint8_t* p,
+                                                         std::int32_t middle) {
     const Signed wide = {p[0], p[1], p[2], p[3]};
+    return __builtin_convertvector(wide - middle, F);
+  }
+
+  [[gnu::always_inline]] static inline F load_zero_nibbles(const std::uint8_t* p,
+                                                           std::int32_t middle) {
+    const Signed wide = {p[0] & 15, p[0] >> 4, p[1] & 15, p[1] >> 4};
     return __builtin_convertvector(wide - middle, F);
   }
 
