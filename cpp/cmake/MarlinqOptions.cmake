@@ -11,6 +11,8 @@ function(marlinq_target_options target)
   # they are meant.
   target_compile_options(${target} PRIVATE
     $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow -Wconversion -Wno-sign-conversion -ffp-contract=off>)
+  # Whatever is linked in statically (a CUDA runtime, a C++ library) stays inside.
+  target_link_options(${target} PRIVATE $<$<PLATFORM_ID:Linux>:-Wl,--exclude-libs,ALL>)
   if(MARLINQ_WERROR)
     target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
   endif()
