@@ -43,6 +43,9 @@ MARLINQ_INLINE void unrolled(const Function& f) {
 template <int kBits, int kRow>
 constexpr int kBitOfRow = kBits == 8 ? 8 * kRow : 8 * (kRow % 4) + 4 * (kRow / 4);
 
+// How far ahead codes are asked for: the memory's latency at the rate of this loop.
+constexpr std::int64_t kPrefetch = 2048;
+
 // Adds kRuns runs of equal length, from `first_run` on, to a sum each. Side by side they keep the
 // multipliers busy where one row has too few chains; every sum is what it is alone.
 template <int kBits, int kRuns, int kRows, int kVectors>
@@ -61,6 +64,8 @@ MARLINQ_INLINE void accumulate_codes(const BlockTask& task, int first_run,
   for (int row = 0; row < task.runs[first_run].count; row += kStep) {
     I words[kRuns][kVectors];
     for (int u = 0; u < kRuns; ++u) {
+      __builtin_prefetch(codes[u] + kPrefetch);
+      __builtin_prefetch(codes[u] + kPrefetch + 64);
       for (int v = 0; v < kVectors; ++v) {
         words[u][v] = Vec::load_words(codes[u] + 4 * Vec::kLanes * v);
       }
