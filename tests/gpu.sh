@@ -1,5 +1,5 @@
 #!/bin/sh
-# Everything that needs a GPU, in one command: builds marlinq, runs the GPU tests, and times the dense layers.
+# What needs a GPU, in one command: builds marlinq, runs the GPU tests, and a small set of them under compute-sanitizer.
 # Needs nvcc, and a python3 that has torch for CUDA, pytest and what pyproject.toml asks for to build and to run.
 set -eu
 cd "$(dirname "$0")/.."
@@ -9,3 +9,10 @@ PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONPATH
 python3 -m marlinq info
 python3 -m pytest -q tests/python/test_cuda.py "$@"
+
+# Kernels of marlinq alone: torch's own are not ours to judge.
+for tool in memcheck racecheck synccheck initcheck; do
+  echo "compute-sanitizer, $tool"
+  compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-name regex=marlinq \
+    python3 -m pytest -q -p no:cacheprovider tests/python/test_cuda.py -k "types_of_outputs or formats and 24 and 4"
+done

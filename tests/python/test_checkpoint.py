@@ -741,3 +741,9 @@ def test_every_checkpoint_of_the_data_opens_by_file_too() -> None:
         assert [
             info.as_dict() for info in marlinq.open(directory / "model.safetensors").modules()
         ] == whole
+
+
+def test_a_bias_in_a_later_fused_module_is_described(tmp_path: Path) -> None:
+    layers = {"a.q": make_layer(64, 128, seed=40), "a.k": make_layer(32, 128, bias=True, seed=41)}
+    write_checkpoint(tmp_path, layers)
+    assert marlinq.open(tmp_path).linear(list(layers)).describe()["bias"] is True

@@ -7,6 +7,7 @@
 #include "bindings/arrays.hpp"
 #include "bindings/objects.hpp"
 #include "core/concat.hpp"
+#include "core/zero_point_names.hpp"
 #include "marlinq/error.hpp"
 #include "marlinq/handle.hpp"
 
@@ -65,13 +66,10 @@ py::typing::Dict<py::str, py::object> check(const std::vector<const PyModule*>& 
   }
   bool symmetric = true;
   bool act_order = false;
-  bool v1 = false;
-  bool v2 = false;
   std::size_t bytes = 0;
   for (const ValidatedModule& module : weights.modules) {
     symmetric = symmetric && module.symmetric;
     act_order = act_order || module.act_order;
-    (module.zero_points == ZeroPoints::kV1 ? v1 : v2) = true;
     bytes += module.bytes;
   }
   py::typing::Dict<py::str, py::object> result;
@@ -81,7 +79,7 @@ py::typing::Dict<py::str, py::object> check(const std::vector<const PyModule*>& 
   result["groups"] = weights.groups;
   result["symmetric"] = symmetric;
   result["act_order"] = act_order;
-  result["zero_points"] = v1 && v2 ? "mixed" : v1 ? "v1" : "v2";
+  result["zero_points"] = zero_point_names(weights);
   result["bytes"] = bytes;
   result["warnings"] = weights.warnings;
   return result;

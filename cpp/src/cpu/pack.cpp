@@ -6,6 +6,7 @@
 
 #include "core/codes.hpp"
 #include "core/elements.hpp"
+#include "core/zero_point_names.hpp"
 #include "cpu/packed.hpp"
 #include "cpu/parallel.hpp"
 
@@ -104,15 +105,6 @@ class OrderCache {
   std::int64_t groups_ = 0;
   std::shared_ptr<const RowOrder> order_;
 };
-
-std::string zero_point_names(const GptqWeights& weights) {
-  bool v1 = false;
-  bool v2 = false;
-  for (const ValidatedModule& module : weights.modules) {
-    (module.zero_points == ZeroPoints::kV1 ? v1 : v2) = true;
-  }
-  return v1 && v2 ? "mixed" : v1 ? "v1" : "v2";
-}
 
 }  // namespace
 
@@ -248,7 +240,8 @@ class Packer {
     d.num_experts = result_->num_experts();
     d.batch_invariant = true;  // the order of a row's sums never depends on the other rows
     d.scale_dtype = to_string(first.modules.front().scale_dtype);
-    d.bias = first.modules.front().bias != nullptr;
+    d.bias = std::any_of(first.modules.begin(), first.modules.end(),
+                         [](const ValidatedModule& part) { return part.bias != nullptr; });
     for (const PackedModule& module : result_->experts_.front().modules) {
       d.fused.push_back(module.layout.n);
       d.n_padded += module.layout.padded_columns();

@@ -7,6 +7,7 @@
 
 #include "core/elements.hpp"
 #include "core/matrix_checks.hpp"
+#include "core/zero_point_names.hpp"
 #include "cuda/arch_table.hpp"
 #include "cuda/context.hpp"
 #include "cuda/cuda_check.hpp"
@@ -110,17 +111,14 @@ Description describe_layer(const GptqWeights& weights, const DeviceWeight& packe
   d.k_padded = packed.k_padded;
   d.n_padded = packed.n_padded;
   d.symmetric = true;
-  bool v1 = false;
-  bool v2 = false;
   for (const ValidatedModule& module : weights.modules) {
     d.fused.push_back(module.n);
     d.symmetric = d.symmetric && module.symmetric;
     d.act_order = d.act_order || module.act_order;
     d.bias = d.bias || module.bias != nullptr;
     d.checkpoint_bytes += static_cast<std::int64_t>(module.bytes);
-    (module.zero_points == ZeroPoints::kV1 ? v1 : v2) = true;
   }
-  d.zero_points = v1 && v2 ? "mixed" : v1 ? "v1" : "v2";
+  d.zero_points = zero_point_names(weights);
   d.batch_invariant = invariance == BatchInvariance::kRequired;
   d.scale_dtype = to_string(weights.modules.front().scale_dtype);
   d.packed_bytes = packed.memory.size() * 4;

@@ -93,6 +93,7 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
       if (invariant ? !small : small != (problem.m <= 32)) continue;
       const std::int64_t token_tiles = invariant ? 1 : ceil_div(problem.m, instance.token_tile);
       candidate = tile_plan(instance, problem.weight, token_tiles, limits);
+      if (candidate.shared_bytes > limits.shared_bytes) continue;
       // The widest tile that fills the device without splitting K, else the narrowest.
       if (found && best.splits == 1 &&
           ceil_div(problem.weight.n, best.feature_tile) * token_tiles * 4 >=
