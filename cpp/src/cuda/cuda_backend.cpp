@@ -69,7 +69,7 @@ class CudaMarlinLinear final : public Linear<CudaBackend> {
         .y_stride = output.row_stride,
         .m = static_cast<std::int32_t>(m)};
     if (needs_gather(segment, input, m)) {
-      const std::int32_t columns = segment.view.packed_rows;
+      const std::int32_t columns = segment.view.chunks * 64;
       void* gathered = state.grow_gather(m * columns);
       gather_rows(input.data, float_type(input.dtype), input.row_stride, problem.m, segment.view.k,
                   segment.view.source, gathered, problem.x_type, columns, state.stream);

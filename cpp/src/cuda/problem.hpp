@@ -7,21 +7,26 @@ namespace marlinq::cuda {
 
 enum class FloatType : std::uint8_t { kF32, kF16, kBF16 };
 
-/// One packed weight on a device, as kernels see it.
+/// One packed weight on a device, as kernels see it; the arrays are those of the architecture's
+/// layout.hpp.
 struct WeightView {
   const std::uint32_t* codes = nullptr;
-  const void* scales = nullptr;
-  const std::uint8_t* zeros = nullptr;
-  const float* bias = nullptr;               // null: none
-  const std::int32_t* step_group = nullptr;  // group of each 16 packed rows
-  const std::int32_t* source =
-      nullptr;  // input row of each packed row, -1 padding; null: the same row
+  const unsigned char* groups = nullptr;  // scales and zero points
+  const std::int32_t* chunk_groups = nullptr;
+  const float* bias = nullptr;  // null: none
+  // Input row of each packed row, -1 padding; null: the same row.
+  const std::int32_t* source = nullptr;
   FloatType scale_type = FloatType::kF16;
   std::int32_t code_bits = 4;
+  std::int32_t middle = 8;        // the zero point of every code where records hold none
+  std::int32_t record_bytes = 0;  // of one strip and group
+  bool has_zeros = false;
+  bool scales_divide = true;  // quotients of any two scales of a feature stay far from overflow
   std::int32_t n = 0;
   std::int32_t k = 0;
-  std::int32_t packed_rows = 0;
-  std::int32_t groups = 0;
+  std::int32_t chunks = 0;
+  std::int32_t num_groups = 0;
+  std::int32_t groups_per_chunk = 1;  // at most
 };
 
 /// y = x W^T + bias for rows of x that a kernel can read 16 bytes at a time.
@@ -56,14 +61,25 @@ enum class KernelKind : std::uint8_t {
   kTile,   // tiles of tokens x features, K perhaps split over blocks
 };
 
+/// How the blocks of a tile kernel share the tiles: `whole_tiles` each, then the first `tail_blocks`
+/// share the chunks of the `tail_tiles` that are left, in contiguous runs.
+struct TileSchedule {
+  std::int32_t whole_tiles = 0;
+  std::int32_t tail_tiles = 0;
+  std::int32_t tail_blocks = 0;
+  std::int32_t token_band = 1;  // token tiles that are walked through before the next feature tile
+};
+
 /// How a problem is run; the pure result of plan().
 struct GemmPlan {
   KernelKind kind = KernelKind::kTile;
-  std::int32_t token_tile = 8;
-  std::int32_t feature_tile = 64;
-  std::int32_t splits = 1;  // kTile
-  std::int32_t blocks = 1;  // kStrip
+  std::int32_t instance = 0;  // of the architecture's table for the types at hand
+  std::int32_t blocks = 1;
+  std::int32_t warps = 8;  // of a block
+  std::int32_t stages = 2;
   std::int32_t shared_bytes = 0;
+  std::int32_t tokens = 8;  // rows of x that one launch takes: all of m, or slices of this many
+  TileSchedule schedule;    // kTile
   /// The kernel may start before the one before it has ended, and waits for it by itself.
   bool dependent_launch = false;
 };

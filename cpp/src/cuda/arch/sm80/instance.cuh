@@ -1,25 +1,42 @@
 // Launches one instantiation of a kernel.
 #pragma once
 
-#include "cuda/arch/sm80/kernel.cuh"
+#include <atomic>
+
 #include "cuda/arch/sm80/launch.hpp"
+#include "cuda/arch/sm80/plan.hpp"
 #include "cuda/arch/sm80/strip_kernel.cuh"
+#include "cuda/arch/sm80/tile_kernel.cuh"
 #include "cuda/cuda_check.hpp"
 
 namespace marlinq::cuda::sm80 {
 
+/// Lets a kernel have all the shared memory of a block, once for each device.
 template <class Params>
-void launch_kernel(void (*kernel)(Params), const Params& params, dim3 grid, int threads,
-                   const GemmPlan& plan, cudaStream_t stream) {
-  // An attribute of the function on this device: cheap, and allowed during a capture.
+void allow_shared_memory(void (*kernel)(Params), std::atomic<std::uint64_t>& devices_done) {
+  int device = 0;
+  MARLINQ_CUDA_CHECK(cudaGetDevice(&device));
+  const std::uint64_t bit = device < 64 ? std::uint64_t{1} << device : 0;
+  if ((devices_done.load(std::memory_order_acquire) & bit) != 0) return;
+  int most = 0;
   MARLINQ_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes));
+      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  cudaFuncAttributes attributes{};
+  MARLINQ_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  MARLINQ_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          most - static_cast<int>(attributes.sharedSizeBytes)));
+  devices_done.fetch_or(bit, std::memory_order_release);
+}
+
+template <class Params>
+void launch_kernel(void (*kernel)(Params), const Params& params, const GemmPlan& plan,
+                   cudaStream_t stream) {
   cudaLaunchAttribute dependent{};
   dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   dependent.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
+  config.gridDim = dim3(plan.blocks);
+  config.blockDim = dim3(plan.warps * 32);
   config.dynamicSmemBytes = plan.shared_bytes;
   config.stream = stream;
   config.attrs = &dependent;
@@ -27,41 +44,64 @@ void launch_kernel(void (*kernel)(Params), const Params& params, dim3 grid, int 
   MARLINQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params));
 }
 
-template <class T>
-constexpr FloatType kFloatTypeOf = std::is_same_v<T, __half> ? FloatType::kF16 : FloatType::kBF16;
-
-template <class S>
+/// A tile kernel of the shape TileShape<T, kBits, feature warps, token warps, row warps, token
+/// tiles>.
+template <class T, int kBits, int kFeatureWarps, int kTokenWarps, int kRowWarps, int kTokenTiles>
 constexpr Instance tile_instance() {
+  using S = TileShape<T, kBits, kFeatureWarps, kTokenWarps, kRowWarps, kTokenTiles>;
   return {.kind = KernelKind::kTile,
-          .type = kFloatTypeOf<typename S::T>,
-          .code_bits = S::kBits,
-          .token_tile = S::kTokens,
-          .feature_tile = S::kFeatures,
-          .ring_bytes = S::kSharedBytes,
-          .slot_bytes = 0,
-          .warps = kWarps,
+          .tokens = S::kTokens,
+          .features = S::kFeatures,
+          .row_warps = S::kRowWarps,
+          .warps = S::kThreads / 32,
+          .slice_bytes = S::kSliceBytes,
+          .sum_bytes = S::kSumBytes,
           .launch = [](const GemmProblem& problem, const GemmPlan& plan,
                        const SplitScratch& scratch, cudaStream_t stream) {
-            const dim3 grid((problem.m + S::kTokens - 1) / S::kTokens,
-                            (problem.weight.n + S::kFeatures - 1) / S::kFeatures, plan.splits);
-            launch_kernel(gemm<S>, KernelParams{problem, scratch, plan.splits}, grid, kWarps * 32,
-                          plan, stream);
+            static std::atomic<std::uint64_t> devices_done{0};
+            allow_shared_memory(tile_gemm<S>, devices_done);
+            const WeightView& w = problem.weight;
+            const bool aligned = reinterpret_cast<std::uintptr_t>(problem.y) % 4 == 0;
+            launch_kernel(
+                tile_gemm<S>,
+                TileParams{.problem = problem,
+                           .scratch = scratch,
+                           .schedule = plan.schedule,
+                           .tail = EvenShare(plan.schedule.tail_tiles * w.chunks,
+                                             plan.schedule.tail_blocks),
+                           .feature_tiles = (w.n + S::kFeatures - 1) / S::kFeatures,
+                           .token_tiles = (problem.m + S::kTokens - 1) / S::kTokens,
+                           .stages = plan.stages,
+                           .slice_bytes = slice_bytes(w, S::kSliceBytes, S::kFeatures),
+                           .pairs = aligned && (problem.m == 1 || problem.y_stride % 2 == 0)},
+                plan, stream);
           }};
 }
 
-template <class S>
+template <class T, int kBits, int kTokenTiles, int kMaxWarps>
 constexpr Instance strip_instance() {
+  using S = StripShape<T, kBits, kTokenTiles, kMaxWarps>;
   return {.kind = KernelKind::kStrip,
-          .type = kFloatTypeOf<typename S::T>,
-          .code_bits = S::kBits,
-          .token_tile = S::kTokens,
-          .feature_tile = S::kFeatures,
-          .ring_bytes = S::kRingBytes,
-          .slot_bytes = S::kSlotFloats * 4,
-          .warps = S::kWarps,
+          .tokens = S::kTokens,
+          .features = 0,
+          .row_warps = 1,
+          .warps = S::kMaxWarps,
+          .slice_bytes = S::kXBytes,
+          .sum_bytes = S::kSlotFloats * 4,
           .launch = [](const GemmProblem& problem, const GemmPlan& plan, const SplitScratch&,
                        cudaStream_t stream) {
-            launch_kernel(strip_gemm<S>, problem, dim3(plan.blocks), S::kWarps * 32, plan, stream);
+            static std::atomic<std::uint64_t> devices_done{0};
+            allow_shared_memory(strip_gemm<S>, devices_done);
+            const StripWidths widths = strip_widths(problem.weight, plan.blocks);
+            launch_kernel(
+                strip_gemm<S>,
+                StripParams{.problem = problem,
+                            .strips = EvenShare(strip_count(problem.weight), plan.blocks),
+                            .stages = plan.stages,
+                            .stage_bytes =
+                                strip_stage_bytes(problem.weight, S::kXBytes, widths.strips),
+                            .width = widths.strips},
+                plan, stream);
           }};
 }
 

@@ -1,7 +1,11 @@
-// The instantiations of the sm_80 kernels.
+// The instantiations of the sm_80 kernels, and the plans that choose among them.
 #pragma once
 
 #include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
 
 #include "cuda/arch_table.hpp"
 #include "cuda/problem.hpp"
@@ -11,15 +15,37 @@ namespace marlinq::cuda::sm80 {
 /// One kernel: what it is for, what it takes, how to launch it.
 struct Instance {
   KernelKind kind;
-  FloatType type;
-  std::int32_t code_bits;
-  std::int32_t token_tile;
-  std::int32_t feature_tile;
-  // kStrip: shared memory of the rings, and of the sums for each strip group and each warp.
-  std::int32_t ring_bytes;
-  std::int32_t slot_bytes;
-  std::int32_t warps;
+  std::int32_t tokens;    // of a block's tile; at most, for kStrip
+  std::int32_t features;  // of a block's tile; kTile
+  std::int32_t row_warps;  // groups of warps that share K; kTile
+  std::int32_t warps;      // of a block; at most, for kStrip
+  // Shared memory: a stage for each warp (kStrip, without codes and records) or a slice for each
+  // group of row warps (kTile, without records); at least sum_bytes, which for kStrip is a slot.
+  std::int32_t slice_bytes;
+  std::int32_t sum_bytes;
   void (*launch)(const GemmProblem&, const GemmPlan&, const SplitScratch&, cudaStream_t);
 };
+
+constexpr std::size_t kInstanceCount = 10;
+
+/// The kernels for activations of `type` and codes of `code_bits`; GemmPlan::instance is an index.
+std::span<const Instance> instances(FloatType type, std::int32_t code_bits);
+
+/// A plan of a strip kernel with so many warps a block and stages a warp; shared_bytes tells whether
+/// it fits.
+GemmPlan strip_plan(const GemmProblem& problem, std::int32_t instance, std::int32_t multiprocessors,
+                    std::int32_t warps, std::int32_t stages);
+
+/// A plan of a tile kernel on `blocks` blocks; `tail_blocks` of them share what is left after whole
+/// waves. As many stages, at most `stages`, as fit.
+GemmPlan tile_plan(const GemmProblem& problem, std::int32_t instance, std::int32_t shared_bytes,
+                   std::int32_t blocks, std::int32_t tail_blocks, std::int32_t stages);
+
+/// As ArchKernels::plan.
+GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvariance invariance);
+
+/// As ArchKernels::launch.
+void launch(const GemmProblem& problem, const GemmPlan& plan, const SplitScratch& scratch,
+            void* stream);
 
 }  // namespace marlinq::cuda::sm80

@@ -1,25 +1,29 @@
 // The packed order of the sm_80 kernels: weights are operand A of mma.m16n8k16.
 //
-// A strip is 16 output features; K is in packed row order (core/row_order.hpp), every group padded
-// to a multiple of 16 rows and the whole to a multiple of 64. Lane = 4 g + t of a warp (g 0..7, t
-// 0..3).
+// A strip is 16 output features, a block 4 strips (the last block may have fewer); K is in packed
+// row order (core/row_order.hpp), every group padded to a multiple of 16 rows (a step, one mma) and
+// the whole to chunks of 64. Lane = 4 g + t of a warp (g 0..7, t 0..3).
 //
-//   4 bits (also 2 and 3)  [strip][row / 64][lane][4 words]: word j serves the 16 rows from 16 j
-//   on.
-//     nibble i of a word, bits 4i..4i+3:
-//       0, 4: feature g,     rows 2t, 2t+1        2, 6: feature g,     rows 2t+8, 2t+9
-//       1, 5: feature g + 8, rows 2t, 2t+1        3, 7: feature g + 8, rows 2t+8, 2t+9
-//     so nibbles r and r + 4 are the two halves of the fragment's register r.
-//   8 bits                 [strip][row / 32][lane][4 words]: words 2j, 2j+1 serve the 16 rows from
-//   16 j on.
-//     word 2j + h: bytes 0, 1: feature g, rows 2t+8h, 2t+8h+1; bytes 2, 3: the same rows of feature
-//     g + 8.
-//   scales  [strip][group][g][2]: features g, g + 8, the checkpoint's dtype; groups without rows
-//   are left out zeros   the same, one byte; always present bias    [feature] float32
+//   codes   [block][chunk][strip in block][piece][lane][4 words]
+//     4 bits (also 2 and 3), one piece: word j serves the 16 rows of step j.
+//       nibble i of a word, bits 4i..4i+3:
+//         0, 4: feature g,     rows 2t, 2t+1        2, 6: feature g,     rows 2t+8, 2t+9
+//         1, 5: feature g + 8, rows 2t, 2t+1        3, 7: feature g + 8, rows 2t+8, 2t+9
+//       so nibbles r and r + 4 are the two halves of the fragment's register r.
+//     8 bits, two pieces of 32 rows: words 2j, 2j+1 of a piece serve the 16 rows of its step j.
+//       word 2j + h: bytes 0, 1: feature g, rows 2t+8h, 2t+8h+1; bytes 2, 3: the same rows of
+//       feature g + 8.
+//   groups  [block][group][4 strips] records: 16 scales in the checkpoint's dtype, then 16 zero
+//     points of a byte unless all of the layer are the middle of the codes. Inside both the order
+//     is g, g + 8 for g = 0..7. Groups without rows are left out.
+//   chunk_groups  [chunk] words: the group of the chunk's first step from bit 4 on; bit s (1..3) is
+//     set where step s starts the next group.
+//   bias    [feature] float32
 //
-// A strip is contiguous along K: a warp reads 512 bytes at a time, 16 a lane, each used by that
-// lane alone. Padding: codes are the zero point (their product is 0), scales and zero points of
-// padded features 0.
+// A lane's 16 bytes are read by that lane alone, a block is one stream along K, and a chunk of it
+// one piece of 2 KB (4 bits). Padding: codes are the zero point (their product is 0). Padded
+// features have scale and zero point 0. A scale of 0 becomes 1 and its codes the zero point, so
+// that kernels may divide by scales.
 #pragma once
 
 #include <cstdint>
@@ -30,32 +34,58 @@ namespace marlinq::cuda::sm80 {
 
 struct Layout {
   static constexpr int kStripFeatures = 16;
-  static constexpr int kGroupAlignment = 16;  // rows of one mma
-  static constexpr int kRowAlignment = 64;
+  static constexpr int kBlockStrips = 4;
+  static constexpr int kBlockFeatures = kBlockStrips * kStripFeatures;
+  static constexpr int kGroupAlignment = 16;  // rows of a step
+  static constexpr int kChunkRows = 64;
+  static constexpr int kChunkSteps = kChunkRows / kGroupAlignment;
   static constexpr int kLanes = 32;
+  static constexpr int kLaneWords = 4;  // 16 bytes
 
   int code_bits = 4;
+  int scale_bytes = 2;
+  bool has_zeros = false;
   std::int64_t n = 0;
-  std::int64_t packed_rows = 0;
+  std::int64_t chunks = 0;
   std::int64_t groups = 0;  // that have rows
 
   constexpr std::int64_t strips() const noexcept { return ceil_div(n, kStripFeatures); }
-  constexpr int rows_per_chunk() const noexcept { return code_bits == 4 ? 64 : 32; }
-  constexpr std::int64_t chunks() const noexcept { return packed_rows / rows_per_chunk(); }
+  constexpr std::int64_t blocks() const noexcept { return ceil_div(strips(), kBlockStrips); }
+  constexpr int block_strips(std::int64_t block) const noexcept {
+    const std::int64_t rest = strips() - block * kBlockStrips;
+    return rest < kBlockStrips ? static_cast<int>(rest) : kBlockStrips;
+  }
+  constexpr int pieces() const noexcept { return code_bits / 4; }
 
-  /// Index of the 32-bit word that `lane` holds for strip, packed row.
-  constexpr std::int64_t word(std::int64_t strip, std::int64_t chunk, int lane,
+  /// Index of a 32-bit word of the codes.
+  constexpr std::int64_t word(std::int64_t strip, std::int64_t chunk, int piece, int lane,
                               int word_in_lane) const noexcept {
-    return ((strip * chunks() + chunk) * kLanes + lane) * 4 + word_in_lane;
+    const std::int64_t block = strip / kBlockStrips;
+    const std::int64_t strip_chunks = block * kBlockStrips * chunks +
+                                      chunk * block_strips(block) + strip % kBlockStrips;
+    return ((strip_chunks * pieces() + piece) * kLanes + lane) * kLaneWords + word_in_lane;
   }
-  constexpr std::int64_t words() const noexcept { return strips() * chunks() * kLanes * 4; }
-  /// Element of scales and zeros.
-  constexpr std::int64_t group_element(std::int64_t strip, std::int64_t group,
-                                       int feature) const noexcept {
-    return ((strip * groups + group) * 8 + feature % 8) * 2 + feature / 8;
+  constexpr std::int64_t words() const noexcept {
+    return strips() * chunks * pieces() * kLanes * kLaneWords;
   }
-  constexpr std::int64_t group_elements() const noexcept {
-    return strips() * groups * kStripFeatures;
+
+  /// Bytes of the record of one strip and group.
+  constexpr int record_bytes() const noexcept {
+    return kStripFeatures * (scale_bytes + (has_zeros ? 1 : 0));
+  }
+  constexpr std::int64_t record(std::int64_t strip, std::int64_t group) const noexcept {
+    return ((strip / kBlockStrips * groups + group) * kBlockStrips + strip % kBlockStrips) *
+           record_bytes();
+  }
+  /// Byte of a feature's scale inside the record of its strip.
+  constexpr int scale_place(int feature_in_strip) const noexcept {
+    return (feature_in_strip % 8 * 2 + feature_in_strip / 8) * scale_bytes;
+  }
+  constexpr int zero_place(int feature_in_strip) const noexcept {
+    return kStripFeatures * scale_bytes + feature_in_strip % 8 * 2 + feature_in_strip / 8;
+  }
+  constexpr std::int64_t group_bytes() const noexcept {
+    return blocks() * groups * kBlockStrips * record_bytes();
   }
 };
 
@@ -75,6 +105,15 @@ constexpr FieldPlace byte_place(int lane, int word_parity, int byte) noexcept {
   const int g = lane / 4;
   const int t = lane % 4;
   return {.feature = g + 8 * (byte >> 1), .row = 2 * t + 8 * word_parity + (byte & 1)};
+}
+
+/// A word of chunk_groups.
+constexpr std::int32_t chunk_groups_word(const std::int32_t (&step_group)[4]) noexcept {
+  std::int32_t word = step_group[0] << 4;
+  for (int step = 1; step < 4; ++step) {
+    word |= (step_group[step] != step_group[step - 1] ? 1 : 0) << step;
+  }
+  return word;
 }
 
 }  // namespace marlinq::cuda::sm80

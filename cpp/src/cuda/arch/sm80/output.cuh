@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/problem.hpp"
 
@@ -24,6 +25,18 @@ __device__ __forceinline__ void store_output(const GemmProblem& p, int token, in
     case FloatType::kBF16:
       static_cast<__nv_bfloat16*>(p.y)[place] = __float2bfloat16_rn(value);
       break;
+  }
+}
+
+/// Two outputs of type T, the first in the low half.
+template <class T>
+__device__ __forceinline__ uint32_t round_pair(float first, float second) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    return reinterpret_cast<const uint32_t&>(pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    return reinterpret_cast<const uint32_t&>(pair);
   }
 }
 

@@ -1,14 +1,16 @@
 // The dense product of the sm_80 family for few tokens: bound by the stream of codes, so nothing
 // else may wait.
 //
-// One block a multiprocessor owns whole groups of kStrips strips. Its items (strip group, chunk of
-// 64 packed rows) are one sequence; each warp takes a contiguous run of it and streams the codes
-// through a ring of its own, every lane copying the 16 bytes that it alone reads: no barrier in the
-// loop. x comes straight from the caches in fragment order. At the end of a strip group or of its
-// run a warp leaves its sums in shared memory; at the end of the block they are added in the order
-// of the warps, so nothing depends on timing.
+// A block owns whole strips, in strip groups of up to 4. Its items (strip group, chunk of 64 packed
+// rows) are one sequence; each warp takes a contiguous run of it, of equal cost, and streams codes,
+// group records and its rows of x through a ring of its own: no barrier in the loop. At the end of a
+// strip group or of its run a warp leaves its sums in shared memory; at the end of the block they
+// are added in the order of the warps, so nothing depends on timing.
 //
-// Weights do not depend on the kernel before: the ring is filled before the wait for it.
+// Weights do not depend on the kernel before: they are asked for before the wait for it.
+//
+// Bytes in flight: 4.65 TB/s over 132 multiprocessors and about 1 us of latency is 35 KB each;
+// 8 warps with 3 stages ahead of 2 KB have 48.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,8 +18,11 @@
 
 #include <cstdint>
 
-#include "cuda/arch/sm80/group_stream.cuh"
+#include "cuda/arch/sm80/group_values.cuh"
+#include "cuda/arch/sm80/layout.hpp"
 #include "cuda/arch/sm80/output.cuh"
+#include "cuda/arch/sm80/share.hpp"
+#include "cuda/arch/sm80/x_tile.cuh"
 #include "cuda/device/dequantize.cuh"
 #include "cuda/problem.hpp"
 #include "cuda/ptx/copy.cuh"
@@ -26,20 +31,78 @@
 
 namespace marlinq::cuda::sm80 {
 
-template <class T_, int kBits_, int kTokenTiles_, int kStrips_, int kWarps_, int kStages_>
+constexpr int kMaxStripWarps = 16;
+
+template <class T_, int kBits_, int kTokenTiles_, int kMaxWarps_>
 struct StripShape {
   using T = T_;
   static constexpr int kBits = kBits_;
   static constexpr int kTokenTiles = kTokenTiles_;
   static constexpr int kTokens = kTokenTiles * 8;
-  static constexpr int kStrips = kStrips_;
-  static constexpr int kWarps = kWarps_;
-  static constexpr int kStages = kStages_;
-  static constexpr int kFeatures = kStrips * 16;
-  static constexpr int kPieces = kBits / 4;  // 16-byte pieces a lane, strip and chunk
-  static constexpr int kStageBytes = kStrips * kPieces * 512;
-  static constexpr int kRingBytes = kWarps * kStages * kStageBytes;
-  static constexpr int kSlotFloats = kTokens * kFeatures;  // sums of one warp for one strip group
+  static constexpr int kMaxWarps = kMaxWarps_;
+  static constexpr int kStrips = Layout::kBlockStrips;
+  static constexpr int kPieces = kBits / 4;
+  static constexpr int kStripBytes = kPieces * 512;  // codes of a strip and chunk
+  static constexpr int kXBytes = kTokens * kXRowBytes;
+  // Sums of a warp for a strip group, [token][feature]: the 4 floats between tokens put the 32 lanes
+  // of a store into 32 banks.
+  static constexpr int kSlotRow = kStrips * 16 + 4;
+  static constexpr int kSlotFloats = kTokens * kSlotRow;
+};
+
+struct StripParams {
+  GemmProblem problem;
+  EvenShare strips;  // over the blocks
+  int stages;
+  int stage_bytes;
+  int width;  // strips of the widest strip group, which a stage holds
+};
+
+/// How the strips of a block make strip groups, and their items are divided among its warps.
+class StripShare {
+ public:
+  __device__ __forceinline__ StripShare(int block_strips, int chunks, int warps)
+      : strips_(block_strips, (block_strips + Layout::kBlockStrips - 1) / Layout::kBlockStrips),
+        costs_(block_strips * chunks, warps),
+        chunks_(chunks) {}
+
+  __device__ __forceinline__ int strips() const { return strips_.total; }
+  __device__ __forceinline__ int groups() const { return strips_.parts; }
+  __device__ __forceinline__ int warps() const { return costs_.parts; }
+  __device__ __forceinline__ int first_strip(int group) const { return strips_.begin(group); }
+  __device__ __forceinline__ int width(int group) const { return strips_.size(group); }
+  __device__ __forceinline__ int group_of(int strip) const { return strips_.part_of(strip); }
+
+  /// First chunk of a strip group that belongs to `warp` or a later one. An item costs its width,
+  /// warps share the whole.
+  __device__ __forceinline__ int first_chunk(int group, int warp) const {
+    const int rest = costs_.begin(warp) - first_strip(group) * chunks_;
+    const int w = width(group);
+    return rest <= 0 ? 0 : min((rest + w - 1) / w, chunks_);
+  }
+
+ private:
+  EvenShare strips_;  // over the strip groups
+  EvenShare costs_;   // over the warps
+  int chunks_;
+};
+
+/// A position in the items of a warp.
+struct StripPosition {
+  int group = -1;
+  int chunk = 0;
+  int end = 0;  // of the warp's chunks in this group
+
+  /// Moves to the next item; false after the last.
+  __device__ __forceinline__ bool advance(const StripShare& share, int warp) {
+    if (++chunk < end) return true;
+    do {
+      if (++group >= share.groups()) return false;
+      chunk = share.first_chunk(group, warp);
+      end = share.first_chunk(group, warp + 1);
+    } while (chunk >= end);
+    return true;
+  }
 };
 
 template <class S>
@@ -47,141 +110,205 @@ class StripLoop {
  public:
   using T = typename S::T;
 
-  __device__ __forceinline__ StripLoop(const GemmProblem& problem, unsigned char* shared,
-                                       float* slots)
-      : p_(problem), w_(problem.weight), slots_(slots), groups_(problem.weight, 0) {
+  __device__ __forceinline__ StripLoop(const StripParams& params, const StripShare& share,
+                                       int first_strip, unsigned char* shared, float* slots)
+      : params_(params),
+        p_(params.problem),
+        w_(params.problem.weight),
+        share_(share),
+        first_strip_(first_strip),
+        slots_(slots) {
     warp_ = threadIdx.x / 32;
     lane_ = threadIdx.x % 32;
-    ring_ = ptx::shared_address(shared) + warp_ * S::kStages * S::kStageBytes + lane_ * 16;
-    chunks_ = w_.packed_rows / 64;
-    strips_ = (w_.n + 15) / 16;
-    const int groups = (strips_ + S::kStrips - 1) / S::kStrips;
-    first_strip_group_ = static_cast<int>(static_cast<int64_t>(groups) * blockIdx.x / gridDim.x);
-    strip_groups_ = static_cast<int>(static_cast<int64_t>(groups) * (blockIdx.x + 1) / gridDim.x) -
-                    first_strip_group_;
-    items_ = strip_groups_ * chunks_;
-    run_ = (items_ + S::kWarps - 1) / S::kWarps;
-    begin_ = min(warp_ * run_, items_);
-    end_ = min(begin_ + run_, items_);
+    ring_ = ptx::shared_address(shared) + warp_ * params.stages * params.stage_bytes;
+    last_block_ = (w_.n + Layout::kBlockFeatures - 1) / Layout::kBlockFeatures - 1;
+    last_block_strips_ = (w_.n + 15) / 16 - last_block_ * Layout::kBlockStrips;
+    record_pieces_ = w_.record_bytes / 16;
+    record_strip_ = lane_ / record_pieces_;
+    record_piece_ = lane_ % record_pieces_;
   }
 
   __device__ __forceinline__ void run() {
-    fill_group_ = begin_ / chunks_;
-    fill_chunk_ = begin_ % chunks_;
-    strip_group_ = fill_group_;
-    chunk_ = fill_chunk_;
-#pragma unroll
-    for (int stage = 0; stage < S::kStages - 1; ++stage) {
-      if (begin_ + stage < end_) fill(stage);
-      ptx::copy_commit();
+    const int ahead = params_.stages - 1;
+    clear_x();
+    StripPosition fill;
+    bool filling = fill.advance(share_, warp_);
+    StripPosition item = fill;
+    const bool any = filling;
+    StripPosition x_fill = fill;
+    if (any) {
+      item_groups_ = load_chunk_groups(w_, item.chunk);
+      fill_groups_ = item_groups_;
     }
-    if (begin_ < end_) {
-      steps_ = load_steps(w_, chunk_);
-      groups_.move_to(strip(strip_group_, 0));
-      groups_.ask(steps_.x);
+    for (int stage = 0; stage < ahead && filling; ++stage) {
+      fill_weights(stage, fill);
+      filling = advance_fill(fill);
     }
     ptx::wait_for_predecessor();
-    if (begin_ + S::kStages - 1 >= end_) ptx::launch_dependents();
-    if (begin_ >= end_) return;
-    clear();
-    take_group();
-    load_tokens(next_tokens_, chunk_);
-    int stage = 0;
-    for (int item = begin_; item < end_; ++item) {
-      ptx::copy_wait<S::kStages - 2>();
-      if (item + S::kStages - 1 < end_) {
-        fill(stage == 0 ? S::kStages - 1 : stage - 1);
-        if (item + S::kStages == end_) ptx::launch_dependents();
+    bool x_filling = any;
+    for (int stage = 0; stage < ahead; ++stage) {
+      if (x_filling) {
+        fill_x(stage, x_fill);
+        x_filling = x_fill.advance(share_, warp_);
       }
       ptx::copy_commit();
-      const int4 steps = steps_;
-#pragma unroll
-      for (int tile = 0; tile < S::kTokenTiles; ++tile) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) tokens_[tile][i] = next_tokens_[tile][i];
+    }
+    if (!filling && warp_ == 0) ptx::launch_dependents();
+    if (!any) return;
+    clear_sums();
+    values_.set_middle(w_);
+    quant_group_ = -1;
+    int stage = 0;
+    bool more = true;
+    while (more) {
+      ptx::copy_wait(ahead - 1);
+      __syncwarp();
+      // The slot of the item before is free: all lanes have read it.
+      if (filling) {
+        const int slot = stage == 0 ? ahead : stage - 1;
+        fill_weights(slot, fill);
+        fill_x(slot, fill);
+        filling = advance_fill(fill);
+        if (!filling && warp_ == 0) ptx::launch_dependents();
       }
-      const bool last_chunk = chunk_ + 1 == chunks_;
-      if (item + 1 < end_) {
-        load_tokens(next_tokens_, last_chunk ? 0 : chunk_ + 1);
-        steps_ = load_steps(w_, last_chunk ? 0 : chunk_ + 1);
+      ptx::copy_commit();
+      const StripPosition current = item;
+      const ChunkGroups groups = item_groups_;
+      more = item.advance(share_, warp_);
+      if (more) item_groups_ = load_chunk_groups(w_, item.chunk);
+      const uint32_t at = ring_ + stage * params_.stage_bytes;
+      switch (share_.width(current.group)) {
+        case 1:
+          multiply<1>(at, groups);
+          break;
+        case 2:
+          multiply<2>(at, groups);
+          break;
+        case 3:
+          multiply<3>(at, groups);
+          break;
+        default:
+          multiply<4>(at, groups);
       }
-      multiply(stage, steps);
-      stage = stage + 1 == S::kStages ? 0 : stage + 1;
-      if (last_chunk || item + 1 == end_) {
-        finish_group();
-        store_sums();
-        chunk_ = 0;
-        ++strip_group_;
-        if (item + 1 < end_) take_group();
-      } else {
-        ++chunk_;
+      if (!more || item.group != current.group) {
+        finish_group<S::kStrips>();
+        store_sums(current.group);
+        quant_group_ = -1;
       }
+      stage = stage == ahead ? 0 : stage + 1;
+    }
+  }
+
+  /// Which warps have items of each strip group, a bit each. Before a block barrier.
+  __device__ __forceinline__ static void list_contributors(const StripShare& share,
+                                                           uint32_t* contributors) {
+    for (int group = threadIdx.x; group < share.groups(); group += blockDim.x) {
+      uint32_t warps = 0;
+      for (int warp = 0; warp < share.warps(); ++warp) {
+        if (share.first_chunk(group, warp) < share.first_chunk(group, warp + 1)) warps |= 1u << warp;
+      }
+      contributors[group] = warps;
     }
   }
 
   /// Adds what the warps left, in their order, and writes the output. After a block barrier.
-  __device__ __forceinline__ void store_output_tile() const {
-    const int total = strip_groups_ * S::kSlotFloats;
-    for (int i = threadIdx.x; i < total; i += S::kWarps * 32) {
-      const int feature_in_group = i % S::kFeatures;
-      const int token = i / S::kFeatures % S::kTokens;
-      const int group = i / S::kSlotFloats;
-      const int feature = (first_strip_group_ + group) * S::kFeatures + feature_in_group;
-      if (token >= p_.m || feature >= w_.n) continue;
-      const int first_warp = group * chunks_ / run_;
-      const int last_warp = ((group + 1) * chunks_ - 1) / run_;
+  __device__ __forceinline__ void store_tile(const uint32_t* contributors) const {
+    const int features = share_.strips() * 16;
+    for (int i = threadIdx.x; i < features * p_.m; i += blockDim.x) {
+      const int token = i / features;
+      const int place = i % features;
+      const int feature = first_strip_ * 16 + place;
+      if (feature >= w_.n) continue;
+      const int group = share_.group_of(place / 16);
+      const int in_group = place - share_.first_strip(group) * 16;
       float value = 0.0f;
-      for (int warp = first_warp; warp <= last_warp; ++warp) {
-        value += slots_[(group + warp) * S::kSlotFloats + slot_element(token, feature_in_group)];
+      for (uint32_t warps = contributors[group]; warps != 0; warps &= warps - 1) {
+        const int warp = __ffs(warps) - 1;
+        value += slots_[(group + warp) * S::kSlotFloats + token * S::kSlotRow + in_group];
       }
       store_output(p_, token, feature, value);
     }
   }
 
  private:
-  // [feature][token]: the two tokens of an accumulator pair are neighbours.
-  __device__ __forceinline__ static int slot_element(int token, int feature) {
-    return feature * S::kTokens + token;
+  __device__ __forceinline__ bool advance_fill(StripPosition& fill) {
+    if (!fill.advance(share_, warp_)) return false;
+    fill_groups_ = load_chunk_groups(w_, fill.chunk);
+    return true;
   }
 
-  // Strips beyond the last are read from the last; their features are never stored.
-  __device__ __forceinline__ int strip(int strip_group, int s) const {
-    return min((first_strip_group_ + strip_group) * S::kStrips + s, strips_ - 1);
+  __device__ __forceinline__ uint32_t records(uint32_t stage) const {
+    return stage + S::kXBytes + params_.width * S::kStripBytes;
   }
 
-  __device__ __forceinline__ void fill(int slot) {
+  __device__ __forceinline__ void fill_weights(int slot, const StripPosition& at) {
+    const uint32_t stage = ring_ + slot * params_.stage_bytes;
+    const int first = first_strip_ + share_.first_strip(at.group);
+    const int width = share_.width(at.group);
 #pragma unroll
     for (int s = 0; s < S::kStrips; ++s) {
-      const uint32_t* source =
-          w_.codes +
-          (static_cast<int64_t>(strip(fill_group_, s)) * chunks_ + fill_chunk_) *
-              (S::kPieces * 128) +
-          lane_ * 4;
+      if (s < width) {
+        const int block = (first + s) / Layout::kBlockStrips;
+        const int block_strips = block == last_block_ ? last_block_strips_ : Layout::kBlockStrips;
+        const int64_t strip_chunk =
+            static_cast<int64_t>(block) * Layout::kBlockStrips * w_.chunks +
+            static_cast<int64_t>(at.chunk) * block_strips + (first + s) % Layout::kBlockStrips;
+        const uint32_t* source = w_.codes + strip_chunk * (S::kStripBytes / 4) + lane_ * 4;
+        const uint32_t target = stage + S::kXBytes + s * S::kStripBytes + lane_ * 16;
 #pragma unroll
-      for (int piece = 0; piece < S::kPieces; ++piece) {
-        ptx::copy_async(ring_ + slot * S::kStageBytes + (s * S::kPieces + piece) * 512,
-                        source + piece * 128);
+        for (int piece = 0; piece < S::kPieces; ++piece) {
+          ptx::copy_async(target + piece * 512, source + piece * 128);
+        }
       }
     }
-    if (++fill_chunk_ == chunks_) {
-      fill_chunk_ = 0;
-      ++fill_group_;
+    if (record_strip_ < width) {
+      const int strip = first + record_strip_;
+      const unsigned char* source =
+          w_.groups +
+          ((static_cast<int64_t>(strip / Layout::kBlockStrips) * w_.num_groups +
+            fill_groups_.first()) *
+               Layout::kBlockStrips +
+           strip % Layout::kBlockStrips) *
+              w_.record_bytes +
+          record_piece_ * 16;
+      uint32_t target = records(stage) + record_strip_ * w_.record_bytes + record_piece_ * 16;
+      for (int group = 0; group < fill_groups_.count(); ++group) {
+        ptx::copy_async(target, source);
+        source += Layout::kBlockStrips * w_.record_bytes;
+        target += params_.width * w_.record_bytes;
+      }
     }
   }
 
-  // Makes the next group the current one; at the end of the strips' groups that is the first of the
-  // next strips.
-  __device__ __forceinline__ void take_group() {
-    groups_.take();
-    if (!groups_.has_next() && strip_group_ + 1 < strip_groups_) {
-      groups_.move_to(strip(strip_group_ + 1, 0));
-      groups_.ask(0);
+  // Rows of x beyond m stay 0 in every slot.
+  __device__ __forceinline__ void clear_x() const {
+    for (int stage = 0; stage < params_.stages; ++stage) {
+      for (int piece = p_.m * 8 + lane_; piece < S::kTokens * 8; piece += 32) {
+        ptx::store_shared_16(ring_ + stage * params_.stage_bytes + piece * 16,
+                             make_uint4(0, 0, 0, 0));
+      }
     }
   }
 
-  __device__ __forceinline__ void clear() {
+  __device__ __forceinline__ void fill_x(int slot, const StripPosition& at) const {
+    const uint32_t stage = ring_ + slot * params_.stage_bytes;
+    const int column = at.chunk * Layout::kChunkRows + lane_ % 8 * 8;
+    const int bytes = x_piece_bytes(p_, column);
+    const T* source = static_cast<const T*>(p_.x);
+#pragma unroll
+    for (int i = 0; i < S::kTokens / 4; ++i) {
+      const int token = i * 4 + lane_ / 8;
+      if (token < p_.m) {
+        ptx::copy_async_zfill(stage + x_piece_place(token, lane_ % 8),
+                              bytes > 0 ? source + token * p_.x_stride + column : source, bytes);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void clear_sums() {
 #pragma unroll
     for (int s = 0; s < S::kStrips; ++s) {
+      values_.scale[s][0] = values_.scale[s][1] = 0.0f;
 #pragma unroll
       for (int t = 0; t < S::kTokenTiles; ++t) {
 #pragma unroll
@@ -190,22 +317,24 @@ class StripLoop {
     }
   }
 
+  template <int kWidth>
   __device__ __forceinline__ void finish_group() {
 #pragma unroll
-    for (int s = 0; s < S::kStrips; ++s) {
+    for (int s = 0; s < kWidth; ++s) {
 #pragma unroll
       for (int t = 0; t < S::kTokenTiles; ++t) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          sum_[s][t][i] = fmaf(groups_.scale(s, i / 2), part_[s][t][i], sum_[s][t][i]);
+          sum_[s][t][i] = __fmaf_rn(values_.scale[s][i / 2], part_[s][t][i], sum_[s][t][i]);
           part_[s][t][i] = 0.0f;
         }
       }
     }
   }
 
-  __device__ __forceinline__ void store_sums() {
-    float* slot = slots_ + (strip_group_ + warp_) * S::kSlotFloats;
+  __device__ __forceinline__ void store_sums(int group) {
+    float* slot = slots_ + (group + warp_) * S::kSlotFloats;
+    const int width = share_.width(group);
 #pragma unroll
     for (int s = 0; s < S::kStrips; ++s) {
 #pragma unroll
@@ -213,91 +342,106 @@ class StripLoop {
         const int feature = s * 16 + lane_ / 4;
         const int token = t * 8 + 2 * (lane_ % 4);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          *reinterpret_cast<float2*>(slot + slot_element(token, feature + 8 * half)) =
-              make_float2(sum_[s][t][2 * half], sum_[s][t][2 * half + 1]);
-          sum_[s][t][2 * half] = sum_[s][t][2 * half + 1] = 0.0f;
+        for (int i = 0; i < 4; ++i) {
+          if (s < width) slot[(token + i % 2) * S::kSlotRow + feature + 8 * (i / 2)] = sum_[s][t][i];
+          sum_[s][t][i] = 0.0f;
         }
       }
     }
   }
 
-  // Fragments of x for one chunk: registers 2j, 2j + 1 of a tile serve the 16 rows from 16 j on.
-  __device__ __forceinline__ void load_tokens(uint32_t (&b)[S::kTokenTiles][8], int chunk) const {
-    const int column = chunk * 64 + 2 * (lane_ % 4);
+  // One item: groups that start inside the chunk are rare, and cost code of their own.
+  template <int kWidth>
+  __device__ __forceinline__ void multiply(uint32_t stage, const ChunkGroups& groups) {
+    if (groups.first() != quant_group_) {
+      finish_group<kWidth>();
+      values_.template load<kWidth>(records(stage), w_);
+    }
+    quant_group_ = groups.last();
+    if (groups.changes()) {
+      multiply_steps<kWidth, true>(stage, groups);
+    } else {
+      multiply_steps<kWidth, false>(stage, groups);
+    }
+  }
+
+  template <int kWidth, bool kChanges>
+  __device__ __forceinline__ void multiply_steps(uint32_t stage, const ChunkGroups& groups) {
+    constexpr int kPieceSteps = Layout::kChunkSteps / S::kPieces;
+    const uint32_t codes = stage + S::kXBytes + lane_ * 16;
+    uint32_t group_records = records(stage);
 #pragma unroll
-    for (int tile = 0; tile < S::kTokenTiles; ++tile) {
-      const int token = tile * 8 + lane_ / 4;
-      const T* row = static_cast<const T*>(p_.x) + token * p_.x_stride;
+    for (int piece = 0; piece < S::kPieces; ++piece) {
+      uint32_t words[kWidth][4];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        b[tile][i] = 0;
-        if (token < p_.m && column + 8 * i < p_.x_columns) {
-          // Not through the read-only path: the kernel before may have written x.
-          asm volatile("ld.global.u32 %0, [%1];"
-                       : "=r"(b[tile][i])
-                       : "l"(row + column + 8 * i)
-                       : "memory");
+      for (int s = 0; s < kWidth; ++s) {
+        const uint4 q = ptx::load_shared_16(codes + s * S::kStripBytes + piece * 512);
+        words[s][0] = q.x;
+        words[s][1] = q.y;
+        words[s][2] = q.z;
+        words[s][3] = q.w;
+      }
+#pragma unroll
+      for (int i = 0; i < kPieceSteps; ++i) {
+        const int step = piece * kPieceSteps + i;
+        if (kChanges && step > 0 && groups.starts(step)) {
+          finish_group<kWidth>();
+          group_records += params_.width * w_.record_bytes;
+          values_.template load<kWidth>(group_records, w_);
+        }
+        // Two steps of a tile of 8 tokens are one ldmatrix.
+        if (step % 2 == 0) {
+#pragma unroll
+          for (int t = 0; t < S::kTokenTiles; ++t) {
+            ptx::ldmatrix_x4(x_[t], stage + x_piece_place(t * 8 + lane_ % 8, step * 2 + lane_ / 8));
+          }
+        }
+#pragma unroll
+        for (int s = 0; s < kWidth; ++s) {
+          uint32_t a[4];
+          decode(a, &words[s][i * S::kPieces], values_.zero[s], T());
+#pragma unroll
+          for (int t = 0; t < S::kTokenTiles; ++t) {
+            ptx::mma_m16n8k16<T>(part_[s][t], a, x_[t][step % 2 * 2], x_[t][step % 2 * 2 + 1]);
+          }
         }
       }
     }
   }
 
-  __device__ __forceinline__ void multiply(int slot, const int4& steps) {
-    uint32_t words[S::kStrips][S::kPieces * 4];
-#pragma unroll
-    for (int s = 0; s < S::kStrips; ++s) {
-#pragma unroll
-      for (int piece = 0; piece < S::kPieces; ++piece) {
-        const uint4 q =
-            ptx::load_shared_16(ring_ + slot * S::kStageBytes + (s * S::kPieces + piece) * 512);
-        words[s][piece * 4] = q.x;
-        words[s][piece * 4 + 1] = q.y;
-        words[s][piece * 4 + 2] = q.z;
-        words[s][piece * 4 + 3] = q.w;
-      }
-    }
-    const int step_group[4] = {steps.x, steps.y, steps.z, steps.w};
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      if (step_group[step] != groups_.group()) {
-        finish_group();
-        take_group();
-      }
-#pragma unroll
-      for (int s = 0; s < S::kStrips; ++s) {
-        uint32_t a[4];
-        decode(a, &words[s][step * S::kPieces], groups_.zero(s), T());
-#pragma unroll
-        for (int t = 0; t < S::kTokenTiles; ++t) {
-          ptx::mma_m16n8k16<T>(part_[s][t], a, tokens_[t][2 * step], tokens_[t][2 * step + 1]);
-        }
-      }
-    }
-  }
-
+  const StripParams& params_;
   const GemmProblem& p_;
   const WeightView& w_;
+  const StripShare& share_;
+  int first_strip_;
   float* slots_;
   uint32_t ring_;
-  int warp_, lane_, chunks_, strips_, first_strip_group_, strip_groups_, items_, run_, begin_, end_;
-  int fill_group_, fill_chunk_, strip_group_, chunk_;
-  int4 steps_;
-  GroupStream<T, S::kBits, S::kStrips> groups_;
-  uint32_t tokens_[S::kTokenTiles][8];
-  uint32_t next_tokens_[S::kTokenTiles][8];
+  int warp_, lane_, last_block_, last_block_strips_;
+  int record_pieces_, record_strip_, record_piece_;
+  int quant_group_;
+  ChunkGroups item_groups_, fill_groups_;
+  GroupValues<T, S::kBits, S::kStrips> values_;
+  uint32_t x_[S::kTokenTiles][4];
   float sum_[S::kStrips][S::kTokenTiles][4];
   float part_[S::kStrips][S::kTokenTiles][4];
 };
 
 template <class S>
-__global__ void __launch_bounds__(S::kWarps * 32)
-    strip_gemm(const __grid_constant__ GemmProblem problem) {
+__global__ void __launch_bounds__(S::kMaxWarps * 32)
+    strip_gemm(const __grid_constant__ StripParams params) {
   extern __shared__ __align__(128) unsigned char shared[];
-  StripLoop<S> loop(problem, shared, reinterpret_cast<float*>(shared + S::kRingBytes));
+  const int first = params.strips.begin(blockIdx.x);
+  const int warps = blockDim.x / 32;
+  const StripShare share(params.strips.size(blockIdx.x), params.problem.weight.chunks, warps);
+  auto* slots =
+      reinterpret_cast<float*>(shared + warps * params.stages * params.stage_bytes);
+  auto* contributors =
+      reinterpret_cast<uint32_t*>(slots + (share.groups() + warps - 1) * S::kSlotFloats);
+  StripLoop<S>::list_contributors(share, contributors);
+  StripLoop<S> loop(params, share, first, shared, slots);
   loop.run();
   __syncthreads();
-  loop.store_output_tile();
+  loop.store_tile(contributors);
 }
 
 }  // namespace marlinq::cuda::sm80

@@ -1,0 +1,73 @@
+// Scales and zero points of one quantisation group for the strips of a warp.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "cuda/device/dequantize.cuh"
+#include "cuda/problem.hpp"
+#include "cuda/ptx/copy.cuh"
+
+namespace marlinq::cuda::sm80 {
+
+/// A lane holds those of features g and g + 8 of each strip.
+template <class T, int kBits, int kStrips>
+struct GroupValues {
+  ZeroPair<T, kBits> zero[kStrips];
+  float scale[kStrips][2];
+
+  /// Before the first group, where records hold no zero points.
+  __device__ __forceinline__ void set_middle(const WeightView& w) {
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s) zero[s].set(w.middle, w.middle);
+  }
+
+  /// The first kUsed strips from their records in shared memory, one after the other.
+  template <int kUsed = kStrips>
+  __device__ __forceinline__ void load(uint32_t records, const WeightView& w) {
+    const int g = threadIdx.x % 32 / 4;
+    const int scale_bytes = w.scale_type == FloatType::kF32 ? 4 : 2;
+#pragma unroll
+    for (int s = 0; s < kUsed; ++s) {
+      const uint32_t record = records + s * w.record_bytes;
+      const uint32_t pair = record + g * 2 * scale_bytes;
+      if (w.scale_type == FloatType::kF16) {
+        const uint32_t both = ptx::load_shared_4(pair);
+        const float2 wide = __half22float2(reinterpret_cast<const __half2&>(both));
+        scale[s][0] = wide.x;
+        scale[s][1] = wide.y;
+      } else if (w.scale_type == FloatType::kBF16) {
+        const uint32_t both = ptx::load_shared_4(pair);
+        scale[s][0] = __uint_as_float(both << 16);
+        scale[s][1] = __uint_as_float(both & 0xffff0000u);
+      } else {
+        scale[s][0] = __uint_as_float(ptx::load_shared_4(pair));
+        scale[s][1] = __uint_as_float(ptx::load_shared_4(pair + 4));
+      }
+      if (w.has_zeros) {
+        const uint32_t zeros = ptx::load_shared_2(record + 16 * scale_bytes + g * 2);
+        zero[s].set(zeros & 0xffu, zeros >> 8);
+      }
+    }
+  }
+};
+
+/// What chunk_groups says of one chunk.
+struct ChunkGroups {
+  int word;
+
+  __device__ __forceinline__ int first() const { return word >> 4; }
+  /// Some step after the first starts a group.
+  __device__ __forceinline__ bool changes() const { return (word & 0xe) != 0; }
+  __device__ __forceinline__ bool starts(int step) const { return (word >> step & 1) != 0; }
+  __device__ __forceinline__ int last() const { return first() + __popc(word & 0xe); }
+  __device__ __forceinline__ int count() const { return 1 + __popc(word & 0xe); }
+};
+
+__device__ __forceinline__ ChunkGroups load_chunk_groups(const WeightView& w, int chunk) {
+  return {__ldg(w.chunk_groups + chunk)};
+}
+
+}  // namespace marlinq::cuda::sm80

@@ -1,0 +1,28 @@
+// The kernels that every pair of activation type and code width has.
+#pragma once
+
+#include <array>
+
+#include "cuda/arch/sm80/instance.cuh"
+
+namespace marlinq::cuda::sm80 {
+
+template <class T, int kBits>
+constexpr std::array<Instance, kInstanceCount> instance_list() {
+  return {
+      // token tiles, most warps
+      strip_instance<T, kBits, 1, 16>(),
+      strip_instance<T, kBits, 2, 8>(),
+      // feature warps, token warps, row warps, token tiles of a warp
+      tile_instance<T, kBits, 4, 1, 2, 4>(),
+      tile_instance<T, kBits, 2, 1, 4, 4>(),
+      tile_instance<T, kBits, 4, 1, 2, 8>(),
+      tile_instance<T, kBits, 2, 1, 4, 8>(),
+      tile_instance<T, kBits, 4, 2, 1, 8>(),
+      tile_instance<T, kBits, 2, 2, 2, 8>(),
+      tile_instance<T, kBits, 2, 2, 1, 8>(),
+      tile_instance<T, kBits, 4, 1, 1, 8>(),
+  };
+}
+
+}  // namespace marlinq::cuda::sm80

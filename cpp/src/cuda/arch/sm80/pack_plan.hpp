@@ -1,0 +1,47 @@
+// Where the tensors of a layer go in the order of layout.hpp: pure host code.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cuda/arch/sm80/layout.hpp"
+#include "cuda/problem.hpp"
+#include "marlinq/gptq.hpp"
+
+namespace marlinq::cuda::sm80 {
+
+/// Byte offsets of the parts of a segment in the layer's memory; -1: none.
+struct SegmentPlaces {
+  std::int64_t codes = 0;
+  std::int64_t groups = 0;
+  std::int64_t chunk_groups = 0;
+  std::int64_t source = -1;
+  std::int64_t bias = -1;
+};
+
+/// Modules that share one row order and one dtype of scales, fused to one range of features.
+struct SegmentPlan {
+  Layout layout;
+  FloatType scale_type = FloatType::kF16;
+  std::int64_t first_feature = 0;    // of the layer
+  std::vector<std::size_t> modules;  // of the layer
+  bool identity = true;              // packed row i is input row i
+  /// Input row of each packed row, -1 for padding.
+  std::vector<std::int32_t> source;
+  /// The checkpoint's number of each packed group.
+  std::vector<std::int32_t> raw_group;
+  /// Packed group of each step of 16 packed rows.
+  std::vector<std::int32_t> step_group;
+  std::vector<std::int32_t> chunk_groups;  // Layout's words
+  std::int32_t groups_per_chunk = 1;       // at most
+  SegmentPlaces places;
+};
+
+struct LayerPlan {
+  std::vector<SegmentPlan> segments;
+  std::int64_t bytes = 0;  // of the layer's memory
+};
+
+LayerPlan plan_layer(const GptqWeights& weights);
+
+}  // namespace marlinq::cuda::sm80
