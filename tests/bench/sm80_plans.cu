@@ -1,5 +1,5 @@
 // Times every plan of the sm_80 kernels on one GPU, and checks each against float64 first.
-// Usage: sm80_plans [fp16|bf16] [bits] [sym|asym] [NxK ...] [m=1,16,...]; one line of CSV a plan.
+// Usage: sm80_plans [fp16|bf16] [bits] [sym|asym] [NxK ...] [m=1,16,...] [only=begin of plan names]; one line of CSV a plan.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -112,19 +112,19 @@ class Bench {
     }
     std::vector<std::uint16_t> scales(static_cast<std::size_t>(groups) * shape.n);
     for (auto& scale : scales) scale = static_cast<std::uint16_t>(0x1c00 + next_random(state) % 0x800);
-    GptqModule module;
-    module.name = "bench";
+    GptqModule layer;
+    layer.name = "bench";
     const auto tensor = [](const void* data, std::size_t bytes, DType dtype, std::int64_t a,
                            std::int64_t b) {
       return HostTensor{data, bytes, dtype, {a, b}, 2};
     };
-    module.qweight = tensor(qweight.data(), qweight.size() * 4, DType::kInt32,
+    layer.qweight = tensor(qweight.data(), qweight.size() * 4, DType::kInt32,
                             shape.k * bits / 32, shape.n);
-    module.qzeros =
+    layer.qzeros =
         tensor(qzeros.data(), qzeros.size() * 4, DType::kInt32, groups, shape.n * bits / 32);
-    module.scales = tensor(scales.data(), scales.size() * 2, DType::kFloat16, groups, shape.n);
+    layer.scales = tensor(scales.data(), scales.size() * 2, DType::kFloat16, groups, shape.n);
     const GptqWeights weights =
-        validate(GptqTensors(module), {.bits = bits, .group_size = 128});
+        validate(GptqTensors(layer), {.bits = bits, .group_size = 128});
     weight_ = sm80::load(weights, stream_);
     qweight_ = upload(qweight);
     qzeros_ = upload(qzeros);
@@ -186,7 +186,7 @@ class Bench {
         if (m > kernel.tokens || (m <= 8 && kernel.tokens > 8)) continue;
         for (const int warps : {4, 8, 12, 16}) {
           if (warps > kernel.warps) continue;
-          for (const int stages : {2, 3, 4, 6}) {
+          for (const int stages : {3, 4}) {
             for (const bool half : {false, true}) {
               GemmPlan plan = sm80::strip_plan(problem, i, sms, warps, stages);
               if (half && plan.shared_bytes >= usable / 2) continue;
@@ -217,7 +217,7 @@ class Bench {
         for (const int tail : tails) {
           if (tail > 0 && left * copies_[0].chunks / tail < 2) continue;
           const GemmPlan plan =
-              sm80::tile_plan(problem, i, occupancy == 2 ? (usable - 2048) / 2 : usable, blocks, tail, 6);
+              sm80::tile_plan(problem, i, occupancy == 2 ? (usable - 2048) / 2 : usable, blocks, tail, 4);
           if (plan.shared_bytes > usable / occupancy) continue;
           char name[64];
           std::snprintf(name, sizeof name, "tile%dx%dk%dw%d t%d/%d s%d", kernel.features,
@@ -242,6 +242,7 @@ class Bench {
   }
 
   void measure(GemmProblem problem, GemmPlan plan, const char* name, const char* type) {
+    if (std::strncmp(name, only.c_str(), only.size()) != 0) return;
     plan.dependent_launch = true;
     const SplitScratch scratch{static_cast<float*>(partials_.data()), partials_.size(),
                                static_cast<std::uint32_t*>(counters_.data()), 4096};
@@ -298,6 +299,11 @@ class Bench {
 
   Shape shape_;
   int bits_;
+
+ public:
+  std::string only;  // begin of the names of plans that are measured
+
+ private:
   cudaStream_t stream_ = nullptr;
   DeviceLimits limits_;
   DeviceWeight weight_;
@@ -317,6 +323,7 @@ int main(int argc, char** argv) {
   bool half = true, symmetric = true;
   int bits = 4;
   std::vector<Shape> shapes;
+  std::string only;
   std::vector<int> ms = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192};
   for (int i = 1; i < argc; ++i) {
     const std::string a = argv[i];
@@ -325,6 +332,7 @@ int main(int argc, char** argv) {
     if (a == "asym") symmetric = false;
     if (a == "8") bits = 8;
     if (std::sscanf(a.c_str(), "%dx%d", &n, &k) == 2) shapes.push_back({n, k});
+    if (a.rfind("only=", 0) == 0) only = a.substr(5);
     if (a.rfind("m=", 0) == 0) {
       ms.clear();
       for (const char* p = a.c_str() + 2; *p != 0;) {
@@ -345,9 +353,11 @@ int main(int argc, char** argv) {
     for (const Shape shape : shapes) {
       if (half) {
         Bench<__half> bench(shape, bits, symmetric);
+        bench.only = only;
         for (const int m : ms) bench.run(m, type.c_str());
       } else {
         Bench<__nv_bfloat16> bench(shape, bits, symmetric);
+        bench.only = only;
         for (const int m : ms) bench.run(m, type.c_str());
       }
     }

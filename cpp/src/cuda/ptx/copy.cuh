@@ -9,15 +9,27 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-/// 16 bytes to shared memory, of which `bytes` come from `source` and the rest is zero.
-__device__ __forceinline__ void copy_async_zfill(uint32_t target, const void* source, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
-               "r"(bytes)
-               : "memory");
-}
-
+/// 16 bytes to shared memory.
 __device__ __forceinline__ void copy_async(uint32_t target, const void* source) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+}
+
+/// 16 bytes to shared memory where `on`; predicated, so that it costs no branch.
+__device__ __forceinline__ void copy_async_if(bool on, uint32_t target, const void* source) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p cp.async.cg.shared.global [%0], [%1], 16;\n}"
+      ::"r"(target), "l"(source), "r"(static_cast<int>(on))
+      : "memory");
+}
+
+/// The same, with `bytes` from `source` and zeros after them.
+__device__ __forceinline__ void copy_async_zfill_if(bool on, uint32_t target, const void* source,
+                                                    int bytes) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n"
+      "@p cp.async.cg.shared.global [%0], [%1], 16, %2;\n}" ::"r"(target),
+      "l"(source), "r"(bytes), "r"(static_cast<int>(on))
+      : "memory");
 }
 
 __device__ __forceinline__ void copy_commit() {
@@ -29,31 +41,15 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-/// Returns when at most `pending` (0 to 6, the same in all threads) groups of this thread are
-/// under way.
-__device__ __forceinline__ void copy_wait(int pending) {
-  switch (pending) {
-    case 0:
-      copy_wait<0>();
-      break;
-    case 1:
-      copy_wait<1>();
-      break;
-    case 2:
-      copy_wait<2>();
-      break;
-    case 3:
-      copy_wait<3>();
-      break;
-    case 4:
-      copy_wait<4>();
-      break;
-    case 5:
-      copy_wait<5>();
-      break;
-    default:
-      copy_wait<6>();
-  }
+constexpr int kMaxStages = 4;
+
+/// Returns when all but the newest `stages` - 2 (0 to 2) groups of this thread are complete.
+__device__ __forceinline__ void copy_wait_stage(int stages) {
+  asm volatile(
+      "{\n.reg .pred p, q;\nsetp.eq.s32 p, %0, 2;\nsetp.eq.s32 q, %0, 3;\n"
+      "@p cp.async.wait_group 0;\n@q cp.async.wait_group 1;\ncp.async.wait_group 2;\n}" ::"r"(
+          stages)
+      : "memory");
 }
 
 __device__ __forceinline__ uint32_t load_shared_2(uint32_t address) {

@@ -67,7 +67,7 @@ struct ChunkGroups {
 };
 
 __device__ __forceinline__ ChunkGroups load_chunk_groups(const WeightView& w, int chunk) {
-  return {__ldg(w.chunk_groups + chunk)};
+  return {w.chunk_shift >= 0 ? (chunk >> w.chunk_shift) << 4 : __ldg(w.chunk_groups + chunk)};
 }
 
 }  // namespace marlinq::cuda::sm80

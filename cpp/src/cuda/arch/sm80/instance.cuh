@@ -93,10 +93,14 @@ constexpr Instance strip_instance() {
             static std::atomic<std::uint64_t> devices_done{0};
             allow_shared_memory(strip_gemm<S>, devices_done);
             const StripWidths widths = strip_widths(problem.weight, plan.blocks);
+            const EvenShare strips(strip_count(problem.weight), plan.blocks);
+            const std::int32_t chunks = problem.weight.chunks;
             launch_kernel(
                 strip_gemm<S>,
                 StripParams{.problem = problem,
-                            .strips = EvenShare(strip_count(problem.weight), plan.blocks),
+                            .strips = strips,
+                            .share = {StripShare(strips.least, chunks, plan.warps),
+                                      StripShare(strips.least + 1, chunks, plan.warps)},
                             .stages = plan.stages,
                             .stage_bytes =
                                 strip_stage_bytes(problem.weight, S::kXBytes, widths.strips),

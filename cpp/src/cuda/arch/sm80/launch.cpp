@@ -96,7 +96,7 @@ GemmPlan plan_strips(const GemmProblem& problem, std::int32_t instance,
   const WeightView& w = problem.weight;
   const Instance& kernel =
       instances(problem.x_type, w.code_bits)[static_cast<std::size_t>(instance)];
-  constexpr std::int32_t kMaxStages = 6;
+  constexpr std::int32_t kMaxStages = 4;
   // Two kernels share a multiprocessor while one hands over to the next, which hides the start of
   // small layers. In large ones it would let two blocks of one kernel meet, and double its time:
   // ask for more than half there.
@@ -153,7 +153,7 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
                       blocks, std::int64_t{left} * problem.weight.chunks / 4));
         if (tail_blocks < left) continue;
         const GemmPlan candidate =
-            tile_plan(problem, static_cast<std::int32_t>(i), usable, blocks, tail_blocks, 6);
+            tile_plan(problem, static_cast<std::int32_t>(i), usable, blocks, tail_blocks, 4);
         if (candidate.shared_bytes > usable) continue;
         const double work = static_cast<double>(kernel.features) * kernel.tokens;
         const double cost =

@@ -1,8 +1,8 @@
 // The packed order of the sm_80 kernels: weights are operand A of mma.m16n8k16.
 //
-// A strip is 16 output features, a block 4 strips (the last block may have fewer); K is in packed
-// row order (core/row_order.hpp), every group padded to a multiple of 16 rows (a step, one mma) and
-// the whole to chunks of 64. Lane = 4 g + t of a warp (g 0..7, t 0..3).
+// A strip is 16 output features, a block 4 strips; N is padded to whole blocks. K is in packed row
+// order (core/row_order.hpp), every group padded to a multiple of 16 rows (a step, one mma) and the
+// whole to chunks of 64. Lane = 4 g + t of a warp (g 0..7, t 0..3).
 //
 //   codes   [block][chunk][strip in block][piece][lane][4 words]
 //     4 bits (also 2 and 3), one piece: word j serves the 16 rows of step j.
@@ -51,22 +51,19 @@ struct Layout {
 
   constexpr std::int64_t strips() const noexcept { return ceil_div(n, kStripFeatures); }
   constexpr std::int64_t blocks() const noexcept { return ceil_div(strips(), kBlockStrips); }
-  constexpr int block_strips(std::int64_t block) const noexcept {
-    const std::int64_t rest = strips() - block * kBlockStrips;
-    return rest < kBlockStrips ? static_cast<int>(rest) : kBlockStrips;
-  }
   constexpr int pieces() const noexcept { return code_bits / 4; }
 
   /// Index of a 32-bit word of the codes.
   constexpr std::int64_t word(std::int64_t strip, std::int64_t chunk, int piece, int lane,
                               int word_in_lane) const noexcept {
-    const std::int64_t block = strip / kBlockStrips;
-    const std::int64_t strip_chunks = block * kBlockStrips * chunks +
-                                      chunk * block_strips(block) + strip % kBlockStrips;
-    return ((strip_chunks * pieces() + piece) * kLanes + lane) * kLaneWords + word_in_lane;
+    const std::int64_t block_chunk = strip / kBlockStrips * chunks + chunk;
+    return (((block_chunk * kBlockStrips + strip % kBlockStrips) * pieces() + piece) * kLanes +
+            lane) *
+               kLaneWords +
+           word_in_lane;
   }
   constexpr std::int64_t words() const noexcept {
-    return strips() * chunks * pieces() * kLanes * kLaneWords;
+    return blocks() * chunks * kBlockStrips * pieces() * kLanes * kLaneWords;
   }
 
   /// Bytes of the record of one strip and group.
@@ -107,7 +104,8 @@ constexpr FieldPlace byte_place(int lane, int word_parity, int byte) noexcept {
   return {.feature = g + 8 * (byte >> 1), .row = 2 * t + 8 * word_parity + (byte & 1)};
 }
 
-/// A word of chunk_groups.
+/// A word of chunk_groups. Where every group is a power of two of whole chunks, kernels shift the
+/// chunk instead of reading the word.
 constexpr std::int32_t chunk_groups_word(const std::int32_t (&step_group)[4]) noexcept {
   std::int32_t word = step_group[0] << 4;
   for (int step = 1; step < 4; ++step) {

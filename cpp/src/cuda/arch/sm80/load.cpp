@@ -108,6 +108,7 @@ DeviceWeight load(const GptqWeights& weights, void* stream_pointer) {
         {.view = {.codes = codes,
                   .groups = groups,
                   .chunk_groups = table(s.places.chunk_groups),
+                  .chunk_shift = s.chunk_shift,
                   .bias = reinterpret_cast<const float*>(table(s.places.bias)),
                   .source = table(s.places.source),
                   .scale_type = s.scale_type,
@@ -124,7 +125,7 @@ DeviceWeight load(const GptqWeights& weights, void* stream_pointer) {
          .first_feature = s.first_feature});
     result.k_padded =
         std::max(result.k_padded, s.layout.chunks * Layout::kChunkRows);
-    result.n_padded += s.layout.strips() * Layout::kStripFeatures;
+    result.n_padded += s.layout.blocks() * Layout::kBlockFeatures;
   }
   return result;
 }

@@ -15,6 +15,19 @@ FloatType float_type(DType dtype) noexcept {
                                      : FloatType::kF32;
 }
 
+/// The shift that takes every chunk to its group; -1 where there is none.
+std::int32_t find_chunk_shift(const std::vector<std::int32_t>& chunk_groups) {
+  constexpr std::int32_t kMostShift = 30;
+  for (std::int32_t shift = 0; shift <= kMostShift; ++shift) {
+    bool fits = true;
+    for (std::size_t chunk = 0; fits && chunk < chunk_groups.size(); ++chunk) {
+      fits = chunk_groups[chunk] == static_cast<std::int32_t>(chunk >> shift) << 4;
+    }
+    if (fits) return shift;
+  }
+  return -1;
+}
+
 SegmentPlan start_segment(const GptqWeights& weights, const ValidatedModule& part) {
   SegmentPlan plan;
   RowOrder order = make_row_order(part.group_of_row, weights.groups, Layout::kGroupAlignment,
@@ -38,6 +51,7 @@ SegmentPlan start_segment(const GptqWeights& weights, const ValidatedModule& par
     plan.groups_per_chunk =
         std::max(plan.groups_per_chunk, groups[Layout::kChunkSteps - 1] - groups[0] + 1);
   }
+  plan.chunk_shift = find_chunk_shift(plan.chunk_groups);
   plan.scale_type = float_type(part.scale_dtype);
   plan.layout = {.code_bits = weights.bits == 8 ? 8 : 4,
                  .scale_bytes = plan.scale_type == FloatType::kF32 ? 4 : 2,

@@ -34,6 +34,7 @@ struct SegmentPlan {
   std::vector<std::int32_t> step_group;
   std::vector<std::int32_t> chunk_groups;  // Layout's words
   std::int32_t groups_per_chunk = 1;       // at most
+  std::int32_t chunk_shift = -1;           // as WeightView's
   SegmentPlaces places;
 };
 

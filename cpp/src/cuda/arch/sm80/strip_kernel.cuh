@@ -10,7 +10,9 @@
 // Weights do not depend on the kernel before: they are asked for before the wait for it.
 //
 // Bytes in flight: 4.65 TB/s over 132 multiprocessors and about 1 us of latency is 35 KB each;
-// 8 warps with 3 stages ahead of 2 KB have 48.
+// 8 warps with 3 stages ahead of 2 KB have 48. Instructions: at 4.65 TB/s and 1.8 GHz an item of 4
+// strips has 115 clocks of its multiprocessor, 460 instructions, of which decoding and products take
+// 180; what is left of the loop must stay small, so all addresses are pointers that advance.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -31,8 +33,6 @@
 
 namespace marlinq::cuda::sm80 {
 
-constexpr int kMaxStripWarps = 16;
-
 template <class T_, int kBits_, int kTokenTiles_, int kMaxWarps_>
 struct StripShape {
   using T = T_;
@@ -43,6 +43,7 @@ struct StripShape {
   static constexpr int kStrips = Layout::kBlockStrips;
   static constexpr int kPieces = kBits / 4;
   static constexpr int kStripBytes = kPieces * 512;  // codes of a strip and chunk
+  static constexpr int kBlockBytes = kStrips * kStripBytes;
   static constexpr int kXBytes = kTokens * kXRowBytes;
   // Sums of a warp for a strip group, [token][feature]: the 4 floats between tokens put the 32 lanes
   // of a store into 32 banks.
@@ -50,59 +51,39 @@ struct StripShape {
   static constexpr int kSlotFloats = kTokens * kSlotRow;
 };
 
-struct StripParams {
-  GemmProblem problem;
-  EvenShare strips;  // over the blocks
-  int stages;
-  int stage_bytes;
-  int width;  // strips of the widest strip group, which a stage holds
-};
-
 /// How the strips of a block make strip groups, and their items are divided among its warps.
-class StripShare {
- public:
-  __device__ __forceinline__ StripShare(int block_strips, int chunks, int warps)
-      : strips_(block_strips, (block_strips + Layout::kBlockStrips - 1) / Layout::kBlockStrips),
-        costs_(block_strips * chunks, warps),
-        chunks_(chunks) {}
+struct StripShare {
+  EvenShare strips;  // over the strip groups
+  EvenShare costs;   // over the warps; an item costs its strips
+  int chunks = 0;
 
-  __device__ __forceinline__ int strips() const { return strips_.total; }
-  __device__ __forceinline__ int groups() const { return strips_.parts; }
-  __device__ __forceinline__ int warps() const { return costs_.parts; }
-  __device__ __forceinline__ int first_strip(int group) const { return strips_.begin(group); }
-  __device__ __forceinline__ int width(int group) const { return strips_.size(group); }
-  __device__ __forceinline__ int group_of(int strip) const { return strips_.part_of(strip); }
+  StripShare() = default;
+  StripShare(int block_strips, int num_chunks, int warps)
+      : strips(block_strips, (block_strips + Layout::kBlockStrips - 1) / Layout::kBlockStrips),
+        costs(block_strips * num_chunks, warps),
+        chunks(num_chunks) {}
 
-  /// First chunk of a strip group that belongs to `warp` or a later one. An item costs its width,
-  /// warps share the whole.
+  /// First chunk of a strip group that belongs to `warp` or a later one.
   __device__ __forceinline__ int first_chunk(int group, int warp) const {
-    const int rest = costs_.begin(warp) - first_strip(group) * chunks_;
-    const int w = width(group);
-    return rest <= 0 ? 0 : min((rest + w - 1) / w, chunks_);
+    const int rest = costs.begin(warp) - strips.begin(group) * chunks;
+    return rest <= 0 ? 0 : min(divide_up(rest, strips.size(group)), chunks);
   }
 
  private:
-  EvenShare strips_;  // over the strip groups
-  EvenShare costs_;   // over the warps
-  int chunks_;
+  // By 1 to 4, without a division.
+  __device__ __forceinline__ static int divide_up(int value, int by) {
+    const unsigned int sum = value + by - 1;
+    return static_cast<int>(by == 3 ? __umulhi(sum, 0xaaaaaaabu) >> 1 : sum >> (by >> 1));
+  }
 };
 
-/// A position in the items of a warp.
-struct StripPosition {
-  int group = -1;
-  int chunk = 0;
-  int end = 0;  // of the warp's chunks in this group
-
-  /// Moves to the next item; false after the last.
-  __device__ __forceinline__ bool advance(const StripShare& share, int warp) {
-    if (++chunk < end) return true;
-    do {
-      if (++group >= share.groups()) return false;
-      chunk = share.first_chunk(group, warp);
-      end = share.first_chunk(group, warp + 1);
-    } while (chunk >= end);
-    return true;
-  }
+struct StripParams {
+  GemmProblem problem;
+  EvenShare strips;     // over the blocks
+  StripShare share[2];  // of a block with strips.least strips, and with one more
+  int stages;
+  int stage_bytes;
+  int width;  // strips of the widest strip group, which a stage holds
 };
 
 template <class S>
@@ -110,197 +91,250 @@ class StripLoop {
  public:
   using T = typename S::T;
 
-  __device__ __forceinline__ StripLoop(const StripParams& params, const StripShare& share,
-                                       int first_strip, unsigned char* shared, float* slots)
+  __device__ __forceinline__ StripLoop(const StripParams& params, unsigned char* shared,
+                                       float* slots)
       : params_(params),
         p_(params.problem),
         w_(params.problem.weight),
-        share_(share),
-        first_strip_(first_strip),
+        share_(params.share[blockIdx.x < params.strips.rest ? 1 : 0]),
+        first_strip_(params.strips.begin(blockIdx.x)),
         slots_(slots) {
     warp_ = threadIdx.x / 32;
     lane_ = threadIdx.x % 32;
     ring_ = ptx::shared_address(shared) + warp_ * params.stages * params.stage_bytes;
-    last_block_ = (w_.n + Layout::kBlockFeatures - 1) / Layout::kBlockFeatures - 1;
-    last_block_strips_ = (w_.n + 15) / 16 - last_block_ * Layout::kBlockStrips;
-    record_pieces_ = w_.record_bytes / 16;
-    record_strip_ = lane_ / record_pieces_;
-    record_piece_ = lane_ % record_pieces_;
+    ring_end_ = ring_ + params.stages * params.stage_bytes;
+    const int record_pieces = w_.record_bytes / 16;
+    record_strip_ = lane_ / record_pieces;
+    record_piece_ = lane_ % record_pieces;
+#pragma unroll
+    for (int i = 0; i < kXRows; ++i) {
+      x_rows_[i] = static_cast<const T*>(p_.x) + (i * 4 + lane_ / 8) * p_.x_stride + lane_ % 8 * 8;
+    }
   }
 
   __device__ __forceinline__ void run() {
-    const int ahead = params_.stages - 1;
-    clear_x();
-    StripPosition fill;
-    bool filling = fill.advance(share_, warp_);
-    StripPosition item = fill;
+    fill_.group = -1;
+    bool filling = next_fill_group();
     const bool any = filling;
-    StripPosition x_fill = fill;
-    if (any) {
-      item_groups_ = load_chunk_groups(w_, item.chunk);
-      fill_groups_ = item_groups_;
-    }
-    for (int stage = 0; stage < ahead && filling; ++stage) {
-      fill_weights(stage, fill);
-      filling = advance_fill(fill);
-    }
-    ptx::wait_for_predecessor();
-    bool x_filling = any;
-    for (int stage = 0; stage < ahead; ++stage) {
-      if (x_filling) {
-        fill_x(stage, x_fill);
-        x_filling = x_fill.advance(share_, warp_);
+    int group = fill_.group;
+    int chunk = fill_.chunk;
+    int left = fill_.left;
+    int width = fill_.width;
+    // Codes and records of the first stages, then the rows of x that go with them.
+    const int ahead = params_.stages - 1;
+    uint32_t slot = ring_;
+    XStart starts[ptx::kMaxStages - 1];
+#pragma unroll
+    for (int stage = 0; stage < ptx::kMaxStages - 1; ++stage) {
+      starts[stage] = {fill_.chunk, filling && stage < ahead};
+      if (starts[stage].on) {
+        fill_weights(slot, true);
+        fill_more_records(slot);
+        filling = advance_fill();
       }
-      ptx::copy_commit();
+      slot += params_.stage_bytes;
+    }
+    clear_x();
+    ptx::wait_for_predecessor();
+    slot = ring_;
+#pragma unroll
+    for (int stage = 0; stage < ptx::kMaxStages - 1; ++stage) {
+      fill_x(slot, starts[stage].chunk, starts[stage].on);
+      if (stage < ahead) ptx::copy_commit();
+      slot += params_.stage_bytes;
     }
     if (!filling && warp_ == 0) ptx::launch_dependents();
     if (!any) return;
     clear_sums();
     values_.set_middle(w_);
     quant_group_ = -1;
-    int stage = 0;
-    bool more = true;
-    while (more) {
-      ptx::copy_wait(ahead - 1);
+    uint32_t stage = ring_;
+    fill_slot_ = ring_ + ahead * params_.stage_bytes;
+    filling_ = filling;
+    while (true) {
+      ptx::copy_wait_stage(params_.stages);
+      // The slot of the item before is free after this: all lanes have read it.
       __syncwarp();
-      // The slot of the item before is free: all lanes have read it.
-      if (filling) {
-        const int slot = stage == 0 ? ahead : stage - 1;
-        fill_weights(slot, fill);
-        fill_x(slot, fill);
-        filling = advance_fill(fill);
-        if (!filling && warp_ == 0) ptx::launch_dependents();
-      }
-      ptx::copy_commit();
-      const StripPosition current = item;
-      const ChunkGroups groups = item_groups_;
-      more = item.advance(share_, warp_);
-      if (more) item_groups_ = load_chunk_groups(w_, item.chunk);
-      const uint32_t at = ring_ + stage * params_.stage_bytes;
-      switch (share_.width(current.group)) {
+      const ChunkGroups groups = load_chunk_groups(w_, chunk);
+      switch (width) {
         case 1:
-          multiply<1>(at, groups);
+          multiply<1>(stage, groups);
           break;
         case 2:
-          multiply<2>(at, groups);
+          multiply<2>(stage, groups);
           break;
         case 3:
-          multiply<3>(at, groups);
+          multiply<3>(stage, groups);
           break;
         default:
-          multiply<4>(at, groups);
+          multiply<4>(stage, groups);
       }
-      if (!more || item.group != current.group) {
+      if (filling_) fill_more_records(fill_slot_);
+      ptx::copy_commit();
+      fill_slot_ = stage;
+      stage += params_.stage_bytes;
+      if (stage == ring_end_) stage = ring_;
+      if (filling_ && !advance_fill()) {
+        filling_ = false;
+        if (warp_ == 0) ptx::launch_dependents();
+      }
+      ++chunk;
+      if (--left == 0) {
         finish_group<S::kStrips>();
-        store_sums(current.group);
+        store_sums(group);
         quant_group_ = -1;
+        if (!next_group(group, chunk, left)) break;
+        width = share_.strips.size(group);
       }
-      stage = stage == ahead ? 0 : stage + 1;
     }
   }
 
   /// Which warps have items of each strip group, a bit each. Before a block barrier.
-  __device__ __forceinline__ static void list_contributors(const StripShare& share,
-                                                           uint32_t* contributors) {
-    for (int group = threadIdx.x; group < share.groups(); group += blockDim.x) {
-      uint32_t warps = 0;
-      for (int warp = 0; warp < share.warps(); ++warp) {
-        if (share.first_chunk(group, warp) < share.first_chunk(group, warp + 1)) warps |= 1u << warp;
+  __device__ __forceinline__ void list_contributors(uint32_t* contributors) const {
+    const int warps = share_.costs.parts;
+    for (int group = threadIdx.x; group < share_.strips.parts; group += blockDim.x) {
+      uint32_t bits = 0;
+      for (int warp = 0; warp < warps; ++warp) {
+        if (share_.first_chunk(group, warp) < share_.first_chunk(group, warp + 1)) bits |= 1u << warp;
       }
-      contributors[group] = warps;
+      contributors[group] = bits;
     }
   }
 
-  /// Adds what the warps left, in their order, and writes the output. After a block barrier.
+  /// Adds what the warps left, in their order, and writes the output. After a block barrier. A warp
+  /// takes a token of a strip group at a time, a lane two features.
   __device__ __forceinline__ void store_tile(const uint32_t* contributors) const {
-    const int features = share_.strips() * 16;
-    for (int i = threadIdx.x; i < features * p_.m; i += blockDim.x) {
-      const int token = i / features;
-      const int place = i % features;
-      const int feature = first_strip_ * 16 + place;
-      if (feature >= w_.n) continue;
-      const int group = share_.group_of(place / 16);
-      const int in_group = place - share_.first_strip(group) * 16;
-      float value = 0.0f;
+    const int groups = share_.strips.parts;
+    const int units = groups * p_.m;
+    for (int unit = warp_; unit < units; unit += share_.costs.parts) {
+      const int token = unit / groups;
+      const int group = unit % groups;
+      const int place = lane_ * 2;
+      if (place >= share_.strips.size(group) * 16) continue;
+      float2 sum = make_float2(0.0f, 0.0f);
       for (uint32_t warps = contributors[group]; warps != 0; warps &= warps - 1) {
         const int warp = __ffs(warps) - 1;
-        value += slots_[(group + warp) * S::kSlotFloats + token * S::kSlotRow + in_group];
+        const float2 part = *reinterpret_cast<const float2*>(
+            slots_ + (group + warp) * S::kSlotFloats + token * S::kSlotRow + place);
+        sum.x += part.x;
+        sum.y += part.y;
       }
-      store_output(p_, token, feature, value);
+      const int feature = (first_strip_ + share_.strips.begin(group)) * 16 + place;
+      if (feature < w_.n) store_output(p_, token, feature, sum.x);
+      if (feature + 1 < w_.n) store_output(p_, token, feature + 1, sum.y);
     }
   }
 
  private:
-  __device__ __forceinline__ bool advance_fill(StripPosition& fill) {
-    if (!fill.advance(share_, warp_)) return false;
-    fill_groups_ = load_chunk_groups(w_, fill.chunk);
+  static constexpr int kXRows = S::kTokens / 4;  // pieces of x a lane copies for an item
+
+  struct XStart {
+    int chunk;
+    bool on;
+  };
+
+  // Where the next copies of this warp come from.
+  struct Fill {
+    int group;  // strip group
+    int chunk;
+    int left;   // chunks of this warp in the strip group
+    int width;  // strips
+    const unsigned char* codes[S::kStrips];
+    const unsigned char* records;  // of packed group 0, for this lane
+  };
+
+  // The next strip group with items of this warp, from `group` + 1 on.
+  __device__ __forceinline__ bool next_group(int& group, int& chunk, int& left) const {
+    do {
+      if (++group >= share_.strips.parts) return false;
+      chunk = share_.first_chunk(group, warp_);
+      left = share_.first_chunk(group, warp_ + 1) - chunk;
+    } while (left <= 0);
     return true;
+  }
+
+  __device__ __forceinline__ bool next_fill_group() {
+    if (!next_group(fill_.group, fill_.chunk, fill_.left)) return false;
+    fill_.width = share_.strips.size(fill_.group);
+    const int first = first_strip_ + share_.strips.begin(fill_.group);
+#pragma unroll
+    for (int s = 0; s < S::kStrips; ++s) {
+      const int strip = first + s;
+      const int64_t block_chunk =
+          static_cast<int64_t>(strip / Layout::kBlockStrips) * w_.chunks + fill_.chunk;
+      fill_.codes[s] = reinterpret_cast<const unsigned char*>(w_.codes) +
+                       block_chunk * S::kBlockBytes +
+                       strip % Layout::kBlockStrips * S::kStripBytes + lane_ * 16;
+    }
+    const int strip = first + record_strip_;
+    fill_.records = w_.groups +
+                    (static_cast<int64_t>(strip / Layout::kBlockStrips) * w_.num_groups *
+                         Layout::kBlockStrips +
+                     strip % Layout::kBlockStrips) *
+                        w_.record_bytes +
+                    record_piece_ * 16;
+    return true;
+  }
+
+  __device__ __forceinline__ bool advance_fill() {
+    ++fill_.chunk;
+#pragma unroll
+    for (int s = 0; s < S::kStrips; ++s) fill_.codes[s] += S::kBlockBytes;
+    return --fill_.left > 0 || next_fill_group();
   }
 
   __device__ __forceinline__ uint32_t records(uint32_t stage) const {
     return stage + S::kXBytes + params_.width * S::kStripBytes;
   }
 
-  __device__ __forceinline__ void fill_weights(int slot, const StripPosition& at) {
-    const uint32_t stage = ring_ + slot * params_.stage_bytes;
-    const int first = first_strip_ + share_.first_strip(at.group);
-    const int width = share_.width(at.group);
+  __device__ __forceinline__ void fill_weights(uint32_t slot, bool on) const {
 #pragma unroll
     for (int s = 0; s < S::kStrips; ++s) {
-      if (s < width) {
-        const int block = (first + s) / Layout::kBlockStrips;
-        const int block_strips = block == last_block_ ? last_block_strips_ : Layout::kBlockStrips;
-        const int64_t strip_chunk =
-            static_cast<int64_t>(block) * Layout::kBlockStrips * w_.chunks +
-            static_cast<int64_t>(at.chunk) * block_strips + (first + s) % Layout::kBlockStrips;
-        const uint32_t* source = w_.codes + strip_chunk * (S::kStripBytes / 4) + lane_ * 4;
-        const uint32_t target = stage + S::kXBytes + s * S::kStripBytes + lane_ * 16;
 #pragma unroll
-        for (int piece = 0; piece < S::kPieces; ++piece) {
-          ptx::copy_async(target + piece * 512, source + piece * 128);
-        }
+      for (int piece = 0; piece < S::kPieces; ++piece) {
+        ptx::copy_async_if(on && s < fill_.width,
+                           slot + S::kXBytes + s * S::kStripBytes + piece * 512 + lane_ * 16,
+                           fill_.codes[s] + piece * 512);
       }
     }
-    if (record_strip_ < width) {
-      const int strip = first + record_strip_;
-      const unsigned char* source =
-          w_.groups +
-          ((static_cast<int64_t>(strip / Layout::kBlockStrips) * w_.num_groups +
-            fill_groups_.first()) *
-               Layout::kBlockStrips +
-           strip % Layout::kBlockStrips) *
-              w_.record_bytes +
-          record_piece_ * 16;
-      uint32_t target = records(stage) + record_strip_ * w_.record_bytes + record_piece_ * 16;
-      for (int group = 0; group < fill_groups_.count(); ++group) {
-        ptx::copy_async(target, source);
-        source += Layout::kBlockStrips * w_.record_bytes;
-        target += params_.width * w_.record_bytes;
-      }
+    const int group = load_chunk_groups(w_, fill_.chunk).first();
+    ptx::copy_async_if(on && record_strip_ < fill_.width, record_target(slot),
+                       fill_.records + static_cast<int64_t>(group) * group_bytes());
+  }
+
+  // Of groups that start inside the chunk.
+  __device__ __forceinline__ void fill_more_records(uint32_t slot) const {
+    const ChunkGroups groups = load_chunk_groups(w_, fill_.chunk);
+    if (!groups.changes() || record_strip_ >= fill_.width) return;
+    for (int i = 1; i < groups.count(); ++i) {
+      ptx::copy_async(record_target(slot) + i * params_.width * w_.record_bytes,
+                      fill_.records + static_cast<int64_t>(groups.first() + i) * group_bytes());
+    }
+  }
+
+  __device__ __forceinline__ int group_bytes() const {
+    return Layout::kBlockStrips * w_.record_bytes;
+  }
+  __device__ __forceinline__ uint32_t record_target(uint32_t slot) const {
+    return records(slot) + record_strip_ * w_.record_bytes + record_piece_ * 16;
+  }
+
+  __device__ __forceinline__ void fill_x(uint32_t slot, int chunk, bool on) const {
+    const int column = chunk * Layout::kChunkRows;
+    const int bytes = x_piece_bytes(p_, column + lane_ % 8 * 8);
+#pragma unroll
+    for (int i = 0; i < kXRows; ++i) {
+      const int token = i * 4 + lane_ / 8;
+      ptx::copy_async_zfill_if(on && token < p_.m, slot + x_piece_place(token, lane_ % 8),
+                               x_rows_[i] + column, bytes);
     }
   }
 
   // Rows of x beyond m stay 0 in every slot.
   __device__ __forceinline__ void clear_x() const {
-    for (int stage = 0; stage < params_.stages; ++stage) {
+    for (uint32_t slot = ring_; slot != ring_end_; slot += params_.stage_bytes) {
       for (int piece = p_.m * 8 + lane_; piece < S::kTokens * 8; piece += 32) {
-        ptx::store_shared_16(ring_ + stage * params_.stage_bytes + piece * 16,
-                             make_uint4(0, 0, 0, 0));
-      }
-    }
-  }
-
-  __device__ __forceinline__ void fill_x(int slot, const StripPosition& at) const {
-    const uint32_t stage = ring_ + slot * params_.stage_bytes;
-    const int column = at.chunk * Layout::kChunkRows + lane_ % 8 * 8;
-    const int bytes = x_piece_bytes(p_, column);
-    const T* source = static_cast<const T*>(p_.x);
-#pragma unroll
-    for (int i = 0; i < S::kTokens / 4; ++i) {
-      const int token = i * 4 + lane_ / 8;
-      if (token < p_.m) {
-        ptx::copy_async_zfill(stage + x_piece_place(token, lane_ % 8),
-                              bytes > 0 ? source + token * p_.x_stride + column : source, bytes);
+        ptx::store_shared_16(slot + piece * 16, make_uint4(0, 0, 0, 0));
       }
     }
   }
@@ -334,7 +368,7 @@ class StripLoop {
 
   __device__ __forceinline__ void store_sums(int group) {
     float* slot = slots_ + (group + warp_) * S::kSlotFloats;
-    const int width = share_.width(group);
+    const int width = share_.strips.size(group);
 #pragma unroll
     for (int s = 0; s < S::kStrips; ++s) {
 #pragma unroll
@@ -370,6 +404,19 @@ class StripLoop {
     constexpr int kPieceSteps = Layout::kChunkSteps / S::kPieces;
     const uint32_t codes = stage + S::kXBytes + lane_ * 16;
     uint32_t group_records = records(stage);
+    // Two steps of a tile of 8 tokens are one ldmatrix.
+    uint32_t x[2][S::kTokenTiles][4];
+    const uint32_t x_row = stage + x_piece_place(lane_ % 8, lane_ / 8);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int t = 0; t < S::kTokenTiles; ++t) {
+        ptx::ldmatrix_x4(x[half][t], (x_row ^ (half * 64)) + t * (8 * kXRowBytes));
+      }
+    }
+    // The copies of an item to come go between the loads and the products of this one.
+    fill_weights(fill_slot_, filling_);
+    fill_x(fill_slot_, fill_.chunk, filling_);
 #pragma unroll
     for (int piece = 0; piece < S::kPieces; ++piece) {
       uint32_t words[kWidth][4];
@@ -389,20 +436,14 @@ class StripLoop {
           group_records += params_.width * w_.record_bytes;
           values_.template load<kWidth>(group_records, w_);
         }
-        // Two steps of a tile of 8 tokens are one ldmatrix.
-        if (step % 2 == 0) {
-#pragma unroll
-          for (int t = 0; t < S::kTokenTiles; ++t) {
-            ptx::ldmatrix_x4(x_[t], stage + x_piece_place(t * 8 + lane_ % 8, step * 2 + lane_ / 8));
-          }
-        }
 #pragma unroll
         for (int s = 0; s < kWidth; ++s) {
           uint32_t a[4];
           decode(a, &words[s][i * S::kPieces], values_.zero[s], T());
 #pragma unroll
           for (int t = 0; t < S::kTokenTiles; ++t) {
-            ptx::mma_m16n8k16<T>(part_[s][t], a, x_[t][step % 2 * 2], x_[t][step % 2 * 2 + 1]);
+            ptx::mma_m16n8k16<T>(part_[s][t], a, x[step / 2][t][step % 2 * 2],
+                                 x[step / 2][t][step % 2 * 2 + 1]);
           }
         }
       }
@@ -415,13 +456,13 @@ class StripLoop {
   const StripShare& share_;
   int first_strip_;
   float* slots_;
-  uint32_t ring_;
-  int warp_, lane_, last_block_, last_block_strips_;
-  int record_pieces_, record_strip_, record_piece_;
+  uint32_t ring_, ring_end_, fill_slot_;
+  int warp_, lane_, record_strip_, record_piece_;
   int quant_group_;
-  ChunkGroups item_groups_, fill_groups_;
+  bool filling_;
+  Fill fill_;
+  const T* x_rows_[kXRows];
   GroupValues<T, S::kBits, S::kStrips> values_;
-  uint32_t x_[S::kTokenTiles][4];
   float sum_[S::kStrips][S::kTokenTiles][4];
   float part_[S::kStrips][S::kTokenTiles][4];
 };
@@ -430,16 +471,13 @@ template <class S>
 __global__ void __launch_bounds__(S::kMaxWarps * 32)
     strip_gemm(const __grid_constant__ StripParams params) {
   extern __shared__ __align__(128) unsigned char shared[];
-  const int first = params.strips.begin(blockIdx.x);
   const int warps = blockDim.x / 32;
-  const StripShare share(params.strips.size(blockIdx.x), params.problem.weight.chunks, warps);
-  auto* slots =
-      reinterpret_cast<float*>(shared + warps * params.stages * params.stage_bytes);
-  auto* contributors =
-      reinterpret_cast<uint32_t*>(slots + (share.groups() + warps - 1) * S::kSlotFloats);
-  StripLoop<S>::list_contributors(share, contributors);
-  StripLoop<S> loop(params, share, first, shared, slots);
+  auto* slots = reinterpret_cast<float*>(shared + warps * params.stages * params.stage_bytes);
+  const int groups = params.share[blockIdx.x < params.strips.rest ? 1 : 0].strips.parts;
+  auto* contributors = reinterpret_cast<uint32_t*>(slots + (groups + warps - 1) * S::kSlotFloats);
+  StripLoop<S> loop(params, shared, slots);
   loop.run();
+  loop.list_contributors(contributors);
   __syncthreads();
   loop.store_tile(contributors);
 }

@@ -74,7 +74,7 @@ struct TileParams {
   bool pairs;  // two 16-bit outputs may be stored at once
 };
 
-/// A range of chunks of one tile, and a step of the walk through it.
+/// A range of chunks of one tile.
 struct TilePosition {
   int segment = 0;
   int feature_tile = 0;
@@ -82,8 +82,7 @@ struct TilePosition {
   int tail_tile = -1;  // -1: the segment is a whole tile
   int begin = 0;
   int end = 0;
-  int length = 0;  // steps: chunks of a group of row warps, at most
-  int step = 0;
+  int length = 0;  // chunks of a group of row warps, at most
 };
 
 template <class S>
@@ -99,68 +98,61 @@ class TileLoop {
     group_warp_ = warp % S::kGroupWarps;
     feature_warp_ = group_warp_ / S::kTokenWarps;
     token_warp_ = group_warp_ % S::kTokenWarps;
+    stage_bytes_ = S::kRowWarps * params.slice_bytes;
     ring_ = ptx::shared_address(shared) + row_warp_ * params.slice_bytes;
+    ring_end_ = ring_ + params.stages * stage_bytes_;
     last_block_ = (w_.n + Layout::kBlockFeatures - 1) / Layout::kBlockFeatures - 1;
-    last_block_strips_ = (w_.n + 15) / 16 - last_block_ * Layout::kBlockStrips;
   }
 
   __device__ __forceinline__ void run() {
     TilePosition item;
     bool more = load_segment(item, 0);
-    TilePosition fill = item;
-    bool filling = prime<true>(fill, more);
+    fill_at_ = item;
+    start_fill(more);
+    prime<true>();
     values_.set_middle(w_);
-    int stage = 0;
+    uint32_t stage = ring_;
     while (more) {
       TilePosition next;
       const bool has_next = load_segment(next, item.segment + 1);
-      if (!filling && (S::kRowWarps == 1 || !has_next)) ptx::launch_dependents();
+      if (fill_left_ <= 0 && (S::kRowWarps == 1 || !has_next)) ptx::launch_dependents();
       clear();
       quant_group_ = -1;
-      ChunkGroups groups = load_chunk_groups(w_, chunk(item));
-      for (; item.step < item.length; ++item.step) {
-        ptx::copy_wait(params_.stages - 2);
+      int chunk = first_chunk(item);
+      int left = chunks_of(item);
+      for (int step = 0; step < item.length; ++step) {
+        ptx::copy_wait_stage(params_.stages);
+        // The slot of the step before is free after this: all warps have read it.
         __syncthreads();
-        // The slot of the step before is free: all warps have read it.
-        if (filling) {
-          const int slot = stage == 0 ? params_.stages - 1 : stage - 1;
-          fill_weights(slot, fill);
-          fill_x(slot, fill);
-          filling = advance(fill);
-          if (!filling && (S::kRowWarps == 1 || !has_next)) ptx::launch_dependents();
+        if (S::kRowWarps == 1 || left > 0) {
+          multiply(stage, load_chunk_groups(w_, chunk));
+        } else {
+          fill(fill_slot_, fill_left_ > 0);
         }
+        if (fill_left_ > 0) fill_more_records(fill_slot_);
         ptx::copy_commit();
-        const ChunkGroups current = groups;
-        const bool present = has_chunk(item);
-        if (item.step + 1 < item.length) {
-          TilePosition ahead = item;
-          ++ahead.step;
-          groups = load_chunk_groups(w_, chunk(ahead));
-        }
-        if (S::kRowWarps == 1 || present) {
-          multiply(ring_ + stage * (S::kRowWarps * params_.slice_bytes), current);
-        }
-        stage = stage + 1 == params_.stages ? 0 : stage + 1;
+        fill_slot_ = stage;
+        stage += stage_bytes_;
+        if (stage == ring_end_) stage = ring_;
+        advance_fill(has_next);
+        ++chunk;
+        --left;
       }
       finish(item);
       more = has_next;
       item = next;
       if (S::kRowWarps > 1 && more) {
         __syncthreads();  // the sums are read
-        fill = item;
-        filling = prime<false>(fill, true);
-        stage = 0;
+        fill_at_ = item;
+        start_fill(true);
+        prime<false>();
+        stage = ring_;
       }
     }
   }
 
  private:
   // --- the walk over segments ---
-
-  // First chunk of a block's run, counted over all tail tiles.
-  __device__ __forceinline__ int tail_begin(int block) const {
-    return params_.tail.begin(block);
-  }
 
   __device__ __forceinline__ void place_tile(TilePosition& at, int tile) const {
     const int per_band = params_.feature_tiles * params_.schedule.token_band;
@@ -175,7 +167,6 @@ class TileLoop {
     const TileSchedule& schedule = params_.schedule;
     const int block = blockIdx.x;
     at.segment = segment;
-    at.step = 0;
     if (segment < schedule.whole_tiles) {
       place_tile(at, segment * gridDim.x + block);
       at.tail_tile = -1;
@@ -183,8 +174,8 @@ class TileLoop {
       at.end = w_.chunks;
     } else {
       if (block >= schedule.tail_blocks) return false;
-      const int begin = tail_begin(block);
-      const int end = tail_begin(block + 1);
+      const int begin = params_.tail.begin(block);
+      const int end = params_.tail.begin(block + 1);
       at.tail_tile = begin / w_.chunks + segment - schedule.whole_tiles;
       const int first = at.tail_tile * w_.chunks;
       if (first >= end) return false;
@@ -196,108 +187,134 @@ class TileLoop {
     return true;
   }
 
-  // The chunk of this warp's group at a position; one beyond the segment's end is not there.
-  __device__ __forceinline__ int chunk_unchecked(const TilePosition& at) const {
-    return at.begin + row_warp_ * at.length + at.step;
+  // The chunks of this warp's group in a segment.
+  __device__ __forceinline__ int first_chunk(const TilePosition& at) const {
+    return at.begin + row_warp_ * at.length;
   }
-  __device__ __forceinline__ bool has_chunk(const TilePosition& at) const {
-    return S::kRowWarps == 1 || chunk_unchecked(at) < at.end;
-  }
-  __device__ __forceinline__ int chunk(const TilePosition& at) const {
-    return S::kRowWarps == 1 ? chunk_unchecked(at) : min(chunk_unchecked(at), w_.chunks - 1);
-  }
-
-  __device__ __forceinline__ bool advance(TilePosition& at) {
-    bool more = ++at.step < at.length;
-    if (S::kRowWarps == 1 && !more) more = load_segment(at, at.segment + 1);
-    if (more) fill_groups_ = load_chunk_groups(w_, chunk(at));
-    return more;
+  __device__ __forceinline__ int chunks_of(const TilePosition& at) const {
+    return min(at.length, at.end - first_chunk(at));
   }
 
   // --- filling the ring ---
 
+  // Pointers to the first chunk of the segment at fill_at_. Weights past the last block and rows of x
+  // past m are not there: the last block is read again, the rows are left as they are in shared
+  // memory, and neither is stored.
+  __device__ __forceinline__ void start_fill(bool there) {
+    if (!there) {
+      fill_left_ = 0;
+      return;
+    }
+    fill_left_ = chunks_of(fill_at_);
+    fill_chunk_ = first_chunk(fill_at_);
+    const int block = min(fill_at_.feature_tile * S::kFeatureWarps + feature_warp_, last_block_);
+    fill_codes_ = reinterpret_cast<const unsigned char*>(w_.codes) +
+                  (static_cast<int64_t>(block) * w_.chunks + fill_chunk_) * S::kBlockBytes +
+                  token_warp_ * (S::kStrips / S::kTokenWarps * S::kStripBytes) + lane_ * 16;
+    fill_records_ =
+        w_.groups + static_cast<int64_t>(block) * w_.num_groups * group_bytes() + lane_ * 16;
+    const int thread = threadIdx.x % S::kGroupThreads;
+    const int row = fill_at_.token_tile * S::kTokens + thread / 8;
+    fill_x_ = static_cast<const T*>(p_.x) + row * p_.x_stride +
+              fill_chunk_ * Layout::kChunkRows + thread % 8 * 8;
+    fill_rows_ = p_.m - row;
+  }
+
+  __device__ __forceinline__ void step_fill() {
+    --fill_left_;
+    ++fill_chunk_;
+    fill_codes_ += S::kBlockBytes;
+    fill_x_ += Layout::kChunkRows;
+  }
+
+  __device__ __forceinline__ void advance_fill(bool has_next) {
+    if (fill_left_ <= 0) return;
+    step_fill();
+    if (fill_left_ > 0) return;
+    if (S::kRowWarps == 1) start_fill(load_segment(fill_at_, fill_at_.segment + 1));
+    if (fill_left_ <= 0 && (S::kRowWarps == 1 || !has_next)) ptx::launch_dependents();
+  }
+
   // Weights do not depend on the kernel before: they are asked for before the wait for it.
   template <bool kFirst>
-  __device__ __forceinline__ bool prime(TilePosition& fill, bool filling) {
-    TilePosition x_fill = fill;
-    bool x_filling = filling;
-    if (filling) fill_groups_ = load_chunk_groups(w_, chunk(fill));
-    for (int stage = 0; stage + 1 < params_.stages && filling; ++stage) {
-      fill_weights(stage, fill);
-      filling = advance(fill);
+  __device__ __forceinline__ void prime() {
+    struct XStart {
+      const T* x;
+      int chunk, rows;
+      bool on;
+    } starts[ptx::kMaxStages - 1];
+    const int ahead = params_.stages - 1;
+    uint32_t slot = ring_;
+#pragma unroll
+    for (int stage = 0; stage < ptx::kMaxStages - 1; ++stage) {
+      starts[stage] = {fill_x_, fill_chunk_, fill_rows_, stage < ahead && fill_left_ > 0};
+      if (starts[stage].on) {
+        fill_weights(slot, true);
+        fill_more_records(slot);
+        step_fill();
+        if (S::kRowWarps == 1 && fill_left_ <= 0) {
+          start_fill(load_segment(fill_at_, fill_at_.segment + 1));
+        }
+      }
+      slot += stage_bytes_;
     }
-    const ChunkGroups kept = fill_groups_;
     if (kFirst) ptx::wait_for_predecessor();
-    for (int stage = 0; stage + 1 < params_.stages; ++stage) {
-      if (x_filling) {
-        fill_x(stage, x_fill);
-        x_filling = advance(x_fill);
-      }
-      ptx::copy_commit();
+    slot = ring_;
+#pragma unroll
+    for (int stage = 0; stage < ptx::kMaxStages - 1; ++stage) {
+      fill_x(slot, starts[stage].x, starts[stage].chunk, starts[stage].rows, starts[stage].on);
+      if (stage < ahead) ptx::copy_commit();
+      slot += stage_bytes_;
     }
-    fill_groups_ = kept;
-    return filling;
+    fill_slot_ = ring_ + ahead * stage_bytes_;
   }
 
-  __device__ __forceinline__ uint32_t slice(int slot) const {
-    return ring_ + slot * (S::kRowWarps * params_.slice_bytes);
-  }
+  __device__ __forceinline__ int group_bytes() const { return S::kStrips * w_.record_bytes; }
   __device__ __forceinline__ uint32_t records(uint32_t slice) const {
-    return slice + S::kSliceBytes +
-           feature_warp_ * (w_.groups_per_chunk * S::kStrips * w_.record_bytes);
+    return slice + S::kSliceBytes + feature_warp_ * (w_.groups_per_chunk * group_bytes());
   }
 
-  __device__ __forceinline__ void fill_weights(int slot, const TilePosition& at) const {
-    if (!has_chunk(at)) return;
-    const int block = min(at.feature_tile * S::kFeatureWarps + feature_warp_, last_block_);
-    const int strips = block == last_block_ ? last_block_strips_ : S::kStrips;
-    const uint32_t* source =
-        w_.codes +
-        (static_cast<int64_t>(block) * S::kStrips * w_.chunks +
-         static_cast<int64_t>(chunk_unchecked(at)) * strips) *
-            (S::kStripBytes / 4) +
-        lane_ * 4;
-    const uint32_t base = slice(slot);
-    const uint32_t target = base + S::kXBytes + feature_warp_ * S::kBlockBytes + lane_ * 16;
+  __device__ __forceinline__ void fill(uint32_t slot, bool on) const {
+    fill_weights(slot, on);
+    fill_x(slot, fill_x_, fill_chunk_, fill_rows_, on);
+  }
+
+  __device__ __forceinline__ void fill_weights(uint32_t slot, bool on) const {
+    constexpr int kStripsHere = S::kStrips / S::kTokenWarps;
+    const uint32_t target = slot + S::kXBytes + feature_warp_ * S::kBlockBytes +
+                            token_warp_ * (kStripsHere * S::kStripBytes) + lane_ * 16;
 #pragma unroll
-    for (int i = 0; i < S::kStrips / S::kTokenWarps; ++i) {
-      const int s = token_warp_ * (S::kStrips / S::kTokenWarps) + i;
-      // Strips that are not there repeat the last one; they are never stored.
-      const uint32_t* from = source + min(s, strips - 1) * (S::kStripBytes / 4);
-#pragma unroll
-      for (int piece = 0; piece < S::kPieces; ++piece) {
-        ptx::copy_async(target + s * S::kStripBytes + piece * 512, from + piece * 128);
-      }
+    for (int piece = 0; piece < kStripsHere * S::kPieces; ++piece) {
+      ptx::copy_async_if(on, target + piece * 512, fill_codes_ + piece * 512);
     }
-    if (token_warp_ == 0) {
-      const int record_block = S::kStrips * w_.record_bytes;
-      const unsigned char* from =
-          w_.groups +
-          (static_cast<int64_t>(block) * w_.num_groups + fill_groups_.first()) * record_block;
-      const uint32_t to = records(base);
-      for (int byte = lane_ * 16; byte < fill_groups_.count() * record_block; byte += 512) {
-        ptx::copy_async(to + byte, from + byte);
-      }
+    const int group = load_chunk_groups(w_, fill_chunk_).first();
+    ptx::copy_async_if(on && token_warp_ == 0 && lane_ * 16 < group_bytes(),
+                       records(slot) + lane_ * 16,
+                       fill_records_ + static_cast<int64_t>(group) * group_bytes());
+  }
+
+  // Of groups that start inside the chunk. A record of 4 strips has at most 320 bytes.
+  __device__ __forceinline__ void fill_more_records(uint32_t slot) const {
+    const ChunkGroups groups = load_chunk_groups(w_, fill_chunk_);
+    if (!groups.changes() || token_warp_ != 0 || lane_ * 16 >= group_bytes()) return;
+    for (int i = 1; i < groups.count(); ++i) {
+      ptx::copy_async(records(slot) + i * group_bytes() + lane_ * 16,
+                      fill_records_ + static_cast<int64_t>(groups.first() + i) * group_bytes());
     }
   }
 
-  __device__ __forceinline__ void fill_x(int slot, const TilePosition& at) const {
-    if (!has_chunk(at)) return;
+  __device__ __forceinline__ void fill_x(uint32_t slot, const T* source, int chunk, int rows,
+                                         bool on) const {
     constexpr int kRowStep = S::kGroupThreads / 8;
+    static_assert(kRowStep % 8 == 0, "the swizzle repeats every 8 rows");
     const int thread = threadIdx.x % S::kGroupThreads;
-    const int column = chunk_unchecked(at) * Layout::kChunkRows + thread % 8 * 8;
-    const int bytes = x_piece_bytes(p_, column);
-    const int first = at.token_tile * S::kTokens + thread / 8;
-    const T* x = static_cast<const T*>(p_.x);
-    const T* source = x + first * p_.x_stride + column;
-    const uint32_t target = slice(slot) + x_piece_place(thread / 8, thread % 8);
+    const int bytes = x_piece_bytes(p_, chunk * Layout::kChunkRows + thread % 8 * 8);
+    const uint32_t target = slot + x_piece_place(thread / 8, thread % 8);
 #pragma unroll
     for (int i = 0; i < S::kTokens / kRowStep; ++i) {
-      const bool there = first + i * kRowStep < p_.m && bytes > 0;
-      ptx::copy_async_zfill(target + i * (kRowStep * kXRowBytes),
-                            there ? source + i * kRowStep * p_.x_stride : x, there ? bytes : 0);
+      ptx::copy_async_zfill_if(on && i * kRowStep < rows, target + i * (kRowStep * kXRowBytes),
+                               source + i * kRowStep * p_.x_stride, bytes);
     }
-    static_assert(kRowStep % 8 == 0, "the swizzle repeats every 8 rows");
   }
 
   // --- the product ---
@@ -314,40 +331,41 @@ class TileLoop {
     }
   }
 
-  // The first group of a segment divides a scale of 0, and multiplies sums of 0 by 0.
-  __device__ __forceinline__ void change_group(uint32_t group_records) {
-    float old[S::kStrips][2];
+  // Makes a group the current one and gives what the sums must be multiplied by. The first group of a
+  // segment divides a scale of 0, and multiplies sums of 0 by 0.
+  __device__ __forceinline__ void change_group(float (&quotient)[S::kStrips][2],
+                                               uint32_t group_records) {
 #pragma unroll
     for (int s = 0; s < S::kStrips; ++s) {
-      old[s][0] = values_.scale[s][0];
-      old[s][1] = values_.scale[s][1];
+      quotient[s][0] = values_.scale[s][0];
+      quotient[s][1] = values_.scale[s][1];
     }
     values_.load(group_records, w_);
 #pragma unroll
     for (int s = 0; s < S::kStrips; ++s) {
-      const float quotient[2] = {__fdividef(old[s][0], values_.scale[s][0]),
-                                 __fdividef(old[s][1], values_.scale[s][1])};
-#pragma unroll
-      for (int t = 0; t < S::kTokenTiles; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum_[s][t][i] = __fmul_rn(sum_[s][t][i], quotient[i / 2]);
-      }
+      quotient[s][0] = ptx::divide_roughly(quotient[s][0], values_.scale[s][0]);
+      quotient[s][1] = ptx::divide_roughly(quotient[s][1], values_.scale[s][1]);
     }
   }
 
-  // Groups that start inside a chunk are rare, and cost code of their own.
+  // Steps that start a group multiply the sums, among the products of that step, which hide it.
+  enum class Starts { kNone, kFirst, kAny };
+
   __device__ __forceinline__ void multiply(uint32_t slice, const ChunkGroups& groups) {
-    if (groups.first() != quant_group_) change_group(records(slice));
+    const bool first = groups.first() != quant_group_;
     quant_group_ = groups.last();
     if (groups.changes()) {
-      multiply_steps<true>(slice, groups);
+      multiply_steps<Starts::kAny>(slice, groups, first);
+    } else if (first) {
+      multiply_steps<Starts::kFirst>(slice, groups, true);
     } else {
-      multiply_steps<false>(slice, groups);
+      multiply_steps<Starts::kNone>(slice, groups, false);
     }
   }
 
-  template <bool kChanges>
-  __device__ __forceinline__ void multiply_steps(uint32_t slice, const ChunkGroups& groups) {
+  template <Starts kStarts>
+  __device__ __forceinline__ void multiply_steps(uint32_t slice, const ChunkGroups& groups,
+                                                 bool first) {
     constexpr int kPieceSteps = Layout::kChunkSteps / S::kPieces;
     const uint32_t codes = slice + S::kXBytes + feature_warp_ * S::kBlockBytes + lane_ * 16;
     uint32_t group_records = records(slice);
@@ -373,22 +391,41 @@ class TileLoop {
 #pragma unroll
       for (int i = 0; i < kPieceSteps; ++i) {
         const int step = piece * kPieceSteps + i;
-        if (step + 1 < Layout::kChunkSteps) load_x(x[(step + 1) % 2], x_row, step + 1);
-        if (kChanges && step > 0 && groups.starts(step)) {
-          group_records += S::kStrips * w_.record_bytes;
-          change_group(group_records);
+        float quotient[S::kStrips][2];
+        if (kStarts == Starts::kFirst && step == 0) change_group(quotient, group_records);
+        if (kStarts == Starts::kAny && (step == 0 ? first : groups.starts(step))) {
+          if (step > 0) group_records += group_bytes();
+          change_group(quotient, group_records);
+          scale_sums(quotient);
         }
+        if (step + 1 < Layout::kChunkSteps) load_x(x[(step + 1) % 2], x_row, step + 1);
+        // The copies of a step to come go among the products of this one.
+        if (step == 0) fill(fill_slot_, fill_left_ > 0);
 #pragma unroll
         for (int s = 0; s < S::kStrips; ++s) {
           uint32_t a[4];
           decode(a, &words[s][i * S::kPieces], values_.zero[s], T());
 #pragma unroll
           for (int t = 0; t < S::kTokenTiles; ++t) {
+            if (kStarts == Starts::kFirst && step == 0) scale_sum(sum_[s][t], quotient[s]);
             ptx::mma_m16n8k16<T>(sum_[s][t], a, x[step % 2][t / 2][t % 2 * 2],
                                  x[step % 2][t / 2][t % 2 * 2 + 1]);
           }
         }
       }
+    }
+  }
+
+  __device__ __forceinline__ static void scale_sum(float (&sum)[4], const float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] = __fmul_rn(sum[i], factor[i / 2]);
+  }
+
+  __device__ __forceinline__ void scale_sums(const float (&factor)[S::kStrips][2]) {
+#pragma unroll
+    for (int s = 0; s < S::kStrips; ++s) {
+#pragma unroll
+      for (int t = 0; t < S::kTokenTiles; ++t) scale_sum(sum_[s][t], factor[s]);
     }
   }
 
@@ -411,14 +448,7 @@ class TileLoop {
   }
 
   __device__ __forceinline__ void finish(const TilePosition& at) {
-#pragma unroll
-    for (int s = 0; s < S::kStrips; ++s) {
-#pragma unroll
-      for (int t = 0; t < S::kTokenTiles; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum_[s][t][i] = __fmul_rn(sum_[s][t][i], values_.scale[s][i / 2]);
-      }
-    }
+    scale_sums(values_.scale);
     if constexpr (S::kRowWarps > 1) {
       ptx::copy_wait<0>();
       __syncthreads();
@@ -497,7 +527,7 @@ class TileLoop {
 
   // A block has at most two parts of tiles, at the begin and at the end of its run.
   __device__ __forceinline__ float4* partial(int block, int tile_first_unit) const {
-    const int slot = 2 * block + (tail_begin(block) < tile_first_unit ? 1 : 0);
+    const int slot = 2 * block + (params_.tail.begin(block) < tile_first_unit ? 1 : 0);
     return reinterpret_cast<float4*>(params_.scratch.partials) +
            static_cast<int64_t>(slot) * (S::kTileFloats / 4);
   }
@@ -552,11 +582,16 @@ class TileLoop {
   const GemmProblem& p_;
   const WeightView& w_;
   unsigned char* shared_;
-  uint32_t ring_;
-  int lane_, row_warp_, group_warp_, feature_warp_, token_warp_;
-  int last_block_, last_block_strips_;
+  uint32_t ring_, ring_end_, fill_slot_;
+  int stage_bytes_;
+  int lane_, row_warp_, group_warp_, feature_warp_, token_warp_, last_block_;
   int quant_group_;
-  ChunkGroups fill_groups_;
+  // Where the next copies of this warp come from.
+  TilePosition fill_at_;
+  int fill_left_, fill_chunk_, fill_rows_;
+  const unsigned char* fill_codes_;
+  const unsigned char* fill_records_;
+  const T* fill_x_;
   GroupValues<T, S::kBits, S::kStrips> values_;
   float sum_[S::kStrips][S::kTokenTiles][4];
 };
