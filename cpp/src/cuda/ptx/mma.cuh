@@ -46,11 +46,4 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
   return result;
 }
 
-/// a / b to about 2 units in the last place; b must be normal and below 2^126.
-__device__ __forceinline__ float divide_roughly(float a, float b) {
-  float reciprocal;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(b));
-  return __fmul_rn(a, reciprocal);
-}
-
 }  // namespace marlinq::cuda::ptx

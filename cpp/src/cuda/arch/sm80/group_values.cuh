@@ -8,6 +8,7 @@
 
 #include "cuda/device/dequantize.cuh"
 #include "cuda/problem.hpp"
+#include "cuda/ptx/arithmetic.cuh"
 #include "cuda/ptx/copy.cuh"
 
 namespace marlinq::cuda::sm80 {
@@ -24,13 +25,12 @@ struct GroupValues {
     for (int s = 0; s < kStrips; ++s) zero[s].set(w.middle, w.middle);
   }
 
-  /// The first kUsed strips from their records in shared memory, one after the other.
-  template <int kUsed = kStrips>
+  /// From the records of the strips in shared memory, one after the other.
   __device__ __forceinline__ void load(uint32_t records, const WeightView& w) {
     const int g = threadIdx.x % 32 / 4;
     const int scale_bytes = w.scale_type == FloatType::kF32 ? 4 : 2;
 #pragma unroll
-    for (int s = 0; s < kUsed; ++s) {
+    for (int s = 0; s < kStrips; ++s) {
       const uint32_t record = records + s * w.record_bytes;
       const uint32_t pair = record + g * 2 * scale_bytes;
       if (w.scale_type == FloatType::kF16) {
@@ -50,6 +50,23 @@ struct GroupValues {
         const uint32_t zeros = ptx::load_shared_2(record + 16 * scale_bytes + g * 2);
         zero[s].set(zeros & 0xffu, zeros >> 8);
       }
+    }
+  }
+
+  /// The same; `quotient` is the old scales over the new ones: what sums in units of the old scales
+  /// are multiplied by to be in units of the new ones. Before the first group scales are 0.
+  __device__ __forceinline__ void change(uint32_t records, const WeightView& w,
+                                         float (&quotient)[kStrips][2]) {
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s) {
+      quotient[s][0] = scale[s][0];
+      quotient[s][1] = scale[s][1];
+    }
+    load(records, w);
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s) {
+      quotient[s][0] = ptx::divide_roughly(quotient[s][0], scale[s][0]);
+      quotient[s][1] = ptx::divide_roughly(quotient[s][1], scale[s][1]);
     }
   }
 };

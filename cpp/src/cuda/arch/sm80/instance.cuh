@@ -61,7 +61,9 @@ constexpr Instance tile_instance() {
             static std::atomic<std::uint64_t> devices_done{0};
             allow_shared_memory(tile_gemm<S>, devices_done);
             const WeightView& w = problem.weight;
-            const bool aligned = reinterpret_cast<std::uintptr_t>(problem.y) % 4 == 0;
+            const bool pairs = problem.y_type != FloatType::kF32 && w.n % 2 == 0 &&
+                               reinterpret_cast<std::uintptr_t>(problem.y) % 4 == 0 &&
+                               (problem.m == 1 || problem.y_stride % 2 == 0);
             launch_kernel(
                 tile_gemm<S>,
                 TileParams{.problem = problem,
@@ -73,14 +75,16 @@ constexpr Instance tile_instance() {
                            .token_tiles = (problem.m + S::kTokens - 1) / S::kTokens,
                            .stages = plan.stages,
                            .slice_bytes = slice_bytes(w, S::kSliceBytes, S::kFeatures),
-                           .pairs = aligned && (problem.m == 1 || problem.y_stride % 2 == 0)},
+                           .scales_place = plan.shared_bytes - S::kThreads * 32,
+                           .pairs = pairs},
                 plan, stream);
           }};
 }
 
-template <class T, int kBits, int kTokenTiles, int kMaxWarps>
+/// A strip kernel of the shape StripShape<T, kBits, token tiles, most warps, promotes>.
+template <class T, int kBits, int kTokenTiles, int kMaxWarps, bool kPromotes>
 constexpr Instance strip_instance() {
-  using S = StripShape<T, kBits, kTokenTiles, kMaxWarps>;
+  using S = StripShape<T, kBits, kTokenTiles, kMaxWarps, kPromotes>;
   return {.kind = KernelKind::kStrip,
           .tokens = S::kTokens,
           .features = 0,
@@ -92,19 +96,18 @@ constexpr Instance strip_instance() {
                        cudaStream_t stream) {
             static std::atomic<std::uint64_t> devices_done{0};
             allow_shared_memory(strip_gemm<S>, devices_done);
-            const StripWidths widths = strip_widths(problem.weight, plan.blocks);
-            const EvenShare strips(strip_count(problem.weight), plan.blocks);
-            const std::int32_t chunks = problem.weight.chunks;
+            const WeightView& w = problem.weight;
+            const EvenShare strips(strip_count(w), plan.blocks);
+            const StripMemory memory = strip_memory(w, strips, S::kXBytes);
             launch_kernel(
                 strip_gemm<S>,
                 StripParams{.problem = problem,
                             .strips = strips,
-                            .share = {StripShare(strips.least, chunks, plan.warps),
-                                      StripShare(strips.least + 1, chunks, plan.warps)},
+                            .costs = {EvenShare(strips.least * w.chunks, plan.warps),
+                                      EvenShare((strips.least + 1) * w.chunks, plan.warps)},
                             .stages = plan.stages,
-                            .stage_bytes =
-                                strip_stage_bytes(problem.weight, S::kXBytes, widths.strips),
-                            .width = widths.strips},
+                            .stage_bytes = memory.stage_bytes,
+                            .codes_place = memory.codes_place},
                 plan, stream);
           }};
 }

@@ -10,9 +10,9 @@ namespace marlinq::cuda::sm80 {
 template <class T, int kBits>
 constexpr std::array<Instance, kInstanceCount> instance_list() {
   return {
-      // token tiles, most warps
-      strip_instance<T, kBits, 1, 16>(),
-      strip_instance<T, kBits, 2, 8>(),
+      // token tiles, most warps, promotes
+      strip_instance<T, kBits, 1, 16, true>(),
+      strip_instance<T, kBits, 2, 16, false>(),
       // feature warps, token warps, row warps, token tiles of a warp
       tile_instance<T, kBits, 4, 1, 2, 4>(),
       tile_instance<T, kBits, 2, 1, 4, 4>(),

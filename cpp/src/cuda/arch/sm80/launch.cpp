@@ -32,11 +32,10 @@ GemmPlan strip_plan(const GemmProblem& problem, std::int32_t instance, std::int3
   // As few strips for the busiest block as can be, then as few blocks as that takes.
   const auto most = static_cast<std::int32_t>(ceil_div(strips, multiprocessors));
   const auto blocks = static_cast<std::int32_t>(ceil_div(strips, most));
-  const StripWidths widths = strip_widths(w, blocks);
-  const std::int64_t ring = std::int64_t{warps} * stages *
-                            strip_stage_bytes(w, kernel.slice_bytes, widths.strips);
-  const std::int64_t slots = std::int64_t{widths.groups + warps - 1} * kernel.sum_bytes;
-  const std::int64_t contributors = std::int64_t{widths.groups} * 4;
+  const StripMemory memory = strip_memory(w, EvenShare(strips, blocks), kernel.slice_bytes);
+  const std::int64_t ring = std::int64_t{warps} * stages * memory.stage_bytes;
+  const std::int64_t slots = std::int64_t{memory.groups + warps - 1} * kernel.sum_bytes;
+  const std::int64_t contributors = std::int64_t{memory.groups} * 4;
   return {.kind = KernelKind::kStrip,
           .instance = instance,
           .blocks = blocks,
@@ -58,8 +57,10 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t instance, std::int32
       ceil_div(w.n, kernel.features) * ceil_div(problem.m, kernel.tokens);
   const std::int64_t stage = std::int64_t{kernel.row_warps} *
                              slice_bytes(w, kernel.slice_bytes, kernel.features);
+  // Each thread keeps 8 scales.
+  const std::int64_t scales = std::int64_t{kernel.warps} * 32 * 32;
   const auto fitting = static_cast<std::int32_t>(
-      std::clamp<std::int64_t>(shared_bytes / stage, 2, stages));
+      std::clamp<std::int64_t>((shared_bytes - scales) / stage, 2, stages));
   const auto waves = static_cast<std::int32_t>(tiles / blocks);
   const auto left = static_cast<std::int32_t>(tiles % blocks);
   // Tiles that are walked through together should share what they read: a band of token tiles about
@@ -71,8 +72,8 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t instance, std::int32
           .warps = kernel.warps,
           .stages = fitting,
           .shared_bytes = static_cast<std::int32_t>(
-              std::min<std::int64_t>(std::max<std::int64_t>(stage * fitting, kernel.sum_bytes),
-                                     INT32_MAX)),
+              std::min<std::int64_t>(
+                  std::max<std::int64_t>(stage * fitting, kernel.sum_bytes) + scales, INT32_MAX)),
           .tokens = INT32_MAX,
           .schedule = {.whole_tiles = waves,
                        .tail_tiles = left,

@@ -28,6 +28,18 @@ __device__ __forceinline__ void store_output(const GemmProblem& p, int token, in
   }
 }
 
+__device__ __forceinline__ void store_output_if(const GemmProblem& p, int token, int feature,
+                                                float value) {
+  if (token < p.m && feature < p.weight.n) store_output(p, token, feature, value);
+}
+
+/// Two features, where they are there, of which the first is even.
+__device__ __forceinline__ void store_output_pair(const GemmProblem& p, int token, int feature,
+                                                  float2 value) {
+  if (feature < p.weight.n) store_output(p, token, feature, value.x);
+  if (feature + 1 < p.weight.n) store_output(p, token, feature + 1, value.y);
+}
+
 /// Two outputs of type T, the first in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t round_pair(float first, float second) {

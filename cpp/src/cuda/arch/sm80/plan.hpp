@@ -6,6 +6,7 @@
 
 #include "core/integers.hpp"
 #include "cuda/arch/sm80/layout.hpp"
+#include "cuda/arch/sm80/share.hpp"
 #include "cuda/problem.hpp"
 
 namespace marlinq::cuda::sm80 {
@@ -25,33 +26,25 @@ inline std::int32_t strip_count(const WeightView& w) {
   return static_cast<std::int32_t>(ceil_div(w.n, Layout::kStripFeatures));
 }
 
-/// The most strips of a strip group, and the most strip groups of a block, when `blocks` blocks share
-/// all strips.
-struct StripWidths {
-  std::int32_t strips = 1;
-  std::int32_t groups = 1;
+/// The shared memory of a strip kernel: a stage of a warp holds x, group records and codes.
+struct StripMemory {
+  std::int32_t codes_place = 0;  // in a stage
+  std::int32_t stage_bytes = 0;
+  std::int32_t groups = 1;  // strip groups of a block, at most
 };
 
-inline StripWidths strip_widths(const WeightView& w, std::int32_t blocks) {
-  const std::int32_t strips = strip_count(w);
-  StripWidths widths;
-  for (const std::int32_t share :
-       {strips / blocks, static_cast<std::int32_t>(ceil_div(strips, blocks))}) {
-    if (share == 0) continue;
-    const auto groups = static_cast<std::int32_t>(ceil_div(share, Layout::kBlockStrips));
-    widths.groups = std::max(widths.groups, groups);
-    widths.strips =
-        std::max(widths.strips, static_cast<std::int32_t>(ceil_div(share, groups)));
-  }
-  return widths;
-}
-
-/// A stage of a warp of a strip kernel: x, codes and records of a strip group's chunk.
-inline std::int32_t strip_stage_bytes(const WeightView& w, std::int32_t x_bytes,
-                                      std::int32_t strips) {
-  constexpr std::int32_t kPieceBytes = 512;
-  const std::int64_t strip = w.code_bits / 4 * kPieceBytes + w.groups_per_chunk * w.record_bytes;
-  return static_cast<std::int32_t>(round_up(x_bytes + strips * strip, kStageAlignment));
+inline StripMemory strip_memory(const WeightView& w, const EvenShare& strips,
+                                std::int32_t x_bytes) {
+  constexpr std::int64_t kPieceBytes = 512;
+  const std::int64_t most = strips.least + (strips.rest > 0 ? 1 : 0);
+  const std::int64_t records =
+      std::int64_t{Layout::kBlockStrips} * w.groups_per_chunk * w.record_bytes;
+  const std::int64_t codes_place = round_up(x_bytes + records, kStageAlignment);
+  const std::int64_t codes =
+      std::min<std::int64_t>(most, Layout::kBlockStrips) * (w.code_bits / 4) * kPieceBytes;
+  return {.codes_place = static_cast<std::int32_t>(codes_place),
+          .stage_bytes = static_cast<std::int32_t>(codes_place + codes),
+          .groups = strip_groups_at_most(strips)};
 }
 
 }  // namespace marlinq::cuda::sm80

@@ -11,8 +11,9 @@
 //
 // Bytes in flight: 4.65 TB/s over 132 multiprocessors and about 1 us of latency is 35 KB each;
 // 8 warps with 3 stages ahead of 2 KB have 48. Instructions: at 4.65 TB/s and 1.8 GHz an item of 4
-// strips has 115 clocks of its multiprocessor, 460 instructions, of which decoding and products take
-// 180; what is left of the loop must stay small, so all addresses are pointers that advance.
+// strips has 115 clocks of its multiprocessor, 460 issue slots, of which decoding and products take
+// 180; what is left of the loop must stay small, so addresses are pointers that advance. What runs
+// once stays rolled: a kernel of a few microseconds fetches all its instructions anew.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -33,13 +34,16 @@
 
 namespace marlinq::cuda::sm80 {
 
-template <class T_, int kBits_, int kTokenTiles_, int kMaxWarps_>
+// kPromotes: sums of a group are kept apart and added, scaled, to the sums of all; else there is one
+// set, in units of the current group's scale (tile_kernel.cuh says how), which takes fewer registers.
+template <class T_, int kBits_, int kTokenTiles_, int kMaxWarps_, bool kPromotes_>
 struct StripShape {
   using T = T_;
   static constexpr int kBits = kBits_;
   static constexpr int kTokenTiles = kTokenTiles_;
   static constexpr int kTokens = kTokenTiles * 8;
   static constexpr int kMaxWarps = kMaxWarps_;
+  static constexpr bool kPromotes = kPromotes_;
   static constexpr int kStrips = Layout::kBlockStrips;
   static constexpr int kPieces = kBits / 4;
   static constexpr int kStripBytes = kPieces * 512;  // codes of a strip and chunk
@@ -51,22 +55,31 @@ struct StripShape {
   static constexpr int kSlotFloats = kTokens * kSlotRow;
 };
 
-/// How the strips of a block make strip groups, and their items are divided among its warps.
+/// The strips of a block, [first, end). Strip groups are the parts that lie in one block of features
+/// of the layout, so that a group's codes and records are contiguous in every chunk.
 struct StripShare {
-  EvenShare strips;  // over the strip groups
-  EvenShare costs;   // over the warps; an item costs its strips
+  int first = 0;
+  int end = 0;
   int chunks = 0;
+  EvenShare costs;  // over the warps; an item costs its strips
 
-  StripShare() = default;
-  StripShare(int block_strips, int num_chunks, int warps)
-      : strips(block_strips, (block_strips + Layout::kBlockStrips - 1) / Layout::kBlockStrips),
-        costs(block_strips * num_chunks, warps),
-        chunks(num_chunks) {}
+  __device__ __forceinline__ int groups() const {
+    return (end - 1) / Layout::kBlockStrips - first / Layout::kBlockStrips + 1;
+  }
+  __device__ __forceinline__ int layout_block(int group) const {
+    return first / Layout::kBlockStrips + group;
+  }
+  __device__ __forceinline__ int begin_of(int group) const {
+    return max(first, layout_block(group) * Layout::kBlockStrips);
+  }
+  __device__ __forceinline__ int width_of(int group) const {
+    return min(end, (layout_block(group) + 1) * Layout::kBlockStrips) - begin_of(group);
+  }
 
   /// First chunk of a strip group that belongs to `warp` or a later one.
   __device__ __forceinline__ int first_chunk(int group, int warp) const {
-    const int rest = costs.begin(warp) - strips.begin(group) * chunks;
-    return rest <= 0 ? 0 : min(divide_up(rest, strips.size(group)), chunks);
+    const int rest = costs.begin(warp) - (begin_of(group) - first) * chunks;
+    return rest <= 0 ? 0 : min(divide_up(rest, width_of(group)), chunks);
   }
 
  private:
@@ -79,11 +92,11 @@ struct StripShare {
 
 struct StripParams {
   GemmProblem problem;
-  EvenShare strips;     // over the blocks
-  StripShare share[2];  // of a block with strips.least strips, and with one more
+  EvenShare strips;    // over the blocks
+  EvenShare costs[2];  // over the warps, of a block with strips.least strips, and with one more
   int stages;
   int stage_bytes;
-  int width;  // strips of the widest strip group, which a stage holds
+  int codes_place;  // in a stage, after x and the group records
 };
 
 template <class S>
@@ -93,69 +106,36 @@ class StripLoop {
 
   __device__ __forceinline__ StripLoop(const StripParams& params, unsigned char* shared,
                                        float* slots)
-      : params_(params),
-        p_(params.problem),
-        w_(params.problem.weight),
-        share_(params.share[blockIdx.x < params.strips.rest ? 1 : 0]),
-        first_strip_(params.strips.begin(blockIdx.x)),
-        slots_(slots) {
+      : params_(params), p_(params.problem), w_(params.problem.weight), slots_(slots) {
     warp_ = threadIdx.x / 32;
     lane_ = threadIdx.x % 32;
+    const bool larger = blockIdx.x < params.strips.rest;
+    share_.first = params.strips.begin(blockIdx.x);
+    share_.end = share_.first + params.strips.least + (larger ? 1 : 0);
+    share_.chunks = w_.chunks;
+    share_.costs = params.costs[larger ? 1 : 0];
     ring_ = ptx::shared_address(shared) + warp_ * params.stages * params.stage_bytes;
     ring_end_ = ring_ + params.stages * params.stage_bytes;
-    const int record_pieces = w_.record_bytes / 16;
-    record_strip_ = lane_ / record_pieces;
-    record_piece_ = lane_ % record_pieces;
-#pragma unroll
-    for (int i = 0; i < kXRows; ++i) {
-      x_rows_[i] = static_cast<const T*>(p_.x) + (i * 4 + lane_ / 8) * p_.x_stride + lane_ % 8 * 8;
-    }
   }
 
   __device__ __forceinline__ void run() {
-    fill_.group = -1;
-    bool filling = next_fill_group();
-    const bool any = filling;
-    int group = fill_.group;
-    int chunk = fill_.chunk;
-    int left = fill_.left;
-    int width = fill_.width;
-    // Codes and records of the first stages, then the rows of x that go with them.
-    const int ahead = params_.stages - 1;
-    uint32_t slot = ring_;
-    XStart starts[ptx::kMaxStages - 1];
-#pragma unroll
-    for (int stage = 0; stage < ptx::kMaxStages - 1; ++stage) {
-      starts[stage] = {fill_.chunk, filling && stage < ahead};
-      if (starts[stage].on) {
-        fill_weights(slot, true);
-        fill_more_records(slot);
-        filling = advance_fill();
-      }
-      slot += params_.stage_bytes;
+    int group = -1, chunk = 0, left = 0;
+    if (!next_group(group, chunk, left)) {
+      ptx::wait_for_predecessor();
+      return;
     }
-    clear_x();
-    ptx::wait_for_predecessor();
-    slot = ring_;
-#pragma unroll
-    for (int stage = 0; stage < ptx::kMaxStages - 1; ++stage) {
-      fill_x(slot, starts[stage].chunk, starts[stage].on);
-      if (stage < ahead) ptx::copy_commit();
-      slot += params_.stage_bytes;
-    }
-    if (!filling && warp_ == 0) ptx::launch_dependents();
-    if (!any) return;
+    prime(group, chunk, left);
     clear_sums();
     values_.set_middle(w_);
     quant_group_ = -1;
+    int width = share_.width_of(group);
     uint32_t stage = ring_;
-    fill_slot_ = ring_ + ahead * params_.stage_bytes;
-    filling_ = filling;
     while (true) {
       ptx::copy_wait_stage(params_.stages);
       // The slot of the item before is free after this: all lanes have read it.
       __syncwarp();
       const ChunkGroups groups = load_chunk_groups(w_, chunk);
+      start_group(stage, groups);
       switch (width) {
         case 1:
           multiply<1>(stage, groups);
@@ -169,32 +149,32 @@ class StripLoop {
         default:
           multiply<4>(stage, groups);
       }
-      if (filling_) fill_more_records(fill_slot_);
+      if (fill_left_ > 0) {
+        fill_rest(fill_slot_);
+        advance_fill();
+        if (fill_left_ <= 0 && warp_ == 0) ptx::launch_dependents();
+      }
       ptx::copy_commit();
       fill_slot_ = stage;
       stage += params_.stage_bytes;
       if (stage == ring_end_) stage = ring_;
-      if (filling_ && !advance_fill()) {
-        filling_ = false;
-        if (warp_ == 0) ptx::launch_dependents();
-      }
       ++chunk;
       if (--left == 0) {
-        finish_group<S::kStrips>();
+        finish_group();
         store_sums(group);
         quant_group_ = -1;
         if (!next_group(group, chunk, left)) break;
-        width = share_.strips.size(group);
+        width = share_.width_of(group);
       }
     }
   }
 
   /// Which warps have items of each strip group, a bit each. Before a block barrier.
   __device__ __forceinline__ void list_contributors(uint32_t* contributors) const {
-    const int warps = share_.costs.parts;
-    for (int group = threadIdx.x; group < share_.strips.parts; group += blockDim.x) {
+    for (int group = threadIdx.x; group < share_.groups(); group += blockDim.x) {
       uint32_t bits = 0;
-      for (int warp = 0; warp < warps; ++warp) {
+#pragma unroll 1
+      for (int warp = 0; warp < share_.costs.parts; ++warp) {
         if (share_.first_chunk(group, warp) < share_.first_chunk(group, warp + 1)) bits |= 1u << warp;
       }
       contributors[group] = bits;
@@ -204,14 +184,15 @@ class StripLoop {
   /// Adds what the warps left, in their order, and writes the output. After a block barrier. A warp
   /// takes a token of a strip group at a time, a lane two features.
   __device__ __forceinline__ void store_tile(const uint32_t* contributors) const {
-    const int groups = share_.strips.parts;
-    const int units = groups * p_.m;
-    for (int unit = warp_; unit < units; unit += share_.costs.parts) {
+    const int groups = share_.groups();
+    const int place = lane_ * 2;
+#pragma unroll 1
+    for (int unit = warp_; unit < groups * p_.m; unit += share_.costs.parts) {
       const int token = unit / groups;
       const int group = unit % groups;
-      const int place = lane_ * 2;
-      if (place >= share_.strips.size(group) * 16) continue;
+      if (place >= share_.width_of(group) * 16) continue;
       float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll 1
       for (uint32_t warps = contributors[group]; warps != 0; warps &= warps - 1) {
         const int warp = __ffs(warps) - 1;
         const float2 part = *reinterpret_cast<const float2*>(
@@ -219,125 +200,132 @@ class StripLoop {
         sum.x += part.x;
         sum.y += part.y;
       }
-      const int feature = (first_strip_ + share_.strips.begin(group)) * 16 + place;
-      if (feature < w_.n) store_output(p_, token, feature, sum.x);
-      if (feature + 1 < w_.n) store_output(p_, token, feature + 1, sum.y);
+      store_output_pair(p_, token, share_.begin_of(group) * 16 + place, sum);
     }
   }
 
  private:
-  static constexpr int kXRows = S::kTokens / 4;  // pieces of x a lane copies for an item
-
-  struct XStart {
-    int chunk;
-    bool on;
-  };
-
-  // Where the next copies of this warp come from.
-  struct Fill {
-    int group;  // strip group
-    int chunk;
-    int left;   // chunks of this warp in the strip group
-    int width;  // strips
-    const unsigned char* codes[S::kStrips];
-    const unsigned char* records;  // of packed group 0, for this lane
-  };
-
   // The next strip group with items of this warp, from `group` + 1 on.
   __device__ __forceinline__ bool next_group(int& group, int& chunk, int& left) const {
     do {
-      if (++group >= share_.strips.parts) return false;
+      if (++group >= share_.groups()) return false;
       chunk = share_.first_chunk(group, warp_);
       left = share_.first_chunk(group, warp_ + 1) - chunk;
     } while (left <= 0);
     return true;
   }
 
-  __device__ __forceinline__ bool next_fill_group() {
-    if (!next_group(fill_.group, fill_.chunk, fill_.left)) return false;
-    fill_.width = share_.strips.size(fill_.group);
-    const int first = first_strip_ + share_.strips.begin(fill_.group);
-#pragma unroll
-    for (int s = 0; s < S::kStrips; ++s) {
-      const int strip = first + s;
-      const int64_t block_chunk =
-          static_cast<int64_t>(strip / Layout::kBlockStrips) * w_.chunks + fill_.chunk;
-      fill_.codes[s] = reinterpret_cast<const unsigned char*>(w_.codes) +
-                       block_chunk * S::kBlockBytes +
-                       strip % Layout::kBlockStrips * S::kStripBytes + lane_ * 16;
-    }
-    const int strip = first + record_strip_;
-    fill_.records = w_.groups +
-                    (static_cast<int64_t>(strip / Layout::kBlockStrips) * w_.num_groups *
-                         Layout::kBlockStrips +
-                     strip % Layout::kBlockStrips) *
-                        w_.record_bytes +
-                    record_piece_ * 16;
-    return true;
+  // --- filling the ring ---
+
+  __device__ __forceinline__ void start_fill(int group, int chunk, int left) {
+    fill_group_ = group;
+    fill_chunk_ = chunk;
+    fill_left_ = left;
+    fill_width_ = share_.width_of(group);
+    const int block = share_.layout_block(group);
+    const int within = share_.begin_of(group) % Layout::kBlockStrips;
+    fill_codes_ = reinterpret_cast<const unsigned char*>(w_.codes) +
+                  (static_cast<int64_t>(block) * w_.chunks + chunk) * S::kBlockBytes +
+                  within * S::kStripBytes + lane_ * 16;
+    fill_records_ = w_.groups + static_cast<int64_t>(block) * w_.num_groups * group_bytes() +
+                    within * w_.record_bytes + lane_ * 16;
+    fill_x_ = static_cast<const T*>(p_.x) + lane_ / 8 * p_.x_stride + lane_ % 8 * 8 +
+              static_cast<int64_t>(chunk) * Layout::kChunkRows;
   }
 
-  __device__ __forceinline__ bool advance_fill() {
-    ++fill_.chunk;
-#pragma unroll
-    for (int s = 0; s < S::kStrips; ++s) fill_.codes[s] += S::kBlockBytes;
-    return --fill_.left > 0 || next_fill_group();
+  __device__ __forceinline__ void advance_fill() {
+    ++fill_chunk_;
+    fill_codes_ += S::kBlockBytes;
+    fill_x_ += Layout::kChunkRows;
+    if (--fill_left_ > 0) return;
+    int group = fill_group_, chunk = 0, left = 0;
+    if (next_group(group, chunk, left)) start_fill(group, chunk, left);
   }
 
-  __device__ __forceinline__ uint32_t records(uint32_t stage) const {
-    return stage + S::kXBytes + params_.width * S::kStripBytes;
-  }
-
-  __device__ __forceinline__ void fill_weights(uint32_t slot, bool on) const {
-#pragma unroll
-    for (int s = 0; s < S::kStrips; ++s) {
-#pragma unroll
-      for (int piece = 0; piece < S::kPieces; ++piece) {
-        ptx::copy_async_if(on && s < fill_.width,
-                           slot + S::kXBytes + s * S::kStripBytes + piece * 512 + lane_ * 16,
-                           fill_.codes[s] + piece * 512);
+  // The first stages: weights, which do not depend on the kernel before, and after the wait for it
+  // the rows of x.
+  __device__ __forceinline__ void prime(int group, int chunk, int left) {
+    const int ahead = params_.stages - 1;
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+      start_fill(group, chunk, left);
+      fill_slot_ = ring_;
+      if (pass == 1) ptx::wait_for_predecessor();
+#pragma unroll 1
+      for (int stage = 0; stage < ahead; ++stage) {
+        if (fill_left_ > 0) {
+          if (pass == 0) {
+            fill_weights(fill_slot_, true);
+          } else {
+            fill_x(fill_slot_, true);
+            fill_rest(fill_slot_);
+          }
+          advance_fill();
+        }
+        if (pass == 1) ptx::copy_commit();
+        fill_slot_ += params_.stage_bytes;
       }
     }
-    const int group = load_chunk_groups(w_, fill_.chunk).first();
-    ptx::copy_async_if(on && record_strip_ < fill_.width, record_target(slot),
-                       fill_.records + static_cast<int64_t>(group) * group_bytes());
-  }
-
-  // Of groups that start inside the chunk.
-  __device__ __forceinline__ void fill_more_records(uint32_t slot) const {
-    const ChunkGroups groups = load_chunk_groups(w_, fill_.chunk);
-    if (!groups.changes() || record_strip_ >= fill_.width) return;
-    for (int i = 1; i < groups.count(); ++i) {
-      ptx::copy_async(record_target(slot) + i * params_.width * w_.record_bytes,
-                      fill_.records + static_cast<int64_t>(groups.first() + i) * group_bytes());
-    }
+    if (fill_left_ <= 0 && warp_ == 0) ptx::launch_dependents();
   }
 
   __device__ __forceinline__ int group_bytes() const {
     return Layout::kBlockStrips * w_.record_bytes;
   }
-  __device__ __forceinline__ uint32_t record_target(uint32_t slot) const {
-    return records(slot) + record_strip_ * w_.record_bytes + record_piece_ * 16;
+  // A stage: x, the group records, the codes.
+  __device__ __forceinline__ static uint32_t records(uint32_t stage) {
+    return stage + S::kXBytes;
+  }
+  __device__ __forceinline__ uint32_t codes(uint32_t stage) const {
+    return stage + params_.codes_place + lane_ * 16;
+  }
+  __device__ __forceinline__ const unsigned char* record_source(int group) const {
+    return fill_records_ + static_cast<uint64_t>(static_cast<uint32_t>(group)) *
+                               static_cast<uint32_t>(group_bytes());
   }
 
-  __device__ __forceinline__ void fill_x(uint32_t slot, int chunk, bool on) const {
-    const int column = chunk * Layout::kChunkRows;
-    const int bytes = x_piece_bytes(p_, column + lane_ % 8 * 8);
+  __device__ __forceinline__ void fill_weights(uint32_t slot, bool on) const {
+    const uint32_t target = codes(slot);
 #pragma unroll
-    for (int i = 0; i < kXRows; ++i) {
-      const int token = i * 4 + lane_ / 8;
-      ptx::copy_async_zfill_if(on && token < p_.m, slot + x_piece_place(token, lane_ % 8),
-                               x_rows_[i] + column, bytes);
-    }
-  }
-
-  // Rows of x beyond m stay 0 in every slot.
-  __device__ __forceinline__ void clear_x() const {
-    for (uint32_t slot = ring_; slot != ring_end_; slot += params_.stage_bytes) {
-      for (int piece = p_.m * 8 + lane_; piece < S::kTokens * 8; piece += 32) {
-        ptx::store_shared_16(slot + piece * 16, make_uint4(0, 0, 0, 0));
+    for (int s = 0; s < S::kStrips; ++s) {
+#pragma unroll
+      for (int piece = 0; piece < S::kPieces; ++piece) {
+        const int at = s * S::kStripBytes + piece * 512;
+        ptx::copy_async_if(on && s < fill_width_, target + at, fill_codes_ + at);
       }
     }
+    const int group = load_chunk_groups(w_, fill_chunk_).first();
+    ptx::copy_async_if(on && lane_ * 16 < fill_width_ * w_.record_bytes, records(slot) + lane_ * 16,
+                       record_source(group));
   }
+
+  __device__ __forceinline__ void fill_x(uint32_t slot, bool on) const {
+    const bool there =
+        on && fill_chunk_ * Layout::kChunkRows + lane_ % 8 * 8 < p_.x_columns;
+    const uint32_t target = slot + x_piece_place(lane_ / 8, lane_ % 8);
+#pragma unroll
+    for (int i = 0; i < S::kTokens / 4; ++i) {
+      // Row 4 of each 8 has bit 2 of its swizzle.
+      ptx::copy_async_if(there && i * 4 + lane_ / 8 < p_.m,
+                         (i % 2 == 0 ? target : target ^ 64) + i * (4 * kXRowBytes),
+                         fill_x_ + i * 4 * p_.x_stride);
+    }
+  }
+
+  // What few items have: groups that start inside the chunk, columns that x does not have.
+  __device__ __forceinline__ void fill_rest(uint32_t slot) const {
+    const ChunkGroups groups = load_chunk_groups(w_, fill_chunk_);
+    if (groups.changes() && lane_ * 16 < fill_width_ * w_.record_bytes) {
+#pragma unroll 1
+      for (int i = 1; i < groups.count(); ++i) {
+        ptx::copy_async(records(slot) + i * group_bytes() + lane_ * 16,
+                        record_source(groups.first() + i));
+      }
+    }
+    clear_missing_columns(slot, fill_chunk_, p_, S::kTokens, lane_, 32);
+  }
+
+  // --- the product ---
 
   __device__ __forceinline__ void clear_sums() {
 #pragma unroll
@@ -346,52 +334,76 @@ class StripLoop {
 #pragma unroll
       for (int t = 0; t < S::kTokenTiles; ++t) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sum_[s][t][i] = part_[s][t][i] = 0.0f;
-      }
-    }
-  }
-
-  template <int kWidth>
-  __device__ __forceinline__ void finish_group() {
-#pragma unroll
-    for (int s = 0; s < kWidth; ++s) {
-#pragma unroll
-      for (int t = 0; t < S::kTokenTiles; ++t) {
-#pragma unroll
         for (int i = 0; i < 4; ++i) {
-          sum_[s][t][i] = __fmaf_rn(values_.scale[s][i / 2], part_[s][t][i], sum_[s][t][i]);
-          part_[s][t][i] = 0.0f;
+          sum_[s][t][i] = 0.0f;
+          if constexpr (S::kPromotes) part_[s][t][i] = 0.0f;
         }
       }
     }
   }
 
-  __device__ __forceinline__ void store_sums(int group) {
-    float* slot = slots_ + (group + warp_) * S::kSlotFloats;
-    const int width = share_.strips.size(group);
+  // The sums of a group times its scale, into the sums of all.
+  __device__ __forceinline__ void finish_group() {
 #pragma unroll
     for (int s = 0; s < S::kStrips; ++s) {
 #pragma unroll
       for (int t = 0; t < S::kTokenTiles; ++t) {
-        const int feature = s * 16 + lane_ / 4;
-        const int token = t * 8 + 2 * (lane_ % 4);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          if (s < width) slot[(token + i % 2) * S::kSlotRow + feature + 8 * (i / 2)] = sum_[s][t][i];
+          if constexpr (S::kPromotes) {
+            sum_[s][t][i] = __fmaf_rn(values_.scale[s][i / 2], part_[s][t][i], sum_[s][t][i]);
+            part_[s][t][i] = 0.0f;
+          } else {
+            sum_[s][t][i] = __fmul_rn(values_.scale[s][i / 2], sum_[s][t][i]);
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void change_group(uint32_t group_records) {
+    if constexpr (S::kPromotes) {
+      finish_group();
+      values_.load(group_records, w_);
+    } else {
+      float quotient[S::kStrips][2];
+      values_.change(group_records, w_, quotient);
+#pragma unroll
+      for (int s = 0; s < S::kStrips; ++s) {
+#pragma unroll
+        for (int t = 0; t < S::kTokenTiles; ++t) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum_[s][t][i] = __fmul_rn(sum_[s][t][i], quotient[s][i / 2]);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void start_group(uint32_t stage, const ChunkGroups& groups) {
+    if (groups.first() != quant_group_) change_group(records(stage));
+    quant_group_ = groups.last();
+  }
+
+  __device__ __forceinline__ void store_sums(int group) {
+    float* slot = slots_ + (group + warp_) * S::kSlotFloats + lane_ % 4 * (2 * S::kSlotRow) +
+                  lane_ / 4;
+    const int width = share_.width_of(group);
+#pragma unroll
+    for (int s = 0; s < S::kStrips; ++s) {
+#pragma unroll
+      for (int t = 0; t < S::kTokenTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (s < width) slot[(t * 8 + i % 2) * S::kSlotRow + s * 16 + i / 2 * 8] = sum_[s][t][i];
           sum_[s][t][i] = 0.0f;
         }
       }
     }
   }
 
-  // One item: groups that start inside the chunk are rare, and cost code of their own.
+  // Groups that start inside the chunk are rare, and cost code of their own.
   template <int kWidth>
   __device__ __forceinline__ void multiply(uint32_t stage, const ChunkGroups& groups) {
-    if (groups.first() != quant_group_) {
-      finish_group<kWidth>();
-      values_.template load<kWidth>(records(stage), w_);
-    }
-    quant_group_ = groups.last();
     if (groups.changes()) {
       multiply_steps<kWidth, true>(stage, groups);
     } else {
@@ -402,7 +414,7 @@ class StripLoop {
   template <int kWidth, bool kChanges>
   __device__ __forceinline__ void multiply_steps(uint32_t stage, const ChunkGroups& groups) {
     constexpr int kPieceSteps = Layout::kChunkSteps / S::kPieces;
-    const uint32_t codes = stage + S::kXBytes + lane_ * 16;
+    const uint32_t codes_here = codes(stage);
     uint32_t group_records = records(stage);
     // Two steps of a tile of 8 tokens are one ldmatrix.
     uint32_t x[2][S::kTokenTiles][4];
@@ -414,27 +426,28 @@ class StripLoop {
         ptx::ldmatrix_x4(x[half][t], (x_row ^ (half * 64)) + t * (8 * kXRowBytes));
       }
     }
-    // The copies of an item to come go between the loads and the products of this one.
-    fill_weights(fill_slot_, filling_);
-    fill_x(fill_slot_, fill_.chunk, filling_);
 #pragma unroll
     for (int piece = 0; piece < S::kPieces; ++piece) {
       uint32_t words[kWidth][4];
 #pragma unroll
       for (int s = 0; s < kWidth; ++s) {
-        const uint4 q = ptx::load_shared_16(codes + s * S::kStripBytes + piece * 512);
+        const uint4 q = ptx::load_shared_16(codes_here + s * S::kStripBytes + piece * 512);
         words[s][0] = q.x;
         words[s][1] = q.y;
         words[s][2] = q.z;
         words[s][3] = q.w;
       }
+      // The copies of an item to come go between the loads and the products of this one.
+      if (piece == 0) {
+        fill_weights(fill_slot_, fill_left_ > 0);
+        fill_x(fill_slot_, fill_left_ > 0);
+      }
 #pragma unroll
       for (int i = 0; i < kPieceSteps; ++i) {
         const int step = piece * kPieceSteps + i;
         if (kChanges && step > 0 && groups.starts(step)) {
-          finish_group<kWidth>();
-          group_records += params_.width * w_.record_bytes;
-          values_.template load<kWidth>(group_records, w_);
+          group_records += group_bytes();
+          change_group(group_records);
         }
 #pragma unroll
         for (int s = 0; s < kWidth; ++s) {
@@ -442,8 +455,8 @@ class StripLoop {
           decode(a, &words[s][i * S::kPieces], values_.zero[s], T());
 #pragma unroll
           for (int t = 0; t < S::kTokenTiles; ++t) {
-            ptx::mma_m16n8k16<T>(part_[s][t], a, x[step / 2][t][step % 2 * 2],
-                                 x[step / 2][t][step % 2 * 2 + 1]);
+            ptx::mma_m16n8k16<T>(S::kPromotes ? part_[s][t] : sum_[s][t], a,
+                                 x[step / 2][t][step % 2 * 2], x[step / 2][t][step % 2 * 2 + 1]);
           }
         }
       }
@@ -453,18 +466,19 @@ class StripLoop {
   const StripParams& params_;
   const GemmProblem& p_;
   const WeightView& w_;
-  const StripShare& share_;
-  int first_strip_;
+  StripShare share_;
   float* slots_;
   uint32_t ring_, ring_end_, fill_slot_;
-  int warp_, lane_, record_strip_, record_piece_;
+  int warp_, lane_;
   int quant_group_;
-  bool filling_;
-  Fill fill_;
-  const T* x_rows_[kXRows];
+  // Where the next copies of this warp come from.
+  int fill_group_, fill_chunk_, fill_left_, fill_width_;
+  const unsigned char* fill_codes_;
+  const unsigned char* fill_records_;  // of packed group 0
+  const T* fill_x_;
   GroupValues<T, S::kBits, S::kStrips> values_;
   float sum_[S::kStrips][S::kTokenTiles][4];
-  float part_[S::kStrips][S::kTokenTiles][4];
+  float part_[S::kPromotes ? S::kStrips : 1][S::kTokenTiles][4];
 };
 
 template <class S>
@@ -473,9 +487,9 @@ __global__ void __launch_bounds__(S::kMaxWarps * 32)
   extern __shared__ __align__(128) unsigned char shared[];
   const int warps = blockDim.x / 32;
   auto* slots = reinterpret_cast<float*>(shared + warps * params.stages * params.stage_bytes);
-  const int groups = params.share[blockIdx.x < params.strips.rest ? 1 : 0].strips.parts;
-  auto* contributors = reinterpret_cast<uint32_t*>(slots + (groups + warps - 1) * S::kSlotFloats);
   StripLoop<S> loop(params, shared, slots);
+  auto* contributors = reinterpret_cast<uint32_t*>(
+      slots + (strip_groups_at_most(params.strips) + warps - 1) * S::kSlotFloats);
   loop.run();
   loop.list_contributors(contributors);
   __syncthreads();

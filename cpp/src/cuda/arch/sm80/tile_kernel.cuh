@@ -29,6 +29,7 @@
 #include "cuda/arch/sm80/x_tile.cuh"
 #include "cuda/device/dequantize.cuh"
 #include "cuda/problem.hpp"
+#include "cuda/ptx/arithmetic.cuh"
 #include "cuda/ptx/copy.cuh"
 #include "cuda/ptx/launch.cuh"
 #include "cuda/ptx/mma.cuh"
@@ -71,12 +72,12 @@ struct TileParams {
   int token_tiles;
   int stages;
   int slice_bytes;
-  bool pairs;  // two 16-bit outputs may be stored at once
+  int scales_place;  // of the scales that threads keep, after the ring: 32 bytes each
+  bool pairs;  // outputs of 16 bits, which may be stored two at a time
 };
 
 /// A range of chunks of one tile.
 struct TilePosition {
-  int segment = 0;
   int feature_tile = 0;
   int token_tile = 0;
   int tail_tile = -1;  // -1: the segment is a whole tile
@@ -102,50 +103,60 @@ class TileLoop {
     ring_ = ptx::shared_address(shared) + row_warp_ * params.slice_bytes;
     ring_end_ = ring_ + params.stages * stage_bytes_;
     last_block_ = (w_.n + Layout::kBlockFeatures - 1) / Layout::kBlockFeatures - 1;
+    codes_place_ = S::kXBytes + feature_warp_ * S::kBlockBytes + lane_ * 16;
+    x_place_ = x_piece_place(
+        token_warp_ * S::kTokenTiles * 8 + lane_ / 16 * 8 + lane_ % 8, lane_ / 8 % 2);
+    const int thread = threadIdx.x % S::kGroupThreads;
+    fill_x_place_ = x_piece_place(thread / 8, thread % 8);
+    scales_ = ptx::shared_address(shared) + params.scales_place + threadIdx.x * 16;
   }
 
   __device__ __forceinline__ void run() {
-    TilePosition item;
-    bool more = load_segment(item, 0);
-    fill_at_ = item;
-    start_fill(more);
-    prime<true>();
+    int segment = 0;
+    bool more = prime<true>(segment);
     values_.set_middle(w_);
     uint32_t stage = ring_;
     while (more) {
-      TilePosition next;
-      const bool has_next = load_segment(next, item.segment + 1);
-      if (fill_left_ <= 0 && (S::kRowWarps == 1 || !has_next)) ptx::launch_dependents();
+      TilePosition at;
+      const bool last_fill = S::kRowWarps == 1 || !load_segment(at, segment + 1);
+      if (fill_left_ <= 0 && last_fill) ptx::launch_dependents();
       clear();
       quant_group_ = -1;
-      int chunk = first_chunk(item);
-      int left = chunks_of(item);
-      for (int step = 0; step < item.length; ++step) {
+      load_segment(at, segment);
+      int steps = at.length;
+      int chunk = first_chunk(at);
+      const int end = chunk + chunks_of(at);
+#pragma unroll 1
+      for (; steps > 0; --steps) {
         ptx::copy_wait_stage(params_.stages);
         // The slot of the step before is free after this: all warps have read it.
         __syncthreads();
-        if (S::kRowWarps == 1 || left > 0) {
+        if (S::kRowWarps == 1 || chunk < end) {
           multiply(stage, load_chunk_groups(w_, chunk));
         } else {
           fill(fill_slot_, fill_left_ > 0);
         }
-        if (fill_left_ > 0) fill_more_records(fill_slot_);
+        if (fill_left_ > 0) {
+          fill_rest(fill_slot_);
+          step_fill();
+          if (fill_left_ <= 0 && last_fill) ptx::launch_dependents();
+        }
         ptx::copy_commit();
         fill_slot_ = stage;
         stage += stage_bytes_;
         if (stage == ring_end_) stage = ring_;
-        advance_fill(has_next);
         ++chunk;
-        --left;
       }
-      finish(item);
-      more = has_next;
-      item = next;
-      if (S::kRowWarps > 1 && more) {
+      // Where the segment lies is worked out again: registers are short in the loop.
+      ptx::forget_value_of(segment);
+      load_segment(at, segment);
+      finish(at);
+      ++segment;
+      if (S::kRowWarps == 1) {
+        more = load_segment(at, segment);
+      } else {
         __syncthreads();  // the sums are read
-        fill_at_ = item;
-        start_fill(true);
-        prime<false>();
+        more = prime<false>(segment);
         stage = ring_;
       }
     }
@@ -166,7 +177,6 @@ class TileLoop {
   __device__ __forceinline__ bool load_segment(TilePosition& at, int segment) const {
     const TileSchedule& schedule = params_.schedule;
     const int block = blockIdx.x;
-    at.segment = segment;
     if (segment < schedule.whole_tiles) {
       place_tile(at, segment * gridDim.x + block);
       at.tail_tile = -1;
@@ -197,76 +207,66 @@ class TileLoop {
 
   // --- filling the ring ---
 
-  // Pointers to the first chunk of the segment at fill_at_. Weights past the last block and rows of x
-  // past m are not there: the last block is read again, the rows are left as they are in shared
-  // memory, and neither is stored.
-  __device__ __forceinline__ void start_fill(bool there) {
-    if (!there) {
-      fill_left_ = 0;
-      return;
-    }
-    fill_left_ = chunks_of(fill_at_);
-    fill_chunk_ = first_chunk(fill_at_);
-    const int block = min(fill_at_.feature_tile * S::kFeatureWarps + feature_warp_, last_block_);
-    fill_codes_ = reinterpret_cast<const unsigned char*>(w_.codes) +
-                  (static_cast<int64_t>(block) * w_.chunks + fill_chunk_) * S::kBlockBytes +
-                  token_warp_ * (S::kStrips / S::kTokenWarps * S::kStripBytes) + lane_ * 16;
-    fill_records_ =
-        w_.groups + static_cast<int64_t>(block) * w_.num_groups * group_bytes() + lane_ * 16;
+  // Pointers to the first chunk of a segment. Weights past the last block and rows of x past m are not
+  // there: the last block is read again, the rows are left as they are in shared memory, and neither
+  // is stored.
+  __device__ __forceinline__ bool start_fill(int segment) {
+    TilePosition at;
+    fill_segment_ = segment;
+    fill_left_ = 0;
+    if (!load_segment(at, segment)) return false;
+    fill_left_ = chunks_of(at);
+    fill_chunk_ = first_chunk(at);
+    const int block = min(at.feature_tile * S::kFeatureWarps + feature_warp_, last_block_);
+    const int64_t codes = (static_cast<int64_t>(block) * w_.chunks + fill_chunk_) * S::kBlockBytes +
+                          token_warp_ * (S::kStrips / S::kTokenWarps * S::kStripBytes);
+    fill_codes_ = static_cast<uint32_t>(codes / 16) + lane_;
+    fill_records_ = static_cast<uint32_t>(static_cast<int64_t>(block) * w_.num_groups *
+                                          group_bytes() / 16) +
+                    lane_;
     const int thread = threadIdx.x % S::kGroupThreads;
-    const int row = fill_at_.token_tile * S::kTokens + thread / 8;
-    fill_x_ = static_cast<const T*>(p_.x) + row * p_.x_stride +
-              fill_chunk_ * Layout::kChunkRows + thread % 8 * 8;
+    const int row = at.token_tile * S::kTokens + thread / 8;
+    fill_x_ = static_cast<uint32_t>((row * p_.x_stride + fill_chunk_ * Layout::kChunkRows) / 8) +
+              thread % 8;
     fill_rows_ = p_.m - row;
+    return true;
   }
 
   __device__ __forceinline__ void step_fill() {
     --fill_left_;
     ++fill_chunk_;
-    fill_codes_ += S::kBlockBytes;
-    fill_x_ += Layout::kChunkRows;
+    fill_codes_ += S::kBlockBytes / 16;
+    fill_x_ += Layout::kChunkRows / 8;
+    if (S::kRowWarps == 1 && fill_left_ == 0) start_fill(fill_segment_ + 1);
   }
 
-  __device__ __forceinline__ void advance_fill(bool has_next) {
-    if (fill_left_ <= 0) return;
-    step_fill();
-    if (fill_left_ > 0) return;
-    if (S::kRowWarps == 1) start_fill(load_segment(fill_at_, fill_at_.segment + 1));
-    if (fill_left_ <= 0 && (S::kRowWarps == 1 || !has_next)) ptx::launch_dependents();
-  }
-
-  // Weights do not depend on the kernel before: they are asked for before the wait for it.
+  // The first stages of a walk that starts at a segment: weights, which do not depend on the kernel
+  // before, and after the wait for it the rows of x.
   template <bool kFirst>
-  __device__ __forceinline__ void prime() {
-    struct XStart {
-      const T* x;
-      int chunk, rows;
-      bool on;
-    } starts[ptx::kMaxStages - 1];
+  __device__ __forceinline__ bool prime(int segment) {
     const int ahead = params_.stages - 1;
-    uint32_t slot = ring_;
-#pragma unroll
-    for (int stage = 0; stage < ptx::kMaxStages - 1; ++stage) {
-      starts[stage] = {fill_x_, fill_chunk_, fill_rows_, stage < ahead && fill_left_ > 0};
-      if (starts[stage].on) {
-        fill_weights(slot, true);
-        fill_more_records(slot);
-        step_fill();
-        if (S::kRowWarps == 1 && fill_left_ <= 0) {
-          start_fill(load_segment(fill_at_, fill_at_.segment + 1));
+    bool there = false;
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+      there = start_fill(segment);
+      fill_slot_ = ring_;
+      if (kFirst && pass == 1) ptx::wait_for_predecessor();
+#pragma unroll 1
+      for (int stage = 0; stage < ahead; ++stage) {
+        if (fill_left_ > 0) {
+          if (pass == 0) {
+            fill_weights(fill_slot_, true);
+          } else {
+            fill_x(fill_slot_, true);
+            fill_rest(fill_slot_);
+          }
+          step_fill();
         }
+        if (pass == 1) ptx::copy_commit();
+        fill_slot_ += stage_bytes_;
       }
-      slot += stage_bytes_;
     }
-    if (kFirst) ptx::wait_for_predecessor();
-    slot = ring_;
-#pragma unroll
-    for (int stage = 0; stage < ptx::kMaxStages - 1; ++stage) {
-      fill_x(slot, starts[stage].x, starts[stage].chunk, starts[stage].rows, starts[stage].on);
-      if (stage < ahead) ptx::copy_commit();
-      slot += stage_bytes_;
-    }
-    fill_slot_ = ring_ + ahead * stage_bytes_;
+    return there;
   }
 
   __device__ __forceinline__ int group_bytes() const { return S::kStrips * w_.record_bytes; }
@@ -276,45 +276,57 @@ class TileLoop {
 
   __device__ __forceinline__ void fill(uint32_t slot, bool on) const {
     fill_weights(slot, on);
-    fill_x(slot, fill_x_, fill_chunk_, fill_rows_, on);
+    fill_x(slot, on);
+  }
+
+  // Sources are counted in pieces of 16 bytes: half of the registers of pointers.
+  __device__ __forceinline__ static const uint4* piece_at(const void* base, uint32_t piece) {
+    return static_cast<const uint4*>(base) + piece;
+  }
+  __device__ __forceinline__ const uint4* record_source(int group) const {
+    return piece_at(w_.groups, fill_records_ + group * (group_bytes() / 16));
   }
 
   __device__ __forceinline__ void fill_weights(uint32_t slot, bool on) const {
     constexpr int kStripsHere = S::kStrips / S::kTokenWarps;
-    const uint32_t target = slot + S::kXBytes + feature_warp_ * S::kBlockBytes +
-                            token_warp_ * (kStripsHere * S::kStripBytes) + lane_ * 16;
+    const uint32_t target = slot + codes_place_ + token_warp_ * (kStripsHere * S::kStripBytes);
+    const uint4* source = piece_at(w_.codes, fill_codes_);
 #pragma unroll
     for (int piece = 0; piece < kStripsHere * S::kPieces; ++piece) {
-      ptx::copy_async_if(on, target + piece * 512, fill_codes_ + piece * 512);
+      ptx::copy_async_if(on, target + piece * 512, source + piece * 32);
     }
     const int group = load_chunk_groups(w_, fill_chunk_).first();
     ptx::copy_async_if(on && token_warp_ == 0 && lane_ * 16 < group_bytes(),
-                       records(slot) + lane_ * 16,
-                       fill_records_ + static_cast<int64_t>(group) * group_bytes());
+                       records(slot) + lane_ * 16, record_source(group));
   }
 
-  // Of groups that start inside the chunk. A record of 4 strips has at most 320 bytes.
-  __device__ __forceinline__ void fill_more_records(uint32_t slot) const {
-    const ChunkGroups groups = load_chunk_groups(w_, fill_chunk_);
-    if (!groups.changes() || token_warp_ != 0 || lane_ * 16 >= group_bytes()) return;
-    for (int i = 1; i < groups.count(); ++i) {
-      ptx::copy_async(records(slot) + i * group_bytes() + lane_ * 16,
-                      fill_records_ + static_cast<int64_t>(groups.first() + i) * group_bytes());
-    }
-  }
-
-  __device__ __forceinline__ void fill_x(uint32_t slot, const T* source, int chunk, int rows,
-                                         bool on) const {
+  __device__ __forceinline__ void fill_x(uint32_t slot, bool on) const {
     constexpr int kRowStep = S::kGroupThreads / 8;
     static_assert(kRowStep % 8 == 0, "the swizzle repeats every 8 rows");
-    const int thread = threadIdx.x % S::kGroupThreads;
-    const int bytes = x_piece_bytes(p_, chunk * Layout::kChunkRows + thread % 8 * 8);
-    const uint32_t target = slot + x_piece_place(thread / 8, thread % 8);
+    const bool there =
+        on && fill_chunk_ * Layout::kChunkRows + threadIdx.x % 8 * 8 < p_.x_columns;
+    const uint4* source = piece_at(p_.x, fill_x_);
+    const int64_t step = kRowStep * p_.x_stride / 8;
 #pragma unroll
     for (int i = 0; i < S::kTokens / kRowStep; ++i) {
-      ptx::copy_async_zfill_if(on && i * kRowStep < rows, target + i * (kRowStep * kXRowBytes),
-                               source + i * kRowStep * p_.x_stride, bytes);
+      ptx::copy_async_if(there && i * kRowStep < fill_rows_,
+                         slot + fill_x_place_ + i * (kRowStep * kXRowBytes), source + i * step);
     }
+  }
+
+  // What few steps have: groups that start inside the chunk, columns that x does not have. A group's
+  // records of 4 strips have at most 320 bytes, so a lane copies 16.
+  __device__ __forceinline__ void fill_rest(uint32_t slot) const {
+    const ChunkGroups groups = load_chunk_groups(w_, fill_chunk_);
+    if (groups.changes() && token_warp_ == 0 && lane_ * 16 < group_bytes()) {
+#pragma unroll 1
+      for (int i = 1; i < groups.count(); ++i) {
+        ptx::copy_async(records(slot) + i * group_bytes() + lane_ * 16,
+                        record_source(groups.first() + i));
+      }
+    }
+    clear_missing_columns(slot, fill_chunk_, p_, S::kTokens, threadIdx.x % S::kGroupThreads,
+                          S::kGroupThreads);
   }
 
   // --- the product ---
@@ -329,150 +341,222 @@ class TileLoop {
         for (int i = 0; i < 4; ++i) sum_[s][t][i] = 0.0f;
       }
     }
-  }
-
-  // Makes a group the current one and gives what the sums must be multiplied by. The first group of a
-  // segment divides a scale of 0, and multiplies sums of 0 by 0.
-  __device__ __forceinline__ void change_group(float (&quotient)[S::kStrips][2],
-                                               uint32_t group_records) {
-#pragma unroll
-    for (int s = 0; s < S::kStrips; ++s) {
-      quotient[s][0] = values_.scale[s][0];
-      quotient[s][1] = values_.scale[s][1];
-    }
-    values_.load(group_records, w_);
-#pragma unroll
-    for (int s = 0; s < S::kStrips; ++s) {
-      quotient[s][0] = ptx::divide_roughly(quotient[s][0], values_.scale[s][0]);
-      quotient[s][1] = ptx::divide_roughly(quotient[s][1], values_.scale[s][1]);
-    }
-  }
-
-  // Steps that start a group multiply the sums, among the products of that step, which hide it.
-  enum class Starts { kNone, kFirst, kAny };
-
-  __device__ __forceinline__ void multiply(uint32_t slice, const ChunkGroups& groups) {
-    const bool first = groups.first() != quant_group_;
-    quant_group_ = groups.last();
-    if (groups.changes()) {
-      multiply_steps<Starts::kAny>(slice, groups, first);
-    } else if (first) {
-      multiply_steps<Starts::kFirst>(slice, groups, true);
-    } else {
-      multiply_steps<Starts::kNone>(slice, groups, false);
-    }
-  }
-
-  template <Starts kStarts>
-  __device__ __forceinline__ void multiply_steps(uint32_t slice, const ChunkGroups& groups,
-                                                 bool first) {
-    constexpr int kPieceSteps = Layout::kChunkSteps / S::kPieces;
-    const uint32_t codes = slice + S::kXBytes + feature_warp_ * S::kBlockBytes + lane_ * 16;
-    uint32_t group_records = records(slice);
-    // Two tiles of 8 tokens and 16 rows are one ldmatrix; those of the next step are on their way
-    // while one is multiplied.
-    const int matrix = lane_ / 8;
-    const uint32_t x_row =
-        slice + x_piece_place(token_warp_ * S::kTokenTiles * 8 + matrix / 2 * 8 + lane_ % 8,
-                              matrix % 2);
-    uint32_t x[2][S::kTokenTiles / 2][4];
-    load_x(x[0], x_row, 0);
-#pragma unroll
-    for (int piece = 0; piece < S::kPieces; ++piece) {
-      uint32_t words[S::kStrips][4];
-#pragma unroll
-      for (int s = 0; s < S::kStrips; ++s) {
-        const uint4 q = ptx::load_shared_16(codes + s * S::kStripBytes + piece * 512);
-        words[s][0] = q.x;
-        words[s][1] = q.y;
-        words[s][2] = q.z;
-        words[s][3] = q.w;
-      }
-#pragma unroll
-      for (int i = 0; i < kPieceSteps; ++i) {
-        const int step = piece * kPieceSteps + i;
-        float quotient[S::kStrips][2];
-        if (kStarts == Starts::kFirst && step == 0) change_group(quotient, group_records);
-        if (kStarts == Starts::kAny && (step == 0 ? first : groups.starts(step))) {
-          if (step > 0) group_records += group_bytes();
-          change_group(quotient, group_records);
-          scale_sums(quotient);
-        }
-        if (step + 1 < Layout::kChunkSteps) load_x(x[(step + 1) % 2], x_row, step + 1);
-        // The copies of a step to come go among the products of this one.
-        if (step == 0) fill(fill_slot_, fill_left_ > 0);
-#pragma unroll
-        for (int s = 0; s < S::kStrips; ++s) {
-          uint32_t a[4];
-          decode(a, &words[s][i * S::kPieces], values_.zero[s], T());
-#pragma unroll
-          for (int t = 0; t < S::kTokenTiles; ++t) {
-            if (kStarts == Starts::kFirst && step == 0) scale_sum(sum_[s][t], quotient[s]);
-            ptx::mma_m16n8k16<T>(sum_[s][t], a, x[step % 2][t / 2][t % 2 * 2],
-                                 x[step % 2][t / 2][t % 2 * 2 + 1]);
-          }
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ static void scale_sum(float (&sum)[4], const float (&factor)[2]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] = __fmul_rn(sum[i], factor[i / 2]);
+    keep_scales();
   }
 
   __device__ __forceinline__ void scale_sums(const float (&factor)[S::kStrips][2]) {
 #pragma unroll
     for (int s = 0; s < S::kStrips; ++s) {
 #pragma unroll
-      for (int t = 0; t < S::kTokenTiles; ++t) scale_sum(sum_[s][t], factor[s]);
+      for (int t = 0; t < S::kTokenTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum_[s][t][i] = __fmul_rn(sum_[s][t][i], factor[s][i / 2]);
+      }
+    }
+  }
+
+  // The scales of the current group wait in shared memory for the next: registers are short.
+  __device__ __forceinline__ void keep_scales() const {
+    ptx::store_shared_16(scales_, bits(values_.scale[0], values_.scale[1]));
+    ptx::store_shared_16(scales_ + S::kThreads * 16, bits(values_.scale[2], values_.scale[3]));
+  }
+  __device__ __forceinline__ void fetch_scales() {
+    const uint4 low = ptx::load_shared_16(scales_);
+    const uint4 high = ptx::load_shared_16(scales_ + S::kThreads * 16);
+    const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values_.scale[i / 2][i % 2] = __uint_as_float(words[i]);
+  }
+  __device__ __forceinline__ static uint4 bits(const float (&a)[2], const float (&b)[2]) {
+    return make_uint4(__float_as_uint(a[0]), __float_as_uint(a[1]), __float_as_uint(b[0]),
+                      __float_as_uint(b[1]));
+  }
+
+  __device__ __forceinline__ void change_group(uint32_t group_records) {
+    fetch_scales();
+    float quotient[S::kStrips][2];
+    values_.change(group_records, w_, quotient);
+    keep_scales();
+    scale_sums(quotient);
+  }
+
+  // Groups that start inside a chunk are rare, and cost code of their own.
+  __device__ __forceinline__ void multiply(uint32_t slice, const ChunkGroups& groups) {
+    if (groups.first() != quant_group_) change_group(records(slice));
+    quant_group_ = groups.last();
+    if (groups.changes()) {
+      multiply_steps<true>(slice, groups);
+    } else {
+      multiply_steps<false>(slice, groups);
+    }
+  }
+
+  template <bool kChanges>
+  __device__ __forceinline__ void multiply_steps(uint32_t slice, const ChunkGroups& groups) {
+    constexpr int kPieceSteps = Layout::kChunkSteps / S::kPieces;
+    constexpr int kPairs = S::kTokenTiles / 2;
+    const uint32_t codes = slice + codes_place_;
+    uint32_t group_records = records(slice);
+    // Two tiles of 8 tokens and 16 rows are one ldmatrix. Those of the next step follow into the same
+    // registers as soon as the last strip of a step has used them.
+    const uint32_t x_row = slice + x_place_;
+    uint32_t x[kPairs][4];
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) load_x(x[pair], x_row, pair, 0);
+    uint32_t words[S::kStrips][4];
+    load_codes(words, codes, 0);
+    uint32_t a[2][4];
+    decode(a[0], &words[0][0], values_.zero[0], T());
+    // The copies of a step to come go among the products of this one.
+    fill(fill_slot_, fill_left_ > 0);
+#pragma unroll
+    for (int step = 0; step < Layout::kChunkSteps; ++step) {
+      if (kChanges && step > 0 && groups.starts(step)) {
+        group_records += group_bytes();
+        change_group(group_records);
+        // The zero points are new.
+        decode(a[0], &words[0][step % kPieceSteps * S::kPieces], values_.zero[0], T());
+      }
+#pragma unroll
+      for (int s = 0; s < S::kStrips; ++s) {
+        const bool last_strip = s + 1 == S::kStrips;
+        const int next_step = last_strip ? step + 1 : step;
+        const int next_strip = last_strip ? 0 : s + 1;
+#pragma unroll
+        for (int pair = 0; pair < kPairs; ++pair) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            ptx::mma_m16n8k16<T>(sum_[s][2 * pair + half], a[s % 2], x[pair][2 * half],
+                                 x[pair][2 * half + 1]);
+          }
+          if (last_strip && next_step < Layout::kChunkSteps) {
+            load_x(x[pair], x_row, pair, next_step);
+          }
+          // The next fragment is decoded while this one is multiplied.
+          if (pair == 0 && next_step < Layout::kChunkSteps) {
+            if (last_strip && next_step % kPieceSteps == 0) {
+              load_codes(words, codes, next_step / kPieceSteps);
+            }
+            decode(a[(s + 1) % 2], &words[next_strip][next_step % kPieceSteps * S::kPieces],
+                   values_.zero[next_strip], T());
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load_codes(uint32_t (&words)[S::kStrips][4], uint32_t codes,
+                                             int piece) const {
+#pragma unroll
+    for (int s = 0; s < S::kStrips; ++s) {
+      const uint4 q = ptx::load_shared_16(codes + s * S::kStripBytes + piece * 512);
+      words[s][0] = q.x;
+      words[s][1] = q.y;
+      words[s][2] = q.z;
+      words[s][3] = q.w;
     }
   }
 
   // The pieces of a step differ from those of step 0 in bits 5 and 6 of their place alone.
-  __device__ __forceinline__ void load_x(uint32_t (&x)[S::kTokenTiles / 2][4], uint32_t row,
-                                         int step) const {
-#pragma unroll
-    for (int pair = 0; pair < S::kTokenTiles / 2; ++pair) {
-      ptx::ldmatrix_x4(x[pair], (row ^ (step * 32)) + pair * (16 * kXRowBytes));
-    }
+  __device__ __forceinline__ static void load_x(uint32_t (&x)[4], uint32_t row, int pair,
+                                                int step) {
+    ptx::ldmatrix_x4(x, (row ^ (step * 32)) + pair * (16 * kXRowBytes));
   }
 
   // --- the end of a segment ---
 
+  // Row warps share the stores: each has a part of the token tiles.
   static constexpr int kOwnTiles = S::kTokenTiles / S::kRowWarps;
+  using Strip = float[kOwnTiles][4];
 
-  // Float4 of (strip, token tile) of a warp's part of the tile, as partial sums are stored.
-  __device__ __forceinline__ int place_in_tile(int s, int t) const {
-    return ((group_warp_ * S::kStrips + s) * S::kTokenTiles + t) * 32 + lane_;
+  // Float4 of a strip's first own token tile, as sums are stored: [group warp][strip][tile][lane].
+  __device__ __forceinline__ int place_in_tile(int s) const {
+    return ((group_warp_ * S::kStrips + s) * S::kTokenTiles + row_warp_ * kOwnTiles) * 32 + lane_;
   }
 
   __device__ __forceinline__ void finish(const TilePosition& at) {
+    fetch_scales();
     scale_sums(values_.scale);
-    if constexpr (S::kRowWarps > 1) {
-      ptx::copy_wait<0>();
-      __syncthreads();
-      auto* sums = reinterpret_cast<float4*>(shared_) + row_warp_ * (S::kTileFloats / 4);
+    const bool whole = at.end - at.begin == w_.chunks;
+    const int first_unit = at.tail_tile * w_.chunks;
+    float4* mine = whole ? nullptr : part_of_block(blockIdx.x, first_unit);
+    if constexpr (S::kRowWarps == 1) {
 #pragma unroll
       for (int s = 0; s < S::kStrips; ++s) {
-#pragma unroll
-        for (int t = 0; t < S::kTokenTiles; ++t) {
-          sums[place_in_tile(s, t)] =
-              make_float4(sum_[s][t][0], sum_[s][t][1], sum_[s][t][2], sum_[s][t][3]);
+        if (whole) {
+          store_strip(at, s, sum_[s]);
+        } else {
+          leave_strip(mine + place_in_tile(s), sum_[s]);
         }
       }
-      __syncthreads();
+    } else {
+      leave_for_row_warps();
+#pragma unroll 1
+      for (int s = 0; s < S::kStrips; ++s) {
+        Strip sum;
+        const float4* sums = reinterpret_cast<const float4*>(shared_) + place_in_tile(s);
+#pragma unroll
+        for (int r = 0; r < S::kRowWarps; ++r) {
+          add_strip(sum, r == 0, [&](int t) { return sums[r * (S::kTileFloats / 4) + t * 32]; });
+        }
+        if (whole) {
+          store_strip(at, s, sum);
+        } else {
+          leave_strip(mine + place_in_tile(s), sum);
+        }
+      }
     }
-    const int first = at.tail_tile * w_.chunks;
-    const bool whole = at.end - at.begin == w_.chunks;
-    const int first_block = whole ? 0 : params_.tail.part_of(first);
-    const int last_block = whole ? 0 : params_.tail.part_of(first + w_.chunks - 1);
-    if (whole) {
-      for_own_tiles([&](int s, int t, int i) { store(at, s, t, own_sum(s, t, i)); });
-      return;
+    if (!whole) add_parts(at, first_unit);
+  }
+
+  __device__ __forceinline__ void leave_for_row_warps() {
+    ptx::copy_wait<0>();
+    __syncthreads();
+    auto* sums = reinterpret_cast<float4*>(shared_) + row_warp_ * (S::kTileFloats / 4) +
+                 group_warp_ * (S::kStrips * S::kTokenTiles * 32) + lane_;
+#pragma unroll
+    for (int s = 0; s < S::kStrips; ++s) {
+#pragma unroll
+      for (int t = 0; t < S::kTokenTiles; ++t) {
+        sums[(s * S::kTokenTiles + t) * 32] =
+            make_float4(sum_[s][t][0], sum_[s][t][1], sum_[s][t][2], sum_[s][t][3]);
+      }
     }
-    float4* mine = partial(blockIdx.x, first);
-    for_own_tiles([&](int s, int t, int i) { __stcg(mine + place_in_tile(s, t), own_sum(s, t, i)); });
+    __syncthreads();
+  }
+
+  // sum += part(t) for every own token tile t.
+  template <class F>
+  __device__ __forceinline__ static void add_strip(Strip& sum, bool first, F part) {
+#pragma unroll
+    for (int t = 0; t < kOwnTiles; ++t) {
+      const float4 value = part(t);
+      sum[t][0] = first ? value.x : sum[t][0] + value.x;
+      sum[t][1] = first ? value.y : sum[t][1] + value.y;
+      sum[t][2] = first ? value.z : sum[t][2] + value.z;
+      sum[t][3] = first ? value.w : sum[t][3] + value.w;
+    }
+  }
+
+  __device__ __forceinline__ static void leave_strip(float4* target, const Strip& sum) {
+#pragma unroll
+    for (int t = 0; t < kOwnTiles; ++t) {
+      __stcg(target + t * 32, make_float4(sum[t][0], sum[t][1], sum[t][2], sum[t][3]));
+    }
+  }
+
+  // A block has at most two parts of tiles, at the begin and at the end of its run.
+  __device__ __forceinline__ float4* part_of_block(int block, int tile_first_unit) const {
+    const int slot = 2 * block + (params_.tail.begin(block) < tile_first_unit ? 1 : 0);
+    return reinterpret_cast<float4*>(params_.scratch.partials) +
+           static_cast<int64_t>(slot) * (S::kTileFloats / 4);
+  }
+
+  // All blocks of a tile have left their parts in scratch memory, or will: the last one adds them, in
+  // the order of K, and stores.
+  __device__ __forceinline__ void add_parts(const TilePosition& at, int first_unit) {
+    const int first_block = params_.tail.part_of(first_unit);
+    const int last_block = params_.tail.part_of(first_unit + w_.chunks - 1);
     __syncthreads();
     __shared__ bool last;
     if (threadIdx.x == 0) {
@@ -484,97 +568,57 @@ class TileLoop {
     }
     __syncthreads();
     if (!last) return;
-    for_own_tiles([&](int s, int t, int) {
-      float4 sum = __ldcg(partial(first_block, first) + place_in_tile(s, t));
-      for (int block = first_block + 1; block <= last_block; ++block) {
-        const float4 part = __ldcg(partial(block, first) + place_in_tile(s, t));
-        sum.x += part.x;
-        sum.y += part.y;
-        sum.z += part.z;
-        sum.w += part.w;
-      }
-      store(at, s, t, sum);
-    });
-  }
-
-  // Row warps share the stores: each has a part of the token tiles. f(strip, tile, i-th own tile).
-  template <class F>
-  __device__ __forceinline__ void for_own_tiles(F f) const {
-#pragma unroll
+#pragma unroll 1
     for (int s = 0; s < S::kStrips; ++s) {
-#pragma unroll
-      for (int i = 0; i < kOwnTiles; ++i) f(s, row_warp_ * kOwnTiles + i, i);
-    }
-  }
-
-  __device__ __forceinline__ float4 own_sum(int s, int t, int i) const {
-    if constexpr (S::kRowWarps == 1) {
-      return make_float4(sum_[s][i][0], sum_[s][i][1], sum_[s][i][2], sum_[s][i][3]);
-    } else {
-      const auto* sums = reinterpret_cast<const float4*>(shared_) + place_in_tile(s, t);
-      float4 sum = sums[0];
-#pragma unroll
-      for (int r = 1; r < S::kRowWarps; ++r) {
-        const float4 part = sums[r * (S::kTileFloats / 4)];
-        sum.x += part.x;
-        sum.y += part.y;
-        sum.z += part.z;
-        sum.w += part.w;
+      Strip sum = {};
+#pragma unroll 1
+      for (int block = first_block; block <= last_block; ++block) {
+        const float4* part = part_of_block(block, first_unit) + place_in_tile(s);
+        add_strip(sum, block == first_block, [&](int t) { return __ldcg(part + t * 32); });
       }
-      return sum;
+      store_strip(at, s, sum);
     }
   }
 
-  // A block has at most two parts of tiles, at the begin and at the end of its run.
-  __device__ __forceinline__ float4* partial(int block, int tile_first_unit) const {
-    const int slot = 2 * block + (params_.tail.begin(block) < tile_first_unit ? 1 : 0);
-    return reinterpret_cast<float4*>(params_.scratch.partials) +
-           static_cast<int64_t>(slot) * (S::kTileFloats / 4);
-  }
-
-  // Features g and g + 8, tokens 2t and 2t + 1 of lane 4 g + t.
-  __device__ __forceinline__ void store(const TilePosition& at, int s, int t, float4 sum) const {
+  // A lane's sums are features g and g + 8 of tokens 2t and 2t + 1. Pairs of 16-bit outputs are
+  // turned to features 2t and 2t + 1 of token g.
+  __device__ __forceinline__ void store_strip(const TilePosition& at, int s, const Strip& sum) const {
     const int feature0 = (at.feature_tile * S::kFeatureWarps + feature_warp_) *
                              Layout::kBlockFeatures +
                          s * Layout::kStripFeatures;
-    if (feature0 >= w_.n) return;
-    const int token0 = at.token_tile * S::kTokens + (token_warp_ * S::kTokenTiles + t) * 8;
+    const int token0 = at.token_tile * S::kTokens +
+                       (token_warp_ * S::kTokenTiles + row_warp_ * kOwnTiles) * 8;
     const int g = lane_ / 4;
     const int pair = lane_ % 4 * 2;
-    if (w_.bias != nullptr) {
-      const float low = feature0 + g < w_.n ? __ldg(w_.bias + feature0 + g) : 0.0f;
-      const float high = feature0 + g + 8 < w_.n ? __ldg(w_.bias + feature0 + g + 8) : 0.0f;
-      sum.x += low;
-      sum.y += low;
-      sum.z += high;
-      sum.w += high;
-    }
-    if (p_.y_type == FloatType::kF32) {
-      const float value[4] = {sum.x, sum.y, sum.z, sum.w};
+    if (!params_.pairs) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = token0 + pair + i % 2;
-        const int feature = feature0 + g + i / 2 * 8;
-        if (token < p_.m && feature < w_.n) {
-          static_cast<float*>(p_.y)[token * p_.y_stride + feature] = value[i];
+      for (int t = 0; t < kOwnTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          store_output_if(p_, token0 + t * 8 + pair + i % 2, feature0 + g + i / 2 * 8, sum[t][i]);
         }
       }
       return;
     }
-    const uint32_t rows[2] = {ptx::transpose_8x8(round_pair<T>(sum.x, sum.y)),
-                              ptx::transpose_8x8(round_pair<T>(sum.z, sum.w))};
-    const int token = token0 + g;
-    if (token >= p_.m) return;
+    float low = 0.0f;
+    float high = 0.0f;
+    if (w_.bias != nullptr) {
+      if (feature0 + g < w_.n) low = __ldg(w_.bias + feature0 + g);
+      if (feature0 + g + 8 < w_.n) high = __ldg(w_.bias + feature0 + g + 8);
+    }
+    auto* y = static_cast<uint16_t*>(p_.y) + (token0 + g) * p_.y_stride + feature0 + pair;
+    const int tokens = p_.m - token0 - g;
+    const bool there[2] = {feature0 + pair < w_.n, feature0 + pair + 8 < w_.n};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int feature = feature0 + half * 8 + pair;
-      auto* y = static_cast<uint16_t*>(p_.y) + token * p_.y_stride + feature;
-      if (params_.pairs && feature + 1 < w_.n) {
-        *reinterpret_cast<uint32_t*>(y) = rows[half];
-      } else {
-        if (feature < w_.n) y[0] = static_cast<uint16_t>(rows[half]);
-        if (feature + 1 < w_.n) y[1] = static_cast<uint16_t>(rows[half] >> 16);
+    for (int t = 0; t < kOwnTiles; ++t) {
+      const uint32_t rows[2] = {
+          ptx::transpose_8x8(round_pair<T>(sum[t][0] + low, sum[t][1] + low)),
+          ptx::transpose_8x8(round_pair<T>(sum[t][2] + high, sum[t][3] + high))};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (t * 8 < tokens && there[half]) *reinterpret_cast<uint32_t*>(y + half * 8) = rows[half];
       }
+      y += 8 * p_.y_stride;
     }
   }
 
@@ -585,13 +629,12 @@ class TileLoop {
   uint32_t ring_, ring_end_, fill_slot_;
   int stage_bytes_;
   int lane_, row_warp_, group_warp_, feature_warp_, token_warp_, last_block_;
+  int codes_place_, x_place_, fill_x_place_;  // of this lane, in a slice
+  uint32_t scales_;
   int quant_group_;
   // Where the next copies of this warp come from.
-  TilePosition fill_at_;
-  int fill_left_, fill_chunk_, fill_rows_;
-  const unsigned char* fill_codes_;
-  const unsigned char* fill_records_;
-  const T* fill_x_;
+  int fill_segment_, fill_left_, fill_chunk_, fill_rows_;
+  uint32_t fill_codes_, fill_records_, fill_x_;
   GroupValues<T, S::kBits, S::kStrips> values_;
   float sum_[S::kStrips][S::kTokenTiles][4];
 };

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/problem.hpp"
+#include "cuda/ptx/copy.cuh"
 
 namespace marlinq::cuda::sm80 {
 
@@ -14,9 +15,20 @@ __device__ __forceinline__ uint32_t x_piece_place(int row, int piece) {
   return row * kXRowBytes + ((piece ^ (row % 8)) * 16);
 }
 
-/// Bytes of the piece from `column` on that x has; the rest is 0.
-__device__ __forceinline__ int x_piece_bytes(const GemmProblem& p, int column) {
-  return min(16, max(0, 2 * (p.x_columns - column)));
+/// Zeros where x has no columns: in its last chunk, when it does not fill it. Columns come in pieces
+/// of 8.
+__device__ __forceinline__ void clear_missing_columns(uint32_t tile, int chunk,
+                                                      const GemmProblem& p, int rows, int thread,
+                                                      int threads) {
+  const int present = (p.x_columns - chunk * 64) / 8;
+  if (present >= 8) return;
+  const int first = max(present, 0);
+#pragma unroll 1
+  for (int i = thread; i < rows * 8; i += threads) {
+    if (i % 8 >= first) {
+      ptx::store_shared_16(tile + x_piece_place(i / 8, i % 8), make_uint4(0, 0, 0, 0));
+    }
+  }
 }
 
 }  // namespace marlinq::cuda::sm80
