@@ -150,7 +150,7 @@ class Bench {
       copies_.push_back(view);
       total += bytes;
     }
-    partials_ = CudaBuffer(0, DType::kFloat32, std::int64_t{2} * 2 * limits_.multiprocessors * 32768);
+    partials_ = CudaBuffer(0, DType::kFloat32, std::int64_t{2} * 3 * limits_.multiprocessors * 16384);
     counters_ = CudaBuffer(0, DType::kInt32, 4096);
     MARLINQ_CUDA_CHECK(cudaMemset(counters_.data(), 0, 4096 * 4));
     MARLINQ_CUDA_CHECK(cudaMalloc(&sums_, 16));
@@ -200,10 +200,10 @@ class Bench {
           }
         }
       } else {
-        if (m < kernel.tokens / 4 || m > kernel.tokens * 32) {
-          if (!(kernel.tokens == 128 && m > 128)) continue;
-        }
-        const int occupancy = kernel.warps == 4 ? 2 : 1;
+        if (m <= kernel.tokens / 8 || (kernel.tokens == 32 && m > 256)) continue;
+        if (kernel.row_warps == 4 && m > 1024) continue;
+        if (kernel.tokens == 128 && m < 512) continue;
+        const int occupancy = kernel.blocks_together;
         const int blocks = occupancy * sms;
         const std::int64_t tiles = static_cast<std::int64_t>((shape_.n + kernel.features - 1) / kernel.features) *
                                    ((m + kernel.tokens - 1) / kernel.tokens);
@@ -217,8 +217,8 @@ class Bench {
         for (const int tail : tails) {
           if (tail > 0 && left * copies_[0].chunks / tail < 2) continue;
           const GemmPlan plan =
-              sm80::tile_plan(problem, i, occupancy == 2 ? (usable - 2048) / 2 : usable, blocks, tail, 4);
-          if (plan.shared_bytes > usable / occupancy) continue;
+              sm80::tile_plan(problem, i, occupancy > 1 ? (limits_.shared_bytes - 1024 * occupancy) / occupancy : usable, blocks, tail, 4);
+          if (plan.shared_bytes > limits_.shared_bytes / occupancy) continue;
           char name[64];
           std::snprintf(name, sizeof name, "tile%dx%dk%dw%d t%d/%d s%d", kernel.features,
                         kernel.tokens, kernel.row_warps, kernel.warps, tail, left, plan.stages);

@@ -73,6 +73,15 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
   return value;
 }
 
+/// Where `on`; r stays as it is elsewhere.
+__device__ __forceinline__ void load_shared_16_if(bool on, uint32_t (&r)[4], uint32_t address) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "+r"(r[0]), "+r"(r[1]), "+r"(r[2]), "+r"(r[3])
+      : "r"(address), "r"(static_cast<int>(on))
+      : "memory");
+}
+
 __device__ __forceinline__ void store_shared_16(uint32_t address, uint4 value) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x),
                "r"(value.y), "r"(value.z), "r"(value.w)

@@ -38,6 +38,16 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) 
                : "memory");
 }
 
+/// The same where `on`; r stays as it is elsewhere.
+__device__ __forceinline__ void ldmatrix_x4_if(bool on, uint32_t (&r)[4], uint32_t address) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
+      "@p ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n}"
+      : "+r"(r[0]), "+r"(r[1]), "+r"(r[2]), "+r"(r[3])
+      : "r"(address), "r"(static_cast<int>(on))
+      : "memory");
+}
+
 /// Transposes an 8 x 8 matrix of 16-bit elements, of which lane 4 g + t holds row g, columns 2t and
 /// 2t + 1.
 __device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {

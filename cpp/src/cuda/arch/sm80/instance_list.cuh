@@ -14,14 +14,13 @@ constexpr std::array<Instance, kInstanceCount> instance_list() {
       strip_instance<T, kBits, 1, 16, true>(),
       strip_instance<T, kBits, 2, 16, false>(),
       // feature warps, token warps, row warps, token tiles of a warp
-      tile_instance<T, kBits, 4, 1, 2, 4>(),
+      tile_instance<T, kBits, 4, 1, 1, 4>(),
+      tile_instance<T, kBits, 2, 1, 2, 4>(),
       tile_instance<T, kBits, 2, 1, 4, 4>(),
-      tile_instance<T, kBits, 4, 1, 2, 8>(),
-      tile_instance<T, kBits, 2, 1, 4, 8>(),
-      tile_instance<T, kBits, 4, 2, 1, 8>(),
-      tile_instance<T, kBits, 2, 2, 2, 8>(),
-      tile_instance<T, kBits, 2, 2, 1, 8>(),
       tile_instance<T, kBits, 4, 1, 1, 8>(),
+      tile_instance<T, kBits, 2, 1, 2, 8>(),
+      tile_instance<T, kBits, 2, 1, 4, 8>(),
+      tile_instance<T, kBits, 2, 2, 1, 8>(),
   };
 }
 

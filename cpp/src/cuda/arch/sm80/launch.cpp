@@ -34,7 +34,7 @@ GemmPlan strip_plan(const GemmProblem& problem, std::int32_t instance, std::int3
   const auto blocks = static_cast<std::int32_t>(ceil_div(strips, most));
   const StripMemory memory = strip_memory(w, EvenShare(strips, blocks), kernel.slice_bytes);
   const std::int64_t ring = std::int64_t{warps} * stages * memory.stage_bytes;
-  const std::int64_t slots = std::int64_t{memory.groups + warps - 1} * kernel.sum_bytes;
+  const std::int64_t slots = std::int64_t{memory.groups - 1} * kernel.sum_bytes;
   const std::int64_t contributors = std::int64_t{memory.groups} * 4;
   return {.kind = KernelKind::kStrip,
           .instance = instance,

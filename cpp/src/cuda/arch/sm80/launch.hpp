@@ -19,6 +19,7 @@ struct Instance {
   std::int32_t features;  // of a block's tile; kTile
   std::int32_t row_warps;  // groups of warps that share K; kTile
   std::int32_t warps;      // of a block; at most, for kStrip
+  std::int32_t blocks_together;  // on a multiprocessor
   // Shared memory: a stage for each warp (kStrip, without codes and records) or a slice for each
   // group of row warps (kTile, without records); at least sum_bytes, which for kStrip is a slot.
   std::int32_t slice_bytes;
@@ -26,7 +27,7 @@ struct Instance {
   void (*launch)(const GemmProblem&, const GemmPlan&, const SplitScratch&, cudaStream_t);
 };
 
-constexpr std::size_t kInstanceCount = 10;
+constexpr std::size_t kInstanceCount = 9;
 
 /// The kernels for activations of `type` and codes of `code_bits`; GemmPlan::instance is an index.
 std::span<const Instance> instances(FloatType type, std::int32_t code_bits);

@@ -38,10 +38,9 @@ struct EvenShare {
   }
 };
 
-/// Strip groups (parts of a block of 4 strips) of any of the blocks that share all strips.
+/// Strip groups of up to 4 strips, of any of the blocks that share all strips.
 MARLINQ_HOST_DEVICE inline std::int32_t strip_groups_at_most(const EvenShare& strips) {
-  const std::int32_t most = strips.least + (strips.rest > 0 ? 1 : 0);
-  return (most + 2) / 4 + 1;
+  return (strips.least + (strips.rest > 0 ? 1 : 0) + 3) / 4;
 }
 
 }  // namespace marlinq::cuda::sm80

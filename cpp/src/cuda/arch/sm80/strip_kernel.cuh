@@ -49,51 +49,48 @@ struct StripShape {
   static constexpr int kStripBytes = kPieces * 512;  // codes of a strip and chunk
   static constexpr int kBlockBytes = kStrips * kStripBytes;
   static constexpr int kXBytes = kTokens * kXRowBytes;
-  // Sums of a warp for a strip group, [token][feature]: the 4 floats between tokens put the 32 lanes
+  // A slot: sums of a warp for a strip group, [token][feature]: the 4 floats between tokens put the 32 lanes
   // of a store into 32 banks.
   static constexpr int kSlotRow = kStrips * 16 + 4;
   static constexpr int kSlotFloats = kTokens * kSlotRow;
 };
 
-/// The strips of a block, [first, end). Strip groups are the parts that lie in one block of features
-/// of the layout, so that a group's codes and records are contiguous in every chunk.
+/// How the strips of a block make strip groups, and their items are divided among its warps.
 struct StripShare {
-  int first = 0;
-  int end = 0;
+  EvenShare strips;  // over the strip groups
+  EvenShare costs;   // over the warps
   int chunks = 0;
-  EvenShare costs;  // over the warps; an item costs its strips
 
-  __device__ __forceinline__ int groups() const {
-    return (end - 1) / Layout::kBlockStrips - first / Layout::kBlockStrips + 1;
-  }
-  __device__ __forceinline__ int layout_block(int group) const {
-    return first / Layout::kBlockStrips + group;
-  }
-  __device__ __forceinline__ int begin_of(int group) const {
-    return max(first, layout_block(group) * Layout::kBlockStrips);
-  }
-  __device__ __forceinline__ int width_of(int group) const {
-    return min(end, (layout_block(group) + 1) * Layout::kBlockStrips) - begin_of(group);
-  }
+  /// What an item costs, in units of a strip's decoding and products: about 40 instructions, and 120
+  /// that do not depend on the width.
+  static constexpr int kItemCost = 3;
+
+  StripShare() = default;
+  StripShare(int block_strips, int num_chunks, int warps)
+      : strips(block_strips, (block_strips + Layout::kBlockStrips - 1) / Layout::kBlockStrips),
+        costs((block_strips + strips.parts * kItemCost) * num_chunks, warps),
+        chunks(num_chunks) {}
 
   /// First chunk of a strip group that belongs to `warp` or a later one.
   __device__ __forceinline__ int first_chunk(int group, int warp) const {
-    const int rest = costs.begin(warp) - (begin_of(group) - first) * chunks;
-    return rest <= 0 ? 0 : min(divide_up(rest, width_of(group)), chunks);
+    const int before = (strips.begin(group) + group * kItemCost) * chunks;
+    const int rest = costs.begin(warp) - before;
+    return rest <= 0 ? 0 : min(divide_up(rest, strips.size(group) + kItemCost), chunks);
   }
 
  private:
-  // By 1 to 4, without a division.
+  // By 4 to 7, without a division: exact for values below 2^23.
   __device__ __forceinline__ static int divide_up(int value, int by) {
-    const unsigned int sum = value + by - 1;
-    return static_cast<int>(by == 3 ? __umulhi(sum, 0xaaaaaaabu) >> 1 : sum >> (by >> 1));
+    const int quotient = static_cast<int>(static_cast<float>(value) * __frcp_rn(by)) - 1;
+    const int rest = value - quotient * by;
+    return quotient + (rest > 2 * by ? 3 : (rest > by ? 2 : (rest > 0 ? 1 : 0)));
   }
 };
 
 struct StripParams {
   GemmProblem problem;
-  EvenShare strips;    // over the blocks
-  EvenShare costs[2];  // over the warps, of a block with strips.least strips, and with one more
+  EvenShare strips;     // over the blocks
+  StripShare share[2];  // of a block with strips.least strips, and with one more
   int stages;
   int stage_bytes;
   int codes_place;  // in a stage, after x and the group records
@@ -106,14 +103,15 @@ class StripLoop {
 
   __device__ __forceinline__ StripLoop(const StripParams& params, unsigned char* shared,
                                        float* slots)
-      : params_(params), p_(params.problem), w_(params.problem.weight), slots_(slots) {
+      : params_(params),
+        p_(params.problem),
+        w_(params.problem.weight),
+        share_(params.share[blockIdx.x < params.strips.rest ? 1 : 0]),
+        slots_(slots) {
     warp_ = threadIdx.x / 32;
     lane_ = threadIdx.x % 32;
-    const bool larger = blockIdx.x < params.strips.rest;
-    share_.first = params.strips.begin(blockIdx.x);
-    share_.end = share_.first + params.strips.least + (larger ? 1 : 0);
-    share_.chunks = w_.chunks;
-    share_.costs = params.costs[larger ? 1 : 0];
+    first_strip_ = params.strips.begin(blockIdx.x);
+    shared_ = shared;
     ring_ = ptx::shared_address(shared) + warp_ * params.stages * params.stage_bytes;
     ring_end_ = ring_ + params.stages * params.stage_bytes;
   }
@@ -128,7 +126,7 @@ class StripLoop {
     clear_sums();
     values_.set_middle(w_);
     quant_group_ = -1;
-    int width = share_.width_of(group);
+    int width = share_.strips.size(group);
     uint32_t stage = ring_;
     while (true) {
       ptx::copy_wait_stage(params_.stages);
@@ -161,17 +159,20 @@ class StripLoop {
       ++chunk;
       if (--left == 0) {
         finish_group();
-        store_sums(group);
+        const int finished = group;
+        const bool goes_on = next_group(group, chunk, left);
+        if (!goes_on) ptx::copy_wait<0>();
+        store_sums(goes_on ? slots_ + finished * S::kSlotFloats : own_slot(warp_), width);
+        if (!goes_on) break;
         quant_group_ = -1;
-        if (!next_group(group, chunk, left)) break;
-        width = share_.width_of(group);
+        width = share_.strips.size(group);
       }
     }
   }
 
   /// Which warps have items of each strip group, a bit each. Before a block barrier.
   __device__ __forceinline__ void list_contributors(uint32_t* contributors) const {
-    for (int group = threadIdx.x; group < share_.groups(); group += blockDim.x) {
+    for (int group = threadIdx.x; group < share_.strips.parts; group += blockDim.x) {
       uint32_t bits = 0;
 #pragma unroll 1
       for (int warp = 0; warp < share_.costs.parts; ++warp) {
@@ -184,23 +185,26 @@ class StripLoop {
   /// Adds what the warps left, in their order, and writes the output. After a block barrier. A warp
   /// takes a token of a strip group at a time, a lane two features.
   __device__ __forceinline__ void store_tile(const uint32_t* contributors) const {
-    const int groups = share_.groups();
+    const int groups = share_.strips.parts;
     const int place = lane_ * 2;
 #pragma unroll 1
     for (int unit = warp_; unit < groups * p_.m; unit += share_.costs.parts) {
       const int token = unit / groups;
       const int group = unit % groups;
-      if (place >= share_.width_of(group) * 16) continue;
+      if (place >= share_.strips.size(group) * 16) continue;
       float2 sum = make_float2(0.0f, 0.0f);
+      const uint32_t later = group + 1 < groups ? contributors[group + 1] : 0;
 #pragma unroll 1
       for (uint32_t warps = contributors[group]; warps != 0; warps &= warps - 1) {
         const int warp = __ffs(warps) - 1;
-        const float2 part = *reinterpret_cast<const float2*>(
-            slots_ + (group + warp) * S::kSlotFloats + token * S::kSlotRow + place);
+        const float* slot =
+            (later >> warp & 1) != 0 ? slots_ + group * S::kSlotFloats : own_slot(warp);
+        const float2 part =
+            *reinterpret_cast<const float2*>(slot + token * S::kSlotRow + place);
         sum.x += part.x;
         sum.y += part.y;
       }
-      store_output_pair(p_, token, share_.begin_of(group) * 16 + place, sum);
+      store_output_pair(p_, token, (first_strip_ + share_.strips.begin(group)) * 16 + place, sum);
     }
   }
 
@@ -208,7 +212,7 @@ class StripLoop {
   // The next strip group with items of this warp, from `group` + 1 on.
   __device__ __forceinline__ bool next_group(int& group, int& chunk, int& left) const {
     do {
-      if (++group >= share_.groups()) return false;
+      if (++group >= share_.strips.parts) return false;
       chunk = share_.first_chunk(group, warp_);
       left = share_.first_chunk(group, warp_ + 1) - chunk;
     } while (left <= 0);
@@ -221,14 +225,24 @@ class StripLoop {
     fill_group_ = group;
     fill_chunk_ = chunk;
     fill_left_ = left;
-    fill_width_ = share_.width_of(group);
-    const int block = share_.layout_block(group);
-    const int within = share_.begin_of(group) % Layout::kBlockStrips;
+    fill_width_ = share_.strips.size(group);
+    // A strip group may reach over the end of a block of features into the next.
+    const int first = first_strip_ + share_.strips.begin(group);
+    const int block = first / Layout::kBlockStrips;
+    const int within = first % Layout::kBlockStrips;
+    fill_here_ = Layout::kBlockStrips - within;
     fill_codes_ = reinterpret_cast<const unsigned char*>(w_.codes) +
                   (static_cast<int64_t>(block) * w_.chunks + chunk) * S::kBlockBytes +
                   within * S::kStripBytes + lane_ * 16;
-    fill_records_ = w_.groups + static_cast<int64_t>(block) * w_.num_groups * group_bytes() +
-                    within * w_.record_bytes + lane_ * 16;
+    const int record_pieces = w_.record_bytes / 16;
+    const int strip = lane_ / record_pieces;
+    fill_record_ = strip < fill_width_;
+    fill_records_ = w_.groups +
+                    (static_cast<int64_t>((first + strip) / Layout::kBlockStrips) * w_.num_groups *
+                         Layout::kBlockStrips +
+                     (first + strip) % Layout::kBlockStrips) *
+                        w_.record_bytes +
+                    lane_ % record_pieces * 16;
     fill_x_ = static_cast<const T*>(p_.x) + lane_ / 8 * p_.x_stride + lane_ % 8 * 8 +
               static_cast<int64_t>(chunk) * Layout::kChunkRows;
   }
@@ -286,16 +300,18 @@ class StripLoop {
 
   __device__ __forceinline__ void fill_weights(uint32_t slot, bool on) const {
     const uint32_t target = codes(slot);
+    const unsigned char* here = fill_codes_;
+    const unsigned char* next = here + static_cast<int64_t>(w_.chunks - 1) * S::kBlockBytes;
 #pragma unroll
     for (int s = 0; s < S::kStrips; ++s) {
 #pragma unroll
       for (int piece = 0; piece < S::kPieces; ++piece) {
         const int at = s * S::kStripBytes + piece * 512;
-        ptx::copy_async_if(on && s < fill_width_, target + at, fill_codes_ + at);
+        ptx::copy_async_if(on && s < fill_width_, target + at, (s < fill_here_ ? here : next) + at);
       }
     }
     const int group = load_chunk_groups(w_, fill_chunk_).first();
-    ptx::copy_async_if(on && lane_ * 16 < fill_width_ * w_.record_bytes, records(slot) + lane_ * 16,
+    ptx::copy_async_if(on && fill_record_, records(slot) + lane_ * 16,
                        record_source(group));
   }
 
@@ -315,7 +331,7 @@ class StripLoop {
   // What few items have: groups that start inside the chunk, columns that x does not have.
   __device__ __forceinline__ void fill_rest(uint32_t slot) const {
     const ChunkGroups groups = load_chunk_groups(w_, fill_chunk_);
-    if (groups.changes() && lane_ * 16 < fill_width_ * w_.record_bytes) {
+    if (groups.changes() && fill_record_) {
 #pragma unroll 1
       for (int i = 1; i < groups.count(); ++i) {
         ptx::copy_async(records(slot) + i * group_bytes() + lane_ * 16,
@@ -384,10 +400,15 @@ class StripLoop {
     quant_group_ = groups.last();
   }
 
-  __device__ __forceinline__ void store_sums(int group) {
-    float* slot = slots_ + (group + warp_) * S::kSlotFloats + lane_ % 4 * (2 * S::kSlotRow) +
-                  lane_ / 4;
-    const int width = share_.width_of(group);
+  // Where a warp leaves its last sums: at the begin of its own ring. Only one warp can go on from a
+  // strip group to the next, and leaves the sums of the first in the slot of that group.
+  __device__ __forceinline__ float* own_slot(int warp) const {
+    return reinterpret_cast<float*>(shared_ + warp * params_.stages * params_.stage_bytes);
+  }
+
+  __device__ __forceinline__ void store_sums(float* target, int width) {
+    float* slot = target + lane_ % 4 * (2 * S::kSlotRow) + lane_ / 4;
+    __syncwarp();  // the ring is read
 #pragma unroll
     for (int s = 0; s < S::kStrips; ++s) {
 #pragma unroll
@@ -398,6 +419,8 @@ class StripLoop {
           sum_[s][t][i] = 0.0f;
         }
       }
+      // Strips that the next strip group adds start from here.
+      values_.scale[s][0] = values_.scale[s][1] = 0.0f;
     }
   }
 
@@ -466,13 +489,17 @@ class StripLoop {
   const StripParams& params_;
   const GemmProblem& p_;
   const WeightView& w_;
-  StripShare share_;
+  const StripShare& share_;
+  unsigned char* shared_;
   float* slots_;
+  int first_strip_;
   uint32_t ring_, ring_end_, fill_slot_;
   int warp_, lane_;
   int quant_group_;
   // Where the next copies of this warp come from.
   int fill_group_, fill_chunk_, fill_left_, fill_width_;
+  int fill_here_;     // strips in the block of the first
+  bool fill_record_;  // this lane copies records
   const unsigned char* fill_codes_;
   const unsigned char* fill_records_;  // of packed group 0
   const T* fill_x_;
@@ -489,7 +516,7 @@ __global__ void __launch_bounds__(S::kMaxWarps * 32)
   auto* slots = reinterpret_cast<float*>(shared + warps * params.stages * params.stage_bytes);
   StripLoop<S> loop(params, shared, slots);
   auto* contributors = reinterpret_cast<uint32_t*>(
-      slots + (strip_groups_at_most(params.strips) + warps - 1) * S::kSlotFloats);
+      slots + (strip_groups_at_most(params.strips) - 1) * S::kSlotFloats);
   loop.run();
   loop.list_contributors(contributors);
   __syncthreads();

@@ -52,6 +52,8 @@ struct TileShape {
   static constexpr int kFeatures = kFeatureWarps * Layout::kBlockFeatures;
   static constexpr int kTokens = kTokenWarps * kTokenTiles * 8;
   static constexpr int kTileFloats = kFeatures * kTokens;
+  // Blocks that share a multiprocessor: what registers allow.
+  static constexpr int kBlocksTogether = kThreads > 128 ? 1 : (kTokenTiles > 4 ? 2 : 3);
   static constexpr int kPieces = kBits / 4;
   static constexpr int kStripBytes = kPieces * 512;  // codes of a strip and chunk
   static constexpr int kBlockBytes = kStrips * kStripBytes;
@@ -126,13 +128,15 @@ class TileLoop {
       int steps = at.length;
       int chunk = first_chunk(at);
       const int end = chunk + chunks_of(at);
+      ptx::copy_wait_stage(params_.stages);
+      // The slot of the step before is free after this: all warps have read it.
+      __syncthreads();
+      if (S::kRowWarps == 1 || chunk < end) load_first(stage);
 #pragma unroll 1
       for (; steps > 0; --steps) {
-        ptx::copy_wait_stage(params_.stages);
-        // The slot of the step before is free after this: all warps have read it.
-        __syncthreads();
-        if (S::kRowWarps == 1 || chunk < end) {
-          multiply(stage, load_chunk_groups(w_, chunk));
+        const bool present = S::kRowWarps == 1 || chunk < end;
+        if (present) {
+          multiply_head(stage, load_chunk_groups(w_, chunk));
         } else {
           fill(fill_slot_, fill_left_ > 0);
         }
@@ -146,6 +150,12 @@ class TileLoop {
         stage += stage_bytes_;
         if (stage == ring_end_) stage = ring_;
         ++chunk;
+        const bool next = steps > 1 && (S::kRowWarps == 1 || chunk < end);
+        if (steps > 1) {
+          ptx::copy_wait_stage(params_.stages);
+          __syncthreads();  // as above
+        }
+        if (present) multiply_tail(stage, next);
       }
       // Where the segment lies is worked out again: registers are short in the loop.
       ptx::forget_value_of(segment);
@@ -380,87 +390,113 @@ class TileLoop {
     scale_sums(quotient);
   }
 
+  // The product of a chunk, steps 0 to 3 of strips 0 to 3, in two parts: between them all warps meet,
+  // and the second part loads what the next chunk starts with. By then all reads of this chunk's
+  // slice are done: the first strip of the last step has used the last of x.
+  static constexpr int kPieceSteps = Layout::kChunkSteps / S::kPieces;
+  static constexpr int kLastStep = Layout::kChunkSteps - 1;
+  static constexpr int kPairs = S::kTokenTiles / 2;
+
+  __device__ __forceinline__ void load_first(uint32_t slice) {
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) load_x(true, slice, pair, 0);
+#pragma unroll
+    for (int s = 0; s < S::kStrips; ++s) load_codes(true, slice, s, 0);
+  }
+
   // Groups that start inside a chunk are rare, and cost code of their own.
-  __device__ __forceinline__ void multiply(uint32_t slice, const ChunkGroups& groups) {
+  __device__ __forceinline__ void multiply_head(uint32_t slice, const ChunkGroups& groups) {
     if (groups.first() != quant_group_) change_group(records(slice));
     quant_group_ = groups.last();
     if (groups.changes()) {
-      multiply_steps<true>(slice, groups);
+      multiply_head_steps<true>(slice, groups);
     } else {
-      multiply_steps<false>(slice, groups);
+      multiply_head_steps<false>(slice, groups);
     }
   }
 
   template <bool kChanges>
-  __device__ __forceinline__ void multiply_steps(uint32_t slice, const ChunkGroups& groups) {
-    constexpr int kPieceSteps = Layout::kChunkSteps / S::kPieces;
-    constexpr int kPairs = S::kTokenTiles / 2;
-    const uint32_t codes = slice + codes_place_;
+  __device__ __forceinline__ void multiply_head_steps(uint32_t slice, const ChunkGroups& groups) {
     uint32_t group_records = records(slice);
-    // Two tiles of 8 tokens and 16 rows are one ldmatrix. Those of the next step follow into the same
-    // registers as soon as the last strip of a step has used them.
-    const uint32_t x_row = slice + x_place_;
-    uint32_t x[kPairs][4];
-#pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) load_x(x[pair], x_row, pair, 0);
-    uint32_t words[S::kStrips][4];
-    load_codes(words, codes, 0);
-    uint32_t a[2][4];
-    decode(a[0], &words[0][0], values_.zero[0], T());
+    decode_strip(0, 0);
     // The copies of a step to come go among the products of this one.
     fill(fill_slot_, fill_left_ > 0);
 #pragma unroll
-    for (int step = 0; step < Layout::kChunkSteps; ++step) {
-      if (kChanges && step > 0 && groups.starts(step)) {
-        group_records += group_bytes();
-        change_group(group_records);
-        // The zero points are new.
-        decode(a[0], &words[0][step % kPieceSteps * S::kPieces], values_.zero[0], T());
-      }
+    for (int step = 0; step < kLastStep; ++step) {
 #pragma unroll
       for (int s = 0; s < S::kStrips; ++s) {
-        const bool last_strip = s + 1 == S::kStrips;
-        const int next_step = last_strip ? step + 1 : step;
-        const int next_strip = last_strip ? 0 : s + 1;
-#pragma unroll
-        for (int pair = 0; pair < kPairs; ++pair) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            ptx::mma_m16n8k16<T>(sum_[s][2 * pair + half], a[s % 2], x[pair][2 * half],
-                                 x[pair][2 * half + 1]);
-          }
-          if (last_strip && next_step < Layout::kChunkSteps) {
-            load_x(x[pair], x_row, pair, next_step);
-          }
-          // The next fragment is decoded while this one is multiplied.
-          if (pair == 0 && next_step < Layout::kChunkSteps) {
-            if (last_strip && next_step % kPieceSteps == 0) {
-              load_codes(words, codes, next_step / kPieceSteps);
-            }
-            decode(a[(s + 1) % 2], &words[next_strip][next_step % kPieceSteps * S::kPieces],
-                   values_.zero[next_strip], T());
-          }
+        multiply_strip<kChanges>(step, s, groups, group_records, [&](int pair) {
+          if (s + 1 == S::kStrips) load_x(true, slice, pair, step + 1);
+        });
+        if (S::kPieces > 1 && step % kPieceSteps == kPieceSteps - 1) {
+          // The codes of the next piece follow as soon as this strip's are decoded.
+          if (s > 0) load_codes(true, slice, s - 1, step / kPieceSteps + 1);
         }
       }
     }
+    multiply_strip<kChanges>(kLastStep, 0, groups, group_records, [](int) {});
   }
 
-  __device__ __forceinline__ void load_codes(uint32_t (&words)[S::kStrips][4], uint32_t codes,
-                                             int piece) const {
+  __device__ __forceinline__ void multiply_tail(uint32_t next_slice, bool next) {
+    const ChunkGroups none{0};
+    uint32_t unused = 0;
 #pragma unroll
-    for (int s = 0; s < S::kStrips; ++s) {
-      const uint4 q = ptx::load_shared_16(codes + s * S::kStripBytes + piece * 512);
-      words[s][0] = q.x;
-      words[s][1] = q.y;
-      words[s][2] = q.z;
-      words[s][3] = q.w;
+    for (int s = 1; s < S::kStrips; ++s) {
+      multiply_strip<false>(kLastStep, s, none, unused, [&](int pair) {
+        if (s + 1 == S::kStrips) load_x(next, next_slice, pair, 0);
+      });
+      if (s == 1) {
+#pragma unroll
+        for (int done = 0; done < 3; ++done) load_codes(next, next_slice, done, 0);
+      }
+    }
+    load_codes(next, next_slice, 3, 0);
+  }
+
+  // Strip s of a step; the fragment of the strip after it is decoded while this one is multiplied.
+  // f(pair): after a pair of token tiles.
+  template <bool kChanges, class F>
+  __device__ __forceinline__ void multiply_strip(int step, int s, const ChunkGroups& groups,
+                                                 uint32_t& group_records, F f) {
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        ptx::mma_m16n8k16<T>(sum_[s][2 * pair + half], a_[s % 2], x_[pair][2 * half],
+                             x_[pair][2 * half + 1]);
+      }
+      f(pair);
+      if (pair == 0) {
+        if (s + 1 < S::kStrips) {
+          decode_strip(step, s + 1);
+        } else if (step < kLastStep) {
+          if (!kChanges) decode_strip(step + 1, 0);
+        }
+      }
+    }
+    if (kChanges && s + 1 == S::kStrips && step < kLastStep) {
+      if (groups.starts(step + 1)) {
+        group_records += group_bytes();
+        change_group(group_records);
+      }
+      decode_strip(step + 1, 0);
     }
   }
 
-  // The pieces of a step differ from those of step 0 in bits 5 and 6 of their place alone.
-  __device__ __forceinline__ static void load_x(uint32_t (&x)[4], uint32_t row, int pair,
-                                                int step) {
-    ptx::ldmatrix_x4(x, (row ^ (step * 32)) + pair * (16 * kXRowBytes));
+  __device__ __forceinline__ void decode_strip(int step, int s) {
+    decode(a_[s % 2], &words_[s][step % kPieceSteps * S::kPieces], values_.zero[s], T());
+  }
+
+  // Codes of a strip and piece.
+  __device__ __forceinline__ void load_codes(bool on, uint32_t slice, int s, int piece) {
+    ptx::load_shared_16_if(on, words_[s], slice + codes_place_ + s * S::kStripBytes + piece * 512);
+  }
+
+  // Two tiles of 8 tokens and 16 rows are one ldmatrix. The pieces of a step differ from those of step
+  // 0 in bits 5 and 6 of their place alone.
+  __device__ __forceinline__ void load_x(bool on, uint32_t slice, int pair, int step) {
+    ptx::ldmatrix_x4_if(on, x_[pair],
+                        ((slice + x_place_) ^ (step * 32)) + pair * (16 * kXRowBytes));
   }
 
   // --- the end of a segment ---
@@ -568,15 +604,40 @@ class TileLoop {
     }
     __syncthreads();
     if (!last) return;
+    // As many loads at once as registers hold: each waits for most of a microsecond.
+    constexpr int kLoads = 32;
+    constexpr int kStripsAtOnce = kOwnTiles <= 4 ? S::kStrips : S::kStrips / 2;
+    constexpr int kParts = kLoads / (kStripsAtOnce * kOwnTiles);
 #pragma unroll 1
-    for (int s = 0; s < S::kStrips; ++s) {
-      Strip sum = {};
+    for (int s0 = 0; s0 < S::kStrips; s0 += kStripsAtOnce) {
+      Strip sum[kStripsAtOnce] = {};
 #pragma unroll 1
-      for (int block = first_block; block <= last_block; ++block) {
-        const float4* part = part_of_block(block, first_unit) + place_in_tile(s);
-        add_strip(sum, block == first_block, [&](int t) { return __ldcg(part + t * 32); });
+      for (int block = first_block; block <= last_block; block += kParts) {
+        float4 part[kParts][kStripsAtOnce][kOwnTiles];
+#pragma unroll
+        for (int i = 0; i < kParts; ++i) {
+          const bool there = block + i <= last_block;
+          const float4* from =
+              part_of_block(there ? block + i : block, first_unit) + place_in_tile(s0);
+#pragma unroll
+          for (int s = 0; s < kStripsAtOnce; ++s) {
+#pragma unroll
+            for (int t = 0; t < kOwnTiles; ++t) {
+              part[i][s][t] = there ? __ldcg(from + (s * S::kTokenTiles + t) * 32)
+                                    : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            }
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kParts; ++i) {
+#pragma unroll
+          for (int s = 0; s < kStripsAtOnce; ++s) {
+            add_strip(sum[s], false, [&](int t) { return part[i][s][t]; });
+          }
+        }
       }
-      store_strip(at, s, sum);
+#pragma unroll
+      for (int s = 0; s < kStripsAtOnce; ++s) store_strip(at, s0 + s, sum[s]);
     }
   }
 
@@ -637,10 +698,15 @@ class TileLoop {
   uint32_t fill_codes_, fill_records_, fill_x_;
   GroupValues<T, S::kBits, S::kStrips> values_;
   float sum_[S::kStrips][S::kTokenTiles][4];
+  // Fragments of x for the step at hand, codes of the piece at hand, and the fragments of the strip at
+  // hand and the one after it.
+  uint32_t x_[S::kTokenTiles / 2][4];
+  uint32_t words_[S::kStrips][4];
+  uint32_t a_[2][4];
 };
 
 template <class S>
-__global__ void __launch_bounds__(S::kThreads, 1)
+__global__ void __launch_bounds__(S::kThreads, S::kBlocksTogether)
     tile_gemm(const __grid_constant__ TileParams params) {
   extern __shared__ __align__(128) unsigned char shared[];
   TileLoop<S> loop(params, shared);
