@@ -151,8 +151,8 @@ class Bench {
       total += bytes;
     }
     partials_ = CudaBuffer(0, DType::kFloat32, std::int64_t{2} * 3 * limits_.multiprocessors * 16384);
-    counters_ = CudaBuffer(0, DType::kInt32, 4096);
-    MARLINQ_CUDA_CHECK(cudaMemset(counters_.data(), 0, 4096 * 4));
+    flags_ = CudaBuffer(0, DType::kInt32, 4096);
+    MARLINQ_CUDA_CHECK(cudaMemset(flags_.data(), 0, 4096 * 4));
     MARLINQ_CUDA_CHECK(cudaMalloc(&sums_, 16));
     MARLINQ_CUDA_CHECK(cudaMalloc(&expected_, sizeof(double) * 16 * shape.n));
   }
@@ -242,8 +242,8 @@ class Bench {
   void measure(GemmProblem problem, GemmPlan plan, const char* name, const char* type) {
     if (std::strncmp(name, only.c_str(), only.size()) != 0) return;
     plan.dependent_launch = true;
-    const SplitScratch scratch{static_cast<float*>(partials_.data()), partials_.size(),
-                               static_cast<std::uint32_t*>(counters_.data()), 4096};
+    const SplitScratch scratch{static_cast<float*>(partials_.data()),
+                               static_cast<std::uint32_t*>(flags_.data())};
     const std::size_t y_bytes = sizeof(T) * problem.m * shape_.n;
     MARLINQ_CUDA_CHECK(cudaMemsetAsync(problem.y, 0xff, y_bytes, stream_));
     MARLINQ_CUDA_CHECK(cudaMemsetAsync(sums_, 0, 16, stream_));
@@ -309,7 +309,7 @@ class Bench {
   std::vector<WeightView> copies_;
   std::size_t next_copy_ = 0;
   std::uint32_t *qweight_ = nullptr, *qzeros_ = nullptr, *scales_ = nullptr;
-  CudaBuffer partials_, counters_;
+  CudaBuffer partials_, flags_;
   double* sums_ = nullptr;
   double* expected_ = nullptr;
   int rows_ = 0, step_ = 1;

@@ -26,9 +26,9 @@ struct ArchKernels {
   GemmPlan (*plan)(const GemmProblem& problem, const DeviceLimits& limits,
                    BatchInvariance invariance);
 
-  /// Most floats of partial sums and most counters that any plan needs.
+  /// Most floats of partial sums and most flags that any plan needs.
   void (*scratch_need)(const DeviceLimits& limits, std::int64_t& partial_floats,
-                       std::int32_t& counters);
+                       std::int32_t& flags);
 
   void (*launch)(const GemmProblem& problem, const GemmPlan& plan, const SplitScratch& scratch,
                  void* stream);

@@ -67,9 +67,7 @@ void* ContextState::grow_gather(std::int64_t elements) {
 
 SplitScratch ContextState::split_scratch() const noexcept {
   return {.partials = static_cast<float*>(partials.data()),
-          .partial_floats = partials.size(),
-          .counters = static_cast<std::uint32_t*>(counters.data()),
-          .num_counters = static_cast<std::int32_t>(counters.size())};
+          .flags = static_cast<std::uint32_t*>(flags.data())};
 }
 
 CudaContext::CudaContext(int device, void* stream) : state_(std::make_unique<ContextState>()) {
@@ -79,19 +77,19 @@ CudaContext::CudaContext(int device, void* stream) : state_(std::make_unique<Con
   state_->stream = static_cast<cudaStream_t>(stream);
   state_->limits = device_limits(device);
   std::int64_t floats = 0;
-  std::int32_t counters = 0;
+  std::int32_t flags = 0;
   for (const ArchKernels* arch : arch_kernels()) {
     std::int64_t need_floats = 0;
-    std::int32_t need_counters = 0;
-    arch->scratch_need(state_->limits, need_floats, need_counters);
+    std::int32_t need_flags = 0;
+    arch->scratch_need(state_->limits, need_floats, need_flags);
     floats = std::max(floats, need_floats);
-    counters = std::max(counters, need_counters);
+    flags = std::max(flags, need_flags);
   }
   state_->partials = CudaBuffer(device, DType::kFloat32, floats);
-  state_->counters = CudaBuffer(device, DType::kInt32, counters);
+  state_->flags = CudaBuffer(device, DType::kInt32, flags);
   const RelaxedCapture relaxed;
   MARLINQ_CUDA_CHECK(
-      cudaMemset(state_->counters.data(), 0, static_cast<std::size_t>(counters) * 4));
+      cudaMemset(state_->flags.data(), 0, static_cast<std::size_t>(flags) * 4));
   MARLINQ_CUDA_CHECK(cudaDeviceSynchronize());
 }
 

@@ -21,7 +21,7 @@ struct ContextState {
 
   CudaBuffer gather;    // kFloat16 elements
   CudaBuffer partials;  // kFloat32
-  CudaBuffer counters;  // kInt32, all 0 between calls
+  CudaBuffer flags;     // kInt32, all 0 between calls
   // Buffers that a captured graph may still use; freed with the context.
   std::vector<CudaBuffer> retired;
   bool captured = false;  // some forward of this context was captured

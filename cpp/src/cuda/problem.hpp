@@ -43,12 +43,11 @@ struct GemmProblem {
   std::int32_t m = 0;
 };
 
-/// Memory that split products share; kernels leave the counters at 0.
+/// Memory through which blocks that share a product's tile hand over their sums; kernels leave the
+/// flags at 0.
 struct SplitScratch {
   float* partials = nullptr;
-  std::int64_t partial_floats = 0;
-  std::uint32_t* counters = nullptr;
-  std::int32_t num_counters = 0;
+  std::uint32_t* flags = nullptr;
 };
 
 struct DeviceLimits {

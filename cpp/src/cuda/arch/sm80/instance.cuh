@@ -107,8 +107,8 @@ constexpr Instance strip_instance() {
                 strip_gemm<S>,
                 StripParams{.problem = problem,
                             .strips = strips,
-                            .share = {StripShare(strips.least, w.chunks, plan.warps),
-                                      StripShare(strips.least + 1, w.chunks, plan.warps)},
+                            .smaller = StripShare(strips.least, w.chunks, plan.warps),
+                            .larger = StripShare(strips.least + 1, w.chunks, plan.warps),
                             .stage_bytes = memory.stage_bytes,
                             .codes_place = memory.codes_place},
                 plan, stream);

@@ -193,16 +193,17 @@ void launch(const GemmProblem& problem, const GemmPlan& plan, const SplitScratch
 namespace {
 
 void scratch_need(const DeviceLimits& limits, std::int64_t& partial_floats,
-                  std::int32_t& counters) {
-  // A block has at most two parts of tiles.
+                  std::int32_t& flags) {
+  // A block leaves one part at most, and has one flag.
   partial_floats = 0;
+  flags = 0;
   for (const Instance& instance : instances(FloatType::kF16, 4)) {
     if (instance.kind != KernelKind::kTile) continue;
+    const std::int32_t blocks = limits.multiprocessors * instance.blocks_together;
     partial_floats = std::max<std::int64_t>(
-        partial_floats,
-        std::int64_t{2} * limits.multiprocessors * instance.tokens * instance.features);
+        partial_floats, std::int64_t{blocks} * instance.tokens * instance.features);
+    flags = std::max(flags, blocks);
   }
-  counters = limits.multiprocessors;
 }
 
 }  // namespace

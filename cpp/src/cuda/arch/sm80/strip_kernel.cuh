@@ -93,8 +93,9 @@ struct StripShare {
 
 struct StripParams {
   GemmProblem problem;
-  EvenShare strips;     // over the blocks
-  StripShare share[2];  // of a block with strips.least strips, and with one more
+  EvenShare strips;    // over the blocks
+  StripShare smaller;  // of a block with strips.least strips
+  StripShare larger;   // with one more
   int stage_bytes;
   int codes_place;  // in a stage, after x and the group records
 };
@@ -109,7 +110,7 @@ class StripLoop {
       : params_(params),
         p_(params.problem),
         w_(params.problem.weight),
-        share_(params.share[blockIdx.x < params.strips.rest ? 1 : 0]),
+        share_(blockIdx.x < params.strips.rest ? params.larger : params.smaller),
         slots_(slots) {
     warp_ = threadIdx.x / 32;
     lane_ = threadIdx.x % 32;
@@ -122,14 +123,15 @@ class StripLoop {
     ring_end_ = ring_ + S::kStages * params.stage_bytes;
   }
 
-  __device__ __forceinline__ void run() {
+  __device__ __forceinline__ void run(uint32_t* contributors) {
     int group = -1, chunk = 0, left = 0;
     bool more = next_group(group, chunk, left);
-    if (!more) {
+    if (more) {
+      prime(group, chunk, left);
+    } else {
       ptx::wait_for_predecessor();
-      return;
     }
-    prime(group, chunk, left);
+    list_contributors(contributors);
     clear_sums();
     values_.set_middle(w_);
     stage_ = ring_;
@@ -154,18 +156,6 @@ class StripLoop {
       more = next_group(group, chunk, left);
       if (!more) ptx::copy_wait<0>();
       store_sums(more ? slots_ + finished * S::kSlotFloats : own_slot(warp_), width);
-    }
-  }
-
-  /// Which warps have items of each strip group, a bit each. Before a block barrier.
-  __device__ __forceinline__ void list_contributors(uint32_t* contributors) const {
-    for (int group = threadIdx.x; group < share_.strips.parts; group += blockDim.x) {
-      uint32_t bits = 0;
-#pragma unroll 1
-      for (int warp = 0; warp < share_.costs.parts; ++warp) {
-        if (share_.first_chunk(group, warp) < share_.first_chunk(group, warp + 1)) bits |= 1u << warp;
-      }
-      contributors[group] = bits;
     }
   }
 
@@ -196,6 +186,17 @@ class StripLoop {
   }
 
  private:
+  // Which warps have items of each strip group, a bit each. Before a block barrier.
+  __device__ __forceinline__ void list_contributors(uint32_t* contributors) const {
+#pragma unroll 1
+    for (int group = warp_; group < share_.strips.parts; group += share_.costs.parts) {
+      const bool mine = lane_ < share_.costs.parts &&
+                        share_.first_chunk(group, lane_) < share_.first_chunk(group, lane_ + 1);
+      const uint32_t bits = __ballot_sync(0xffffffffu, mine);
+      if (lane_ == 0) contributors[group] = bits;
+    }
+  }
+
   // The next strip group with items of this warp, from `group` + 1 on.
   __device__ __forceinline__ bool next_group(int& group, int& chunk, int& left) const {
     do {
@@ -518,8 +519,7 @@ __global__ void __launch_bounds__(S::kMaxWarps * 32)
   StripLoop<S> loop(params, shared, slots);
   auto* contributors = reinterpret_cast<uint32_t*>(
       slots + (strip_groups_at_most(params.strips) - 1) * S::kSlotFloats);
-  loop.run();
-  loop.list_contributors(contributors);
+  loop.run(contributors);
   __syncthreads();
   loop.store_tile(contributors);
 }

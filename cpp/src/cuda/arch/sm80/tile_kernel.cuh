@@ -3,8 +3,8 @@
 // A block computes tiles of kFeatureWarps * 64 features x kTokens tokens; a warp holds 64 features x
 // kTokenTiles * 8 tokens of it in registers, so that a decoded weight fragment serves all of them and
 // an ldmatrix of x serves 4 fragments. kRowWarps groups of warps share K, and add their sums at the
-// end through shared memory. Blocks walk over segments of tiles (TileSchedule); a tile cut between
-// blocks is put together by the block that finishes last, which adds all parts in the order of K.
+// end through shared memory. Blocks walk over segments of tiles (TileSchedule); the parts of a tile
+// that is cut between blocks are added by the last of them, in a fixed order.
 //
 // Scales: one set of accumulators, in units of the current group's scale. When the group changes
 // they are multiplied by the quotient of the two scales: as exact as adding scaled sums, at the same
@@ -31,6 +31,7 @@
 #include "cuda/problem.hpp"
 #include "cuda/ptx/arithmetic.cuh"
 #include "cuda/ptx/copy.cuh"
+#include "cuda/ptx/flag.cuh"
 #include "cuda/ptx/launch.cuh"
 #include "cuda/ptx/mma.cuh"
 
@@ -128,15 +129,13 @@ class TileLoop {
       int steps = at.length;
       int chunk = first_chunk(at);
       const int end = chunk + chunks_of(at);
-      ptx::copy_wait_stage(params_.stages);
-      // The slot of the step before is free after this: all warps have read it.
-      __syncthreads();
-      if (S::kRowWarps == 1 || chunk < end) load_first(stage);
 #pragma unroll 1
       for (; steps > 0; --steps) {
-        const bool present = S::kRowWarps == 1 || chunk < end;
-        if (present) {
-          multiply_head(stage, load_chunk_groups(w_, chunk));
+        ptx::copy_wait_stage(params_.stages);
+        // The slot of the step before is free after this: all warps have read it.
+        __syncthreads();
+        if (S::kRowWarps == 1 || chunk < end) {
+          multiply(stage, load_chunk_groups(w_, chunk));
         } else {
           fill(fill_slot_, fill_left_ > 0);
         }
@@ -150,12 +149,6 @@ class TileLoop {
         stage += stage_bytes_;
         if (stage == ring_end_) stage = ring_;
         ++chunk;
-        const bool next = steps > 1 && (S::kRowWarps == 1 || chunk < end);
-        if (steps > 1) {
-          ptx::copy_wait_stage(params_.stages);
-          __syncthreads();  // as above
-        }
-        if (present) multiply_tail(stage, next);
       }
       // Where the segment lies is worked out again: registers are short in the loop.
       ptx::forget_value_of(segment);
@@ -177,13 +170,15 @@ class TileLoop {
 
   __device__ __forceinline__ void place_tile(TilePosition& at, int tile) const {
     const int per_band = params_.feature_tiles * params_.schedule.token_band;
-    const int first = tile / per_band * params_.schedule.token_band;
+    const int band = ptx::divide(tile, per_band);
+    const int first = band * params_.schedule.token_band;
     const int width = min(params_.schedule.token_band, params_.token_tiles - first);
-    const int within = tile % per_band;
-    at.feature_tile = within / width;
-    at.token_tile = first + within % width;
+    const int within = tile - band * per_band;
+    at.feature_tile = ptx::divide(within, width);
+    at.token_tile = first + within - at.feature_tile * width;
   }
 
+  // The segments of a block: its whole tiles, then its run of tail tiles, the last of them first.
   __device__ __forceinline__ bool load_segment(TilePosition& at, int segment) const {
     const TileSchedule& schedule = params_.schedule;
     const int block = blockIdx.x;
@@ -196,9 +191,9 @@ class TileLoop {
       if (block >= schedule.tail_blocks) return false;
       const int begin = params_.tail.begin(block);
       const int end = params_.tail.begin(block + 1);
-      at.tail_tile = begin / w_.chunks + segment - schedule.whole_tiles;
+      at.tail_tile = ptx::divide(end - 1, w_.chunks) - (segment - schedule.whole_tiles);
       const int first = at.tail_tile * w_.chunks;
-      if (first >= end) return false;
+      if (first + w_.chunks <= begin) return false;
       place_tile(at, schedule.whole_tiles * gridDim.x + at.tail_tile);
       at.begin = max(begin - first, 0);
       at.end = min(end - first, w_.chunks);
@@ -390,122 +385,94 @@ class TileLoop {
     scale_sums(quotient);
   }
 
-  // The product of a chunk, steps 0 to 3 of strips 0 to 3, in two parts: between them all warps meet,
-  // and the second part loads what the next chunk starts with. By then all reads of this chunk's
-  // slice are done: the first strip of the last step has used the last of x.
-  static constexpr int kPieceSteps = Layout::kChunkSteps / S::kPieces;
-  static constexpr int kLastStep = Layout::kChunkSteps - 1;
-  static constexpr int kPairs = S::kTokenTiles / 2;
-
-  __device__ __forceinline__ void load_first(uint32_t slice) {
-#pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) load_x(true, slice, pair, 0);
-#pragma unroll
-    for (int s = 0; s < S::kStrips; ++s) load_codes(true, slice, s, 0);
-  }
-
   // Groups that start inside a chunk are rare, and cost code of their own.
-  __device__ __forceinline__ void multiply_head(uint32_t slice, const ChunkGroups& groups) {
+  __device__ __forceinline__ void multiply(uint32_t slice, const ChunkGroups& groups) {
     if (groups.first() != quant_group_) change_group(records(slice));
     quant_group_ = groups.last();
     if (groups.changes()) {
-      multiply_head_steps<true>(slice, groups);
+      multiply_steps<true>(slice, groups);
     } else {
-      multiply_head_steps<false>(slice, groups);
+      multiply_steps<false>(slice, groups);
     }
   }
 
   template <bool kChanges>
-  __device__ __forceinline__ void multiply_head_steps(uint32_t slice, const ChunkGroups& groups) {
+  __device__ __forceinline__ void multiply_steps(uint32_t slice, const ChunkGroups& groups) {
+    constexpr int kPieceSteps = Layout::kChunkSteps / S::kPieces;
+    constexpr int kPairs = S::kTokenTiles / 2;
+    const uint32_t codes = slice + codes_place_;
     uint32_t group_records = records(slice);
-    decode_strip(0, 0);
+    // Two tiles of 8 tokens and 16 rows are one ldmatrix. Those of the next step follow into the same
+    // registers as soon as the last strip of a step has used them.
+    const uint32_t x_row = slice + x_place_;
+    uint32_t x[kPairs][4];
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) load_x(x[pair], x_row, pair, 0);
+    uint32_t words[S::kStrips][4];
+    load_codes(words, codes, 0);
+    uint32_t a[2][4];
+    decode(a[0], &words[0][0], values_.zero[0], T());
     // The copies of a step to come go among the products of this one.
     fill(fill_slot_, fill_left_ > 0);
 #pragma unroll
-    for (int step = 0; step < kLastStep; ++step) {
-#pragma unroll
-      for (int s = 0; s < S::kStrips; ++s) {
-        multiply_strip<kChanges>(step, s, groups, group_records, [&](int pair) {
-          if (s + 1 == S::kStrips) load_x(true, slice, pair, step + 1);
-        });
-        if (step + 1 < kLastStep && (step + 1) % kPieceSteps == 0) {
-          // The codes of the next piece follow as soon as those of a strip are decoded: each strip's
-          // are while the one before it is multiplied.
-          if (s == 0) load_codes(true, slice, 0, (step + 1) / kPieceSteps);
-          if (s + 1 < S::kStrips) load_codes(true, slice, s + 1, (step + 1) / kPieceSteps);
-        }
-      }
-    }
-    multiply_strip<kChanges>(kLastStep, 0, groups, group_records, [](int) {});
-  }
-
-  __device__ __forceinline__ void multiply_tail(uint32_t next_slice, bool next) {
-    const ChunkGroups none{0};
-    uint32_t unused = 0;
-#pragma unroll
-    for (int s = 1; s < S::kStrips; ++s) {
-      multiply_strip<false>(kLastStep, s, none, unused, [&](int pair) {
-        if (s + 1 == S::kStrips) load_x(next, next_slice, pair, 0);
-      });
-      if (s == 1) {
-#pragma unroll
-        for (int done = 0; done < 3; ++done) load_codes(next, next_slice, done, 0);
-      }
-    }
-    load_codes(next, next_slice, 3, 0);
-  }
-
-  // Strip s of a step; the fragment of the strip after it is decoded while this one is multiplied.
-  // f(pair): after a pair of token tiles.
-  template <bool kChanges, class F>
-  __device__ __forceinline__ void multiply_strip(int step, int s, const ChunkGroups& groups,
-                                                 uint32_t& group_records, F f) {
-#pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        ptx::mma_m16n8k16<T>(sum_[s][2 * pair + half], a_[s % 2], x_[pair][2 * half],
-                             x_[pair][2 * half + 1]);
-      }
-      f(pair);
-      if (pair == 0) {
-        if (s + 1 < S::kStrips) {
-          decode_strip(step, s + 1);
-        } else if (step < kLastStep) {
-          if (!kChanges) decode_strip(step + 1, 0);
-        }
-      }
-    }
-    if (kChanges && s + 1 == S::kStrips && step < kLastStep) {
-      if (groups.starts(step + 1)) {
+    for (int step = 0; step < Layout::kChunkSteps; ++step) {
+      if (kChanges && step > 0 && groups.starts(step)) {
         group_records += group_bytes();
         change_group(group_records);
+        // The zero points are new.
+        decode(a[0], &words[0][step % kPieceSteps * S::kPieces], values_.zero[0], T());
       }
-      decode_strip(step + 1, 0);
+#pragma unroll
+      for (int s = 0; s < S::kStrips; ++s) {
+        const bool last_strip = s + 1 == S::kStrips;
+        const int next_step = last_strip ? step + 1 : step;
+        const int next_strip = last_strip ? 0 : s + 1;
+#pragma unroll
+        for (int pair = 0; pair < kPairs; ++pair) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            ptx::mma_m16n8k16<T>(sum_[s][2 * pair + half], a[s % 2], x[pair][2 * half],
+                                 x[pair][2 * half + 1]);
+          }
+          if (last_strip && next_step < Layout::kChunkSteps) {
+            load_x(x[pair], x_row, pair, next_step);
+          }
+          // The next fragment is decoded while this one is multiplied.
+          if (pair == 0 && next_step < Layout::kChunkSteps) {
+            if (last_strip && next_step % kPieceSteps == 0) {
+              load_codes(words, codes, next_step / kPieceSteps);
+            }
+            decode(a[(s + 1) % 2], &words[next_strip][next_step % kPieceSteps * S::kPieces],
+                   values_.zero[next_strip], T());
+          }
+        }
+      }
     }
   }
 
-  __device__ __forceinline__ void decode_strip(int step, int s) {
-    decode(a_[s % 2], &words_[s][step % kPieceSteps * S::kPieces], values_.zero[s], T());
+  __device__ __forceinline__ void load_codes(uint32_t (&words)[S::kStrips][4], uint32_t codes,
+                                             int piece) const {
+#pragma unroll
+    for (int s = 0; s < S::kStrips; ++s) {
+      const uint4 q = ptx::load_shared_16(codes + s * S::kStripBytes + piece * 512);
+      words[s][0] = q.x;
+      words[s][1] = q.y;
+      words[s][2] = q.z;
+      words[s][3] = q.w;
+    }
   }
 
-  // Codes of a strip and piece.
-  __device__ __forceinline__ void load_codes(bool on, uint32_t slice, int s, int piece) {
-    ptx::load_shared_16_if(on, words_[s], slice + codes_place_ + s * S::kStripBytes + piece * 512);
-  }
-
-  // Two tiles of 8 tokens and 16 rows are one ldmatrix. The pieces of a step differ from those of step
-  // 0 in bits 5 and 6 of their place alone.
-  __device__ __forceinline__ void load_x(bool on, uint32_t slice, int pair, int step) {
-    ptx::ldmatrix_x4_if(on, x_[pair],
-                        ((slice + x_place_) ^ (step * 32)) + pair * (16 * kXRowBytes));
+  // The pieces of a step differ from those of step 0 in bits 5 and 6 of their place alone.
+  __device__ __forceinline__ static void load_x(uint32_t (&x)[4], uint32_t row, int pair,
+                                                int step) {
+    ptx::ldmatrix_x4(x, (row ^ (step * 32)) + pair * (16 * kXRowBytes));
   }
 
   // --- the end of a segment ---
 
-  // Row warps share the stores: each has a part of the token tiles.
+  // Row warps share the stores: each has a part of the token tiles, and holds their sums in
+  // sum_[.][0 .. kOwnTiles).
   static constexpr int kOwnTiles = S::kTokenTiles / S::kRowWarps;
-  using Strip = float[kOwnTiles][4];
 
   // Float4 of a strip's first own token tile, as sums are stored: [group warp][strip][tile][lane].
   __device__ __forceinline__ int place_in_tile(int s) const {
@@ -515,137 +482,119 @@ class TileLoop {
   __device__ __forceinline__ void finish(const TilePosition& at) {
     fetch_scales();
     scale_sums(values_.scale);
-    const bool whole = at.end - at.begin == w_.chunks;
-    const int first_unit = at.tail_tile * w_.chunks;
-    float4* mine = whole ? nullptr : part_of_block(blockIdx.x, first_unit);
-    if constexpr (S::kRowWarps == 1) {
-#pragma unroll
-      for (int s = 0; s < S::kStrips; ++s) {
-        if (whole) {
-          store_strip(at, s, sum_[s]);
-        } else {
-          leave_strip(mine + place_in_tile(s), sum_[s]);
-        }
-      }
-    } else {
-      leave_for_row_warps();
-#pragma unroll 1
-      for (int s = 0; s < S::kStrips; ++s) {
-        Strip sum;
-        const float4* sums = reinterpret_cast<const float4*>(shared_) + place_in_tile(s);
-#pragma unroll
-        for (int r = 0; r < S::kRowWarps; ++r) {
-          add_strip(sum, r == 0, [&](int t) { return sums[r * (S::kTileFloats / 4) + t * 32]; });
-        }
-        if (whole) {
-          store_strip(at, s, sum);
-        } else {
-          leave_strip(mine + place_in_tile(s), sum);
-        }
-      }
+    if constexpr (S::kRowWarps > 1) add_row_warps();
+    // A tile that is cut belongs to the block that has the last of its chunks; the others leave their
+    // sums to it.
+    if (at.end < w_.chunks) {
+      leave_part();
+      return;
     }
-    if (!whole) add_parts(at, first_unit);
+    if (at.begin > 0) add_parts(at.tail_tile * w_.chunks);
+#pragma unroll
+    for (int s = 0; s < S::kStrips; ++s) store_strip(at, s);
   }
 
-  __device__ __forceinline__ void leave_for_row_warps() {
+  __device__ __forceinline__ void add_row_warps() {
     ptx::copy_wait<0>();
     __syncthreads();
-    auto* sums = reinterpret_cast<float4*>(shared_) + row_warp_ * (S::kTileFloats / 4) +
+    auto* sums = reinterpret_cast<float4*>(shared_);
+    auto* mine = sums + row_warp_ * (S::kTileFloats / 4) +
                  group_warp_ * (S::kStrips * S::kTokenTiles * 32) + lane_;
 #pragma unroll
     for (int s = 0; s < S::kStrips; ++s) {
 #pragma unroll
       for (int t = 0; t < S::kTokenTiles; ++t) {
-        sums[(s * S::kTokenTiles + t) * 32] =
+        mine[(s * S::kTokenTiles + t) * 32] =
             make_float4(sum_[s][t][0], sum_[s][t][1], sum_[s][t][2], sum_[s][t][3]);
       }
     }
     __syncthreads();
-  }
-
-  // sum += part(t) for every own token tile t.
-  template <class F>
-  __device__ __forceinline__ static void add_strip(Strip& sum, bool first, F part) {
 #pragma unroll
-    for (int t = 0; t < kOwnTiles; ++t) {
-      const float4 value = part(t);
-      sum[t][0] = first ? value.x : sum[t][0] + value.x;
-      sum[t][1] = first ? value.y : sum[t][1] + value.y;
-      sum[t][2] = first ? value.z : sum[t][2] + value.z;
-      sum[t][3] = first ? value.w : sum[t][3] + value.w;
-    }
-  }
-
-  __device__ __forceinline__ static void leave_strip(float4* target, const Strip& sum) {
+    for (int s = 0; s < S::kStrips; ++s) {
 #pragma unroll
-    for (int t = 0; t < kOwnTiles; ++t) {
-      __stcg(target + t * 32, make_float4(sum[t][0], sum[t][1], sum[t][2], sum[t][3]));
-    }
-  }
-
-  // A block has at most two parts of tiles, at the begin and at the end of its run.
-  __device__ __forceinline__ float4* part_of_block(int block, int tile_first_unit) const {
-    const int slot = 2 * block + (params_.tail.begin(block) < tile_first_unit ? 1 : 0);
-    return reinterpret_cast<float4*>(params_.scratch.partials) +
-           static_cast<int64_t>(slot) * (S::kTileFloats / 4);
-  }
-
-  // All blocks of a tile have left their parts in scratch memory, or will: the last one adds them, in
-  // the order of K, and stores.
-  __device__ __forceinline__ void add_parts(const TilePosition& at, int first_unit) {
-    const int first_block = params_.tail.part_of(first_unit);
-    const int last_block = params_.tail.part_of(first_unit + w_.chunks - 1);
-    __syncthreads();
-    __shared__ bool last;
-    if (threadIdx.x == 0) {
-      __threadfence();
-      const uint32_t before = atomicAdd(params_.scratch.counters + at.tail_tile, 1u);
-      last = before == static_cast<uint32_t>(last_block - first_block);
-      if (last) params_.scratch.counters[at.tail_tile] = 0;
-      __threadfence();
-    }
-    __syncthreads();
-    if (!last) return;
-    // As many loads at once as registers hold: each waits for most of a microsecond.
-    constexpr int kLoads = 32;
-    constexpr int kStripsAtOnce = kOwnTiles <= 4 ? S::kStrips : S::kStrips / 2;
-    constexpr int kParts = kLoads / (kStripsAtOnce * kOwnTiles);
-#pragma unroll 1
-    for (int s0 = 0; s0 < S::kStrips; s0 += kStripsAtOnce) {
-      Strip sum[kStripsAtOnce] = {};
-#pragma unroll 1
-      for (int block = first_block; block <= last_block; block += kParts) {
-        float4 part[kParts][kStripsAtOnce][kOwnTiles];
+      for (int t = 0; t < kOwnTiles; ++t) {
 #pragma unroll
-        for (int i = 0; i < kParts; ++i) {
-          const bool there = block + i <= last_block;
-          const float4* from =
-              part_of_block(there ? block + i : block, first_unit) + place_in_tile(s0);
-#pragma unroll
-          for (int s = 0; s < kStripsAtOnce; ++s) {
-#pragma unroll
-            for (int t = 0; t < kOwnTiles; ++t) {
-              part[i][s][t] = there ? __ldcg(from + (s * S::kTokenTiles + t) * 32)
-                                    : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            }
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < kParts; ++i) {
-#pragma unroll
-          for (int s = 0; s < kStripsAtOnce; ++s) {
-            add_strip(sum[s], false, [&](int t) { return part[i][s][t]; });
+        for (int r = 0; r < S::kRowWarps; ++r) {
+          const float4 part = sums[r * (S::kTileFloats / 4) + place_in_tile(s) + t * 32];
+          if (r == 0) {
+            set(sum_[s][t], part);
+          } else {
+            add(sum_[s][t], part);
           }
         }
       }
+    }
+  }
+
+  __device__ __forceinline__ static void set(float (&sum)[4], float4 value) {
+    sum[0] = value.x;
+    sum[1] = value.y;
+    sum[2] = value.z;
+    sum[3] = value.w;
+  }
+  __device__ __forceinline__ static void add(float (&sum)[4], float4 value) {
+    sum[0] += value.x;
+    sum[1] += value.y;
+    sum[2] += value.z;
+    sum[3] += value.w;
+  }
+
+  // A block leaves one part at most: of the tile that its run ends in, which is where its run starts
+  // to be worked on.
+  __device__ __forceinline__ float4* part_of_block(int block) const {
+    return reinterpret_cast<float4*>(params_.scratch.partials) +
+           static_cast<int64_t>(block) * (S::kTileFloats / 4);
+  }
+
+  __device__ __forceinline__ void leave_part() const {
+    float4* part = part_of_block(blockIdx.x);
 #pragma unroll
-      for (int s = 0; s < kStripsAtOnce; ++s) store_strip(at, s0 + s, sum[s]);
+    for (int s = 0; s < S::kStrips; ++s) {
+#pragma unroll
+      for (int t = 0; t < kOwnTiles; ++t) {
+        __stcg(part + place_in_tile(s) + t * 32,
+               make_float4(sum_[s][t][0], sum_[s][t][1], sum_[s][t][2], sum_[s][t][3]));
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) ptx::raise_flag(params_.scratch.flags + blockIdx.x);
+  }
+
+  // Adds the parts of the blocks before this one, the nearest first. They have started before this
+  // block, since blocks start in the order of their numbers, and work on this tile before all others
+  // of their tail: they need not be waited for long, and wait for no later block themselves.
+  __device__ __forceinline__ void add_parts(int first_unit) {
+    const int first_block = params_.tail.part_of(first_unit);
+#pragma unroll 1
+    for (int block = blockIdx.x - 1; block >= first_block; --block) {
+      if (threadIdx.x == 0) ptx::take_flag(params_.scratch.flags + block);
+      __syncthreads();
+      const float4* part = part_of_block(block);
+      // As many loads at once as registers hold beside the sums.
+      constexpr int kStripsAtOnce = kOwnTiles > 4 ? 2 : S::kStrips;
+#pragma unroll
+      for (int s0 = 0; s0 < S::kStrips; s0 += kStripsAtOnce) {
+        float4 value[kStripsAtOnce][kOwnTiles];
+#pragma unroll
+        for (int s = 0; s < kStripsAtOnce; ++s) {
+#pragma unroll
+          for (int t = 0; t < kOwnTiles; ++t) {
+            value[s][t] = __ldcg(part + place_in_tile(s0 + s) + t * 32);
+          }
+        }
+#pragma unroll
+        for (int s = 0; s < kStripsAtOnce; ++s) {
+#pragma unroll
+          for (int t = 0; t < kOwnTiles; ++t) add(sum_[s0 + s][t], value[s][t]);
+        }
+      }
     }
   }
 
   // A lane's sums are features g and g + 8 of tokens 2t and 2t + 1. Pairs of 16-bit outputs are
   // turned to features 2t and 2t + 1 of token g.
-  __device__ __forceinline__ void store_strip(const TilePosition& at, int s, const Strip& sum) const {
+  __device__ __forceinline__ void store_strip(const TilePosition& at, int s) const {
+    const auto& sum = sum_[s];
     const int feature0 = (at.feature_tile * S::kFeatureWarps + feature_warp_) *
                              Layout::kBlockFeatures +
                          s * Layout::kStripFeatures;
@@ -700,11 +649,6 @@ class TileLoop {
   uint32_t fill_codes_, fill_records_, fill_x_;
   GroupValues<T, S::kBits, S::kStrips> values_;
   float sum_[S::kStrips][S::kTokenTiles][4];
-  // Fragments of x for the step at hand, codes of the piece at hand, and the fragments of the strip at
-  // hand and the one after it.
-  uint32_t x_[S::kTokenTiles / 2][4];
-  uint32_t words_[S::kStrips][4];
-  uint32_t a_[2][4];
 };
 
 template <class S>
