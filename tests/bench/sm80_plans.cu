@@ -214,12 +214,11 @@ class Bench {
         }
         for (const int tail : tails) {
           if (tail > 0 && left * copies_[0].chunks / tail < 2) continue;
-          const GemmPlan plan =
-              sm80::tile_plan(problem, i, occupancy > 1 ? (limits_.shared_bytes - 1024 * occupancy) / occupancy : usable, blocks, tail, 4);
-          if (plan.shared_bytes > limits_.shared_bytes / occupancy) continue;
+          const GemmPlan plan = sm80::tile_plan(problem, i, blocks, tail);
+          if (plan.shared_bytes > (limits_.shared_bytes - 1024 * occupancy) / occupancy) continue;
           char name[64];
-          std::snprintf(name, sizeof name, "tile%dx%dk%dw%d t%d/%d s%d", kernel.features,
-                        kernel.tokens, kernel.row_warps, kernel.warps, tail, left, plan.stages);
+          std::snprintf(name, sizeof name, "tile%dx%dk%dw%d t%d/%d", kernel.features,
+                        kernel.tokens, kernel.row_warps, kernel.warps, tail, left);
           measure(problem, plan, name, type);
         }
       }

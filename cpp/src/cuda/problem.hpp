@@ -76,7 +76,6 @@ struct GemmPlan {
   std::int32_t instance = 0;  // of the architecture's table for the types at hand
   std::int32_t blocks = 1;
   std::int32_t warps = 8;  // of a block
-  std::int32_t stages = 2;
   std::int32_t shared_bytes = 0;
   std::int32_t tokens = 8;  // rows of x that one launch takes: all of m, or slices of this many
   TileSchedule schedule;    // kTile

@@ -41,17 +41,6 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-constexpr int kMaxStages = 4;
-
-/// Returns when all but the newest `stages` - 2 (0 to 2) groups of this thread are complete.
-__device__ __forceinline__ void copy_wait_stage(int stages) {
-  asm volatile(
-      "{\n.reg .pred p, q;\nsetp.eq.s32 p, %0, 2;\nsetp.eq.s32 q, %0, 3;\n"
-      "@p cp.async.wait_group 0;\n@q cp.async.wait_group 1;\ncp.async.wait_group 2;\n}" ::"r"(
-          stages)
-      : "memory");
-}
-
 __device__ __forceinline__ uint32_t load_shared_2(uint32_t address) {
   uint16_t value;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address) : "memory");

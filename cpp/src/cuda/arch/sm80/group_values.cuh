@@ -96,4 +96,9 @@ __device__ __forceinline__ ChunkGroups load_chunk_groups(const WeightView& w, in
   return {w.chunk_shift >= 0 ? (chunk >> w.chunk_shift) << 4 : __ldg(w.chunk_groups + chunk)};
 }
 
+/// The next chunk that a group may start in.
+__device__ __forceinline__ int next_change(const WeightView& w, int chunk) {
+  return w.chunk_shift >= 0 ? ((chunk >> w.chunk_shift) + 1) << w.chunk_shift : chunk + 1;
+}
+
 }  // namespace marlinq::cuda::sm80

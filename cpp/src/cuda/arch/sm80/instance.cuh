@@ -57,7 +57,7 @@ constexpr Instance tile_instance() {
           .blocks_together = S::kBlocksTogether,
           .slice_bytes = S::kSliceBytes,
           .sum_bytes = S::kSumBytes,
-          .stages = ptx::kMaxStages,
+          .stages = S::kStages,
           .launch = [](const GemmProblem& problem, const GemmPlan& plan,
                        const SplitScratch& scratch, cudaStream_t stream) {
             static std::atomic<std::uint64_t> devices_done{0};
@@ -75,7 +75,6 @@ constexpr Instance tile_instance() {
                                              plan.schedule.tail_blocks),
                            .feature_tiles = (w.n + S::kFeatures - 1) / S::kFeatures,
                            .token_tiles = (problem.m + S::kTokens - 1) / S::kTokens,
-                           .stages = plan.stages,
                            .slice_bytes = slice_bytes(w, S::kSliceBytes, S::kFeatures),
                            .scales_place = plan.shared_bytes - S::kThreads * 32,
                            .pairs = pairs},

@@ -40,7 +40,6 @@ GemmPlan strip_plan(const GemmProblem& problem, std::int32_t instance, std::int3
           .instance = instance,
           .blocks = blocks,
           .warps = warps,
-          .stages = kernel.stages,
           .shared_bytes = static_cast<std::int32_t>(
               std::min<std::int64_t>(ring + slots + contributors, INT32_MAX)),
           .tokens = kernel.tokens,
@@ -48,8 +47,8 @@ GemmPlan strip_plan(const GemmProblem& problem, std::int32_t instance, std::int3
           .dependent_launch = false};
 }
 
-GemmPlan tile_plan(const GemmProblem& problem, std::int32_t instance, std::int32_t shared_bytes,
-                   std::int32_t blocks, std::int32_t tail_blocks, std::int32_t stages) {
+GemmPlan tile_plan(const GemmProblem& problem, std::int32_t instance, std::int32_t blocks,
+                   std::int32_t tail_blocks) {
   const WeightView& w = problem.weight;
   const Instance& kernel =
       instances(problem.x_type, w.code_bits)[static_cast<std::size_t>(instance)];
@@ -59,8 +58,7 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t instance, std::int32
                              slice_bytes(w, kernel.slice_bytes, kernel.features);
   // Each thread keeps 8 scales.
   const std::int64_t scales = std::int64_t{kernel.warps} * 32 * 32;
-  const auto fitting = static_cast<std::int32_t>(
-      std::clamp<std::int64_t>((shared_bytes - scales) / stage, 2, stages));
+  const std::int64_t ring = kernel.stages * stage;
   const auto waves = static_cast<std::int32_t>(tiles / blocks);
   const auto left = static_cast<std::int32_t>(tiles % blocks);
   // Tiles that are walked through together should share what they read: a band of token tiles about
@@ -70,10 +68,8 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t instance, std::int32
           .instance = instance,
           .blocks = waves > 0 ? blocks : tail_blocks,
           .warps = kernel.warps,
-          .stages = fitting,
-          .shared_bytes = static_cast<std::int32_t>(
-              std::min<std::int64_t>(
-                  std::max<std::int64_t>(stage * fitting, kernel.sum_bytes) + scales, INT32_MAX)),
+          .shared_bytes = static_cast<std::int32_t>(std::min<std::int64_t>(
+              std::max<std::int64_t>(ring, kernel.sum_bytes) + scales, INT32_MAX)),
           .tokens = INT32_MAX,
           .schedule = {.whole_tiles = waves,
                        .tail_tiles = left,
@@ -151,7 +147,7 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
                       blocks, std::int64_t{left} * problem.weight.chunks / 4));
         if (tail_blocks < left) continue;
         const GemmPlan candidate =
-            tile_plan(problem, static_cast<std::int32_t>(i), usable, blocks, tail_blocks, 4);
+            tile_plan(problem, static_cast<std::int32_t>(i), blocks, tail_blocks);
         if (candidate.shared_bytes > usable) continue;
         const double work = static_cast<double>(kernel.features) * kernel.tokens;
         const double cost =

@@ -24,7 +24,7 @@ struct Instance {
   // group of row warps (kTile, without records); at least sum_bytes, which for kStrip is a slot.
   std::int32_t slice_bytes;
   std::int32_t sum_bytes;
-  std::int32_t stages;  // of the ring: of each warp (kStrip), at most (kTile)
+  std::int32_t stages;  // of the ring: of each warp (kStrip), of the block (kTile)
   void (*launch)(const GemmProblem&, const GemmPlan&, const SplitScratch&, cudaStream_t);
 };
 
@@ -38,9 +38,9 @@ GemmPlan strip_plan(const GemmProblem& problem, std::int32_t instance, std::int3
                     std::int32_t warps);
 
 /// A plan of a tile kernel on `blocks` blocks; `tail_blocks` of them share what is left after whole
-/// waves. As many stages, at most `stages`, as fit.
-GemmPlan tile_plan(const GemmProblem& problem, std::int32_t instance, std::int32_t shared_bytes,
-                   std::int32_t blocks, std::int32_t tail_blocks, std::int32_t stages);
+/// waves. shared_bytes tells whether it fits.
+GemmPlan tile_plan(const GemmProblem& problem, std::int32_t instance, std::int32_t blocks,
+                   std::int32_t tail_blocks);
 
 /// As ArchKernels::plan.
 GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvariance invariance);

@@ -17,7 +17,7 @@ FloatType float_type(DType dtype) noexcept {
 
 /// The shift that takes every chunk to its group; -1 where there is none.
 std::int32_t find_chunk_shift(const std::vector<std::int32_t>& chunk_groups) {
-  constexpr std::int32_t kMostShift = 30;
+  constexpr std::int32_t kMostShift = 24;  // of chunks that kernels count
   for (std::int32_t shift = 0; shift <= kMostShift; ++shift) {
     bool fits = true;
     for (std::size_t chunk = 0; fits && chunk < chunk_groups.size(); ++chunk) {

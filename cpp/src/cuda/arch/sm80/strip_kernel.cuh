@@ -119,6 +119,7 @@ class StripLoop {
     record_strip_ = static_cast<int>(ptx::divide_roughly(static_cast<float>(lane_) + 0.5f,
                                                          static_cast<float>(w_.record_bytes / 16)));
     shared_ = shared;
+    missing_chunk_ = p_.x_columns % Layout::kChunkRows == 0 ? -1 : p_.x_columns / Layout::kChunkRows;
     ring_ = ptx::shared_address(shared) + warp_ * S::kStages * params.stage_bytes;
     ring_end_ = ring_ + S::kStages * params.stage_bytes;
   }
@@ -137,7 +138,6 @@ class StripLoop {
     stage_ = ring_;
     while (more) {
       const int width = share_.strips.size(group);
-      quant_group_ = -1;
       switch (width) {
         case 1:
           run_group<1>(chunk, left);
@@ -210,14 +210,20 @@ class StripLoop {
   // The items of this warp in a strip group of kWidth strips.
   template <int kWidth>
   __device__ __forceinline__ void run_group(int chunk, int left) {
+    int quant_group = -1;
+    int change_chunk = chunk;
+    ChunkGroups groups{0};
 #pragma unroll 1
     do {
       ptx::copy_wait<S::kStages - 2>();
       // The slot of the item before is free after this: all lanes have read it.
       __syncwarp();
-      const ChunkGroups groups = load_chunk_groups(w_, chunk);
-      if (groups.first() != quant_group_) change_group(records(stage_));
-      quant_group_ = groups.last();
+      if (chunk == change_chunk) {
+        groups = load_chunk_groups(w_, chunk);
+        if (groups.first() != quant_group) change_group(records(stage_));
+        quant_group = groups.last();
+        change_chunk = next_change(w_, chunk);
+      }
       // Groups that start inside the chunk are rare, and cost code of their own.
       if (groups.changes()) {
         multiply<kWidth, true>(stage_, groups);
@@ -225,9 +231,9 @@ class StripLoop {
         multiply<kWidth, false>(stage_, groups);
       }
       if (fill_left_ > 0) {
-        fill_rest(fill_slot_);
+        if (w_.chunk_shift < 0 || fill_chunk_ == missing_chunk_) fill_rest(fill_slot_);
         advance_fill();
-        if (fill_left_ <= 0 && warp_ == 0) ptx::launch_dependents();
+        if (fill_left_ == 0 && warp_ == 0) ptx::launch_dependents();
       }
       ptx::copy_commit();
       fill_slot_ = stage_;
@@ -497,7 +503,7 @@ class StripLoop {
   int first_strip_, record_strip_;
   uint32_t ring_, ring_end_, stage_, fill_slot_;
   int warp_, lane_;
-  int quant_group_;
+  int missing_chunk_;  // the chunk that x has only a part of, or -1
   // Where the next copies of this warp come from.
   int fill_group_, fill_chunk_, fill_left_, fill_width_;
   int fill_here_;     // strips in the block of the first

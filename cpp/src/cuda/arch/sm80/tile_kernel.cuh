@@ -60,6 +60,8 @@ struct TileShape {
   static constexpr int kBlockBytes = kStrips * kStripBytes;
   static constexpr int kXBytes = kTokens * kXRowBytes;
   static constexpr int kSliceBytes = kXBytes + kFeatureWarps * kBlockBytes;  // without records
+  // A stage holds a slice for each group of row warps: with four of them and 8 bits, three fit.
+  static constexpr int kStages = kBits == 8 && kRowWarps == 4 ? 3 : 4;
   // Sums of all warps, when several share K.
   static constexpr int kSumBytes = kRowWarps > 1 ? kRowWarps * kTileFloats * 4 : 0;
   static_assert(kTokenTiles % 2 == 0 && kTokenTiles % kRowWarps == 0);
@@ -73,7 +75,6 @@ struct TileParams {
   EvenShare tail;  // chunks of the tail tiles over the tail blocks
   int feature_tiles;
   int token_tiles;
-  int stages;
   int slice_bytes;
   int scales_place;  // of the scales that threads keep, after the ring: 32 bytes each
   bool pairs;  // outputs of 16 bits, which may be stored two at a time
@@ -104,7 +105,8 @@ class TileLoop {
     token_warp_ = group_warp_ % S::kTokenWarps;
     stage_bytes_ = S::kRowWarps * params.slice_bytes;
     ring_ = ptx::shared_address(shared) + row_warp_ * params.slice_bytes;
-    ring_end_ = ring_ + params.stages * stage_bytes_;
+    ring_end_ = ring_ + S::kStages * stage_bytes_;
+    missing_chunk_ = p_.x_columns % Layout::kChunkRows == 0 ? -1 : p_.x_columns / Layout::kChunkRows;
     last_block_ = (w_.n + Layout::kBlockFeatures - 1) / Layout::kBlockFeatures - 1;
     codes_place_ = S::kXBytes + feature_warp_ * S::kBlockBytes + lane_ * 16;
     x_place_ = x_piece_place(
@@ -124,25 +126,26 @@ class TileLoop {
       const bool last_fill = S::kRowWarps == 1 || !load_segment(at, segment + 1);
       if (fill_left_ <= 0 && last_fill) ptx::launch_dependents();
       clear();
-      quant_group_ = -1;
       load_segment(at, segment);
       int steps = at.length;
       int chunk = first_chunk(at);
       const int end = chunk + chunks_of(at);
+      quant_group_ = -1;
+      change_chunk_ = chunk;
 #pragma unroll 1
       for (; steps > 0; --steps) {
-        ptx::copy_wait_stage(params_.stages);
+        ptx::copy_wait<S::kStages - 2>();
         // The slot of the step before is free after this: all warps have read it.
         __syncthreads();
         if (S::kRowWarps == 1 || chunk < end) {
-          multiply(stage, load_chunk_groups(w_, chunk));
+          multiply(stage, chunk);
         } else {
           fill(fill_slot_, fill_left_ > 0);
         }
         if (fill_left_ > 0) {
-          fill_rest(fill_slot_);
+          if (w_.chunk_shift < 0 || fill_chunk_ == missing_chunk_) fill_rest(fill_slot_);
           step_fill();
-          if (fill_left_ <= 0 && last_fill) ptx::launch_dependents();
+          if (fill_left_ == 0 && last_fill) ptx::launch_dependents();
         }
         ptx::copy_commit();
         fill_slot_ = stage;
@@ -249,7 +252,7 @@ class TileLoop {
   // before, and after the wait for it the rows of x.
   template <bool kFirst>
   __device__ __forceinline__ bool prime(int segment) {
-    const int ahead = params_.stages - 1;
+    constexpr int kAhead = S::kStages - 1;
     bool there = false;
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
@@ -257,7 +260,7 @@ class TileLoop {
       fill_slot_ = ring_;
       if (kFirst && pass == 1) ptx::wait_for_predecessor();
 #pragma unroll 1
-      for (int stage = 0; stage < ahead; ++stage) {
+      for (int stage = 0; stage < kAhead; ++stage) {
         if (fill_left_ > 0) {
           if (pass == 0) {
             fill_weights(fill_slot_, true);
@@ -386,13 +389,17 @@ class TileLoop {
   }
 
   // Groups that start inside a chunk are rare, and cost code of their own.
-  __device__ __forceinline__ void multiply(uint32_t slice, const ChunkGroups& groups) {
-    if (groups.first() != quant_group_) change_group(records(slice));
-    quant_group_ = groups.last();
-    if (groups.changes()) {
-      multiply_steps<true>(slice, groups);
+  __device__ __forceinline__ void multiply(uint32_t slice, int chunk) {
+    if (chunk == change_chunk_) {
+      groups_ = load_chunk_groups(w_, chunk);
+      if (groups_.first() != quant_group_) change_group(records(slice));
+      quant_group_ = groups_.last();
+      change_chunk_ = next_change(w_, chunk);
+    }
+    if (groups_.changes()) {
+      multiply_steps<true>(slice, groups_);
     } else {
-      multiply_steps<false>(slice, groups);
+      multiply_steps<false>(slice, groups_);
     }
   }
 
@@ -564,28 +571,40 @@ class TileLoop {
   // block, since blocks start in the order of their numbers, and work on this tile before all others
   // of their tail: they need not be waited for long, and wait for no later block themselves.
   __device__ __forceinline__ void add_parts(int first_unit) {
-    const int first_block = params_.tail.part_of(first_unit);
+    const int last = blockIdx.x - 1;
+    const int parts = last - params_.tail.part_of(first_unit) + 1;
+    for (int i = threadIdx.x; i < parts; i += S::kThreads) {
+      ptx::take_flag(params_.scratch.flags + last - i);
+    }
+    __syncthreads();
+    // As many loads at once as registers hold beside the sums: each takes most of a microsecond.
+    constexpr int kStripsAtOnce = kOwnTiles > 4 ? 2 : S::kStrips;
+    constexpr int kPartsAtOnce = kOwnTiles > 2 ? 1 : 4 / kOwnTiles;
 #pragma unroll 1
-    for (int block = blockIdx.x - 1; block >= first_block; --block) {
-      if (threadIdx.x == 0) ptx::take_flag(params_.scratch.flags + block);
-      __syncthreads();
-      const float4* part = part_of_block(block);
-      // As many loads at once as registers hold beside the sums.
-      constexpr int kStripsAtOnce = kOwnTiles > 4 ? 2 : S::kStrips;
+    for (int i = 0; i < parts; i += kPartsAtOnce) {
 #pragma unroll
       for (int s0 = 0; s0 < S::kStrips; s0 += kStripsAtOnce) {
-        float4 value[kStripsAtOnce][kOwnTiles];
+        float4 value[kPartsAtOnce][kStripsAtOnce][kOwnTiles];
 #pragma unroll
-        for (int s = 0; s < kStripsAtOnce; ++s) {
+        for (int j = 0; j < kPartsAtOnce; ++j) {
+          const bool there = i + j < parts;
+          const float4* part = part_of_block(there ? last - i - j : last) + place_in_tile(s0);
 #pragma unroll
-          for (int t = 0; t < kOwnTiles; ++t) {
-            value[s][t] = __ldcg(part + place_in_tile(s0 + s) + t * 32);
+          for (int s = 0; s < kStripsAtOnce; ++s) {
+#pragma unroll
+            for (int t = 0; t < kOwnTiles; ++t) {
+              value[j][s][t] = there ? __ldcg(part + (s * S::kTokenTiles + t) * 32)
+                                     : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            }
           }
         }
 #pragma unroll
-        for (int s = 0; s < kStripsAtOnce; ++s) {
+        for (int j = 0; j < kPartsAtOnce; ++j) {
 #pragma unroll
-          for (int t = 0; t < kOwnTiles; ++t) add(sum_[s0 + s][t], value[s][t]);
+          for (int s = 0; s < kStripsAtOnce; ++s) {
+#pragma unroll
+            for (int t = 0; t < kOwnTiles; ++t) add(sum_[s0 + s][t], value[j][s][t]);
+          }
         }
       }
     }
@@ -644,6 +663,9 @@ class TileLoop {
   int codes_place_, x_place_, fill_x_place_;  // of this lane, in a slice
   uint32_t scales_;
   int quant_group_;
+  int change_chunk_;  // the next chunk whose groups must be looked at
+  ChunkGroups groups_;  // of the chunk at hand
+  int missing_chunk_;   // the chunk that x has only a part of, or -1
   // Where the next copies of this warp come from.
   int fill_segment_, fill_left_, fill_chunk_, fill_rows_;
   uint32_t fill_codes_, fill_records_, fill_x_;
