@@ -200,7 +200,6 @@ class Bench {
       } else {
         if (m <= kernel.tokens / 8 || (kernel.tokens == 32 && m > 256)) continue;
         if (kernel.row_warps == 4 && m > 1024) continue;
-        if (kernel.tokens == 128 && m < 512) continue;
         const int occupancy = kernel.blocks_together;
         const int blocks = occupancy * sms;
         const std::int64_t tiles = static_cast<std::int64_t>((shape_.n + kernel.features - 1) / kernel.features) *
@@ -217,8 +216,9 @@ class Bench {
           const GemmPlan plan = sm80::tile_plan(problem, i, blocks, tail);
           if (plan.shared_bytes > (limits_.shared_bytes - 1024 * occupancy) / occupancy) continue;
           char name[64];
-          std::snprintf(name, sizeof name, "tile%dx%dk%dw%d t%d/%d", kernel.features,
-                        kernel.tokens, kernel.row_warps, kernel.warps, tail, left);
+          std::snprintf(name, sizeof name, "tile%dx%dk%dw%d%s t%d/%d", kernel.features,
+                        kernel.tokens, kernel.row_warps, kernel.warps, "", tail,
+                        left);
           measure(problem, plan, name, type);
         }
       }

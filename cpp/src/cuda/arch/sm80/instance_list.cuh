@@ -17,10 +17,12 @@ constexpr std::array<Instance, kInstanceCount> instance_list() {
       tile_instance<T, kBits, 4, 1, 1, 4>(),
       tile_instance<T, kBits, 2, 1, 2, 4>(),
       tile_instance<T, kBits, 2, 1, 4, 4>(),
+      tile_instance<T, kBits, 2, 1, 6, 4>(),
+      tile_instance<T, kBits, 4, 1, 3, 4>(),
       tile_instance<T, kBits, 4, 1, 1, 8>(),
+      tile_instance<T, kBits, 4, 1, 2, 8>(),
       tile_instance<T, kBits, 2, 1, 2, 8>(),
       tile_instance<T, kBits, 2, 1, 4, 8>(),
-      tile_instance<T, kBits, 2, 2, 1, 8>(),
   };
 }
 

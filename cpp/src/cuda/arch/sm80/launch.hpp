@@ -28,7 +28,7 @@ struct Instance {
   void (*launch)(const GemmProblem&, const GemmPlan&, const SplitScratch&, cudaStream_t);
 };
 
-constexpr std::size_t kInstanceCount = 9;
+constexpr std::size_t kInstanceCount = 11;
 
 /// The kernels for activations of `type` and codes of `code_bits`; GemmPlan::instance is an index.
 std::span<const Instance> instances(FloatType type, std::int32_t code_bits);

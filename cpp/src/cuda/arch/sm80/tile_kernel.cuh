@@ -20,6 +20,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/arch/sm80/group_values.cuh"
@@ -30,6 +31,7 @@
 #include "cuda/device/dequantize.cuh"
 #include "cuda/problem.hpp"
 #include "cuda/ptx/arithmetic.cuh"
+#include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/copy.cuh"
 #include "cuda/ptx/flag.cuh"
 #include "cuda/ptx/launch.cuh"
@@ -60,11 +62,15 @@ struct TileShape {
   static constexpr int kBlockBytes = kStrips * kStripBytes;
   static constexpr int kXBytes = kTokens * kXRowBytes;
   static constexpr int kSliceBytes = kXBytes + kFeatureWarps * kBlockBytes;  // without records
-  // A stage holds a slice for each group of row warps: with four of them and 8 bits, three fit.
-  static constexpr int kStages = kBits == 8 && kRowWarps == 4 ? 3 : 4;
+  // A stage holds a slice for each group of row warps; many groups leave room for few stages, and
+  // need few.
+  static constexpr int kStages = std::clamp(208 * 1024 / (kRowWarps * kSliceBytes), 2, 4);
+  // A unit: the sums of a strip and a token tile. Row warps share those of a tile at its end.
+  static constexpr int kUnits = kStrips * kTokenTiles;
+  static constexpr int kOwnUnits = (kUnits + kRowWarps - 1) / kRowWarps;
   // Sums of all warps, when several share K.
   static constexpr int kSumBytes = kRowWarps > 1 ? kRowWarps * kTileFloats * 4 : 0;
-  static_assert(kTokenTiles % 2 == 0 && kTokenTiles % kRowWarps == 0);
+  static_assert(kTokenTiles % 2 == 0);
   static_assert(kStrips % kTokenWarps == 0);
 };
 
@@ -135,8 +141,8 @@ class TileLoop {
 #pragma unroll 1
       for (; steps > 0; --steps) {
         ptx::copy_wait<S::kStages - 2>();
-        // The slot of the step before is free after this: all warps have read it.
-        __syncthreads();
+        // The slot of the step before is free after this: all warps of the group have read it.
+        meet_group();
         if (S::kRowWarps == 1 || chunk < end) {
           multiply(stage, chunk);
         } else {
@@ -169,6 +175,14 @@ class TileLoop {
   }
 
  private:
+  __device__ __forceinline__ void meet_group() const {
+    if constexpr (S::kRowWarps == 1) {
+      __syncthreads();
+    } else {
+      ptx::named_barrier(1 + row_warp_, S::kGroupThreads);
+    }
+  }
+
   // --- the walk over segments ---
 
   __device__ __forceinline__ void place_tile(TilePosition& at, int tile) const {
@@ -248,17 +262,32 @@ class TileLoop {
     if (S::kRowWarps == 1 && fill_left_ == 0) start_fill(fill_segment_ + 1);
   }
 
+  // Within one segment.
+  __device__ __forceinline__ void step_fill_back(int steps) {
+    fill_left_ += steps;
+    fill_chunk_ -= steps;
+    fill_codes_ -= steps * (S::kBlockBytes / 16);
+    fill_x_ -= steps * (Layout::kChunkRows / 8);
+  }
+
   // The first stages of a walk that starts at a segment: weights, which do not depend on the kernel
   // before, and after the wait for it the rows of x.
   template <bool kFirst>
   __device__ __forceinline__ bool prime(int segment) {
     constexpr int kAhead = S::kStages - 1;
-    bool there = false;
+    const bool there = start_fill(segment);
+    int steps = 0;
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
-      there = start_fill(segment);
+      if (pass == 1) {
+        if (fill_segment_ == segment) {
+          step_fill_back(steps);
+        } else {
+          start_fill(segment);
+        }
+        if (kFirst) ptx::wait_for_predecessor();
+      }
       fill_slot_ = ring_;
-      if (kFirst && pass == 1) ptx::wait_for_predecessor();
 #pragma unroll 1
       for (int stage = 0; stage < kAhead; ++stage) {
         if (fill_left_ > 0) {
@@ -269,6 +298,7 @@ class TileLoop {
             fill_rest(fill_slot_);
           }
           step_fill();
+          ++steps;
         }
         if (pass == 1) ptx::copy_commit();
         fill_slot_ += stage_bytes_;
@@ -477,13 +507,19 @@ class TileLoop {
 
   // --- the end of a segment ---
 
-  // Row warps share the stores: each has a part of the token tiles, and holds their sums in
-  // sum_[.][0 .. kOwnTiles).
-  static constexpr int kOwnTiles = S::kTokenTiles / S::kRowWarps;
+  // The units of this warp: all of its sums, or after add_row_warps() its share of them, in the first
+  // kOwnUnits.
+  __device__ __forceinline__ int own_unit(int i) const {
+    return S::kRowWarps == 1 ? i : row_warp_ * S::kOwnUnits + i;
+  }
+  __device__ __forceinline__ bool is_unit(int i) const {
+    return S::kUnits % S::kRowWarps == 0 || own_unit(i) < S::kUnits;
+  }
+  __device__ __forceinline__ float (&own(int i))[4] { return sum_[i / S::kTokenTiles][i % S::kTokenTiles]; }
 
-  // Float4 of a strip's first own token tile, as sums are stored: [group warp][strip][tile][lane].
-  __device__ __forceinline__ int place_in_tile(int s) const {
-    return ((group_warp_ * S::kStrips + s) * S::kTokenTiles + row_warp_ * kOwnTiles) * 32 + lane_;
+  // Sums as they are handed over: float4 [group warp][unit][lane].
+  __device__ __forceinline__ int place_in_tile(int unit) const {
+    return (group_warp_ * S::kUnits + unit) * 32 + lane_;
   }
 
   __device__ __forceinline__ void finish(const TilePosition& at) {
@@ -497,37 +533,30 @@ class TileLoop {
       return;
     }
     if (at.begin > 0) add_parts(at.tail_tile * w_.chunks);
-#pragma unroll
-    for (int s = 0; s < S::kStrips; ++s) store_strip(at, s);
+    store(at);
   }
 
   __device__ __forceinline__ void add_row_warps() {
     ptx::copy_wait<0>();
     __syncthreads();
     auto* sums = reinterpret_cast<float4*>(shared_);
-    auto* mine = sums + row_warp_ * (S::kTileFloats / 4) +
-                 group_warp_ * (S::kStrips * S::kTokenTiles * 32) + lane_;
+    auto* mine = sums + row_warp_ * (S::kTileFloats / 4) + place_in_tile(0);
 #pragma unroll
-    for (int s = 0; s < S::kStrips; ++s) {
-#pragma unroll
-      for (int t = 0; t < S::kTokenTiles; ++t) {
-        mine[(s * S::kTokenTiles + t) * 32] =
-            make_float4(sum_[s][t][0], sum_[s][t][1], sum_[s][t][2], sum_[s][t][3]);
-      }
+    for (int i = 0; i < S::kUnits; ++i) {
+      mine[i * 32] = make_float4(own(i)[0], own(i)[1], own(i)[2], own(i)[3]);
     }
     __syncthreads();
+    const auto* first = sums + place_in_tile(own_unit(0));
 #pragma unroll
-    for (int s = 0; s < S::kStrips; ++s) {
+    for (int i = 0; i < S::kOwnUnits; ++i) {
+      if (!is_unit(i)) continue;
 #pragma unroll
-      for (int t = 0; t < kOwnTiles; ++t) {
-#pragma unroll
-        for (int r = 0; r < S::kRowWarps; ++r) {
-          const float4 part = sums[r * (S::kTileFloats / 4) + place_in_tile(s) + t * 32];
-          if (r == 0) {
-            set(sum_[s][t], part);
-          } else {
-            add(sum_[s][t], part);
-          }
+      for (int r = 0; r < S::kRowWarps; ++r) {
+        const float4 part = first[r * (S::kTileFloats / 4) + i * 32];
+        if (r == 0) {
+          set(own(i), part);
+        } else {
+          add(own(i), part);
         }
       }
     }
@@ -550,18 +579,14 @@ class TileLoop {
   // to be worked on.
   __device__ __forceinline__ float4* part_of_block(int block) const {
     return reinterpret_cast<float4*>(params_.scratch.partials) +
-           static_cast<int64_t>(block) * (S::kTileFloats / 4);
+           static_cast<int64_t>(block) * (S::kTileFloats / 4) + place_in_tile(own_unit(0));
   }
 
-  __device__ __forceinline__ void leave_part() const {
+  __device__ __forceinline__ void leave_part() {
     float4* part = part_of_block(blockIdx.x);
 #pragma unroll
-    for (int s = 0; s < S::kStrips; ++s) {
-#pragma unroll
-      for (int t = 0; t < kOwnTiles; ++t) {
-        __stcg(part + place_in_tile(s) + t * 32,
-               make_float4(sum_[s][t][0], sum_[s][t][1], sum_[s][t][2], sum_[s][t][3]));
-      }
+    for (int i = 0; i < S::kOwnUnits; ++i) {
+      if (is_unit(i)) __stcg(part + i * 32, make_float4(own(i)[0], own(i)[1], own(i)[2], own(i)[3]));
     }
     __syncthreads();
     if (threadIdx.x == 0) ptx::raise_flag(params_.scratch.flags + blockIdx.x);
@@ -578,33 +603,26 @@ class TileLoop {
     }
     __syncthreads();
     // As many loads at once as registers hold beside the sums: each takes most of a microsecond.
-    constexpr int kStripsAtOnce = kOwnTiles > 4 ? 2 : S::kStrips;
-    constexpr int kPartsAtOnce = kOwnTiles > 2 ? 1 : 4 / kOwnTiles;
+    constexpr int kUnitsAtOnce = std::min(S::kOwnUnits, 16);
+    constexpr int kPartsAtOnce = std::min(16 / kUnitsAtOnce, 4);
 #pragma unroll 1
     for (int i = 0; i < parts; i += kPartsAtOnce) {
 #pragma unroll
-      for (int s0 = 0; s0 < S::kStrips; s0 += kStripsAtOnce) {
-        float4 value[kPartsAtOnce][kStripsAtOnce][kOwnTiles];
+      for (int u0 = 0; u0 < S::kOwnUnits; u0 += kUnitsAtOnce) {
+        float4 value[kPartsAtOnce][kUnitsAtOnce];
 #pragma unroll
         for (int j = 0; j < kPartsAtOnce; ++j) {
-          const bool there = i + j < parts;
-          const float4* part = part_of_block(there ? last - i - j : last) + place_in_tile(s0);
+          const bool is_part = i + j < parts;
+          const float4* part = part_of_block(is_part ? last - i - j : last) + u0 * 32;
 #pragma unroll
-          for (int s = 0; s < kStripsAtOnce; ++s) {
-#pragma unroll
-            for (int t = 0; t < kOwnTiles; ++t) {
-              value[j][s][t] = there ? __ldcg(part + (s * S::kTokenTiles + t) * 32)
-                                     : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            }
+          for (int u = 0; u < kUnitsAtOnce; ++u) {
+            value[j][u] = is_part && is_unit(u0 + u) ? __ldcg(part + u * 32) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
           }
         }
 #pragma unroll
         for (int j = 0; j < kPartsAtOnce; ++j) {
 #pragma unroll
-          for (int s = 0; s < kStripsAtOnce; ++s) {
-#pragma unroll
-            for (int t = 0; t < kOwnTiles; ++t) add(sum_[s0 + s][t], value[j][s][t]);
-          }
+          for (int u = 0; u < kUnitsAtOnce; ++u) add(own(u0 + u), value[j][u]);
         }
       }
     }
@@ -612,44 +630,41 @@ class TileLoop {
 
   // A lane's sums are features g and g + 8 of tokens 2t and 2t + 1. Pairs of 16-bit outputs are
   // turned to features 2t and 2t + 1 of token g.
-  __device__ __forceinline__ void store_strip(const TilePosition& at, int s) const {
-    const auto& sum = sum_[s];
-    const int feature0 = (at.feature_tile * S::kFeatureWarps + feature_warp_) *
-                             Layout::kBlockFeatures +
-                         s * Layout::kStripFeatures;
-    const int token0 = at.token_tile * S::kTokens +
-                       (token_warp_ * S::kTokenTiles + row_warp_ * kOwnTiles) * 8;
+  __device__ __forceinline__ void store(const TilePosition& at) {
+    const int feature0 = (at.feature_tile * S::kFeatureWarps + feature_warp_) * Layout::kBlockFeatures;
+    const int token0 = at.token_tile * S::kTokens + token_warp_ * S::kTokenTiles * 8;
     const int g = lane_ / 4;
     const int pair = lane_ % 4 * 2;
-    if (!params_.pairs) {
 #pragma unroll
-      for (int t = 0; t < kOwnTiles; ++t) {
+    for (int i = 0; i < S::kOwnUnits; ++i) {
+      if (!is_unit(i)) continue;
+      const int unit = own_unit(i);
+      const int feature = feature0 + unit / S::kTokenTiles * Layout::kStripFeatures;
+      const int token = token0 + unit % S::kTokenTiles * 8;
+      const auto& sum = own(i);
+      if (!params_.pairs) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          store_output_if(p_, token0 + t * 8 + pair + i % 2, feature0 + g + i / 2 * 8, sum[t][i]);
+        for (int j = 0; j < 4; ++j) {
+          store_output_if(p_, token + pair + j % 2, feature + g + j / 2 * 8, sum[j]);
         }
+        continue;
       }
-      return;
-    }
-    float low = 0.0f;
-    float high = 0.0f;
-    if (w_.bias != nullptr) {
-      if (feature0 + g < w_.n) low = __ldg(w_.bias + feature0 + g);
-      if (feature0 + g + 8 < w_.n) high = __ldg(w_.bias + feature0 + g + 8);
-    }
-    auto* y = static_cast<uint16_t*>(p_.y) + (token0 + g) * p_.y_stride + feature0 + pair;
-    const int tokens = p_.m - token0 - g;
-    const bool there[2] = {feature0 + pair < w_.n, feature0 + pair + 8 < w_.n};
-#pragma unroll
-    for (int t = 0; t < kOwnTiles; ++t) {
+      float low = 0.0f;
+      float high = 0.0f;
+      if (w_.bias != nullptr) {
+        if (feature + g < w_.n) low = __ldg(w_.bias + feature + g);
+        if (feature + g + 8 < w_.n) high = __ldg(w_.bias + feature + g + 8);
+      }
       const uint32_t rows[2] = {
-          ptx::transpose_8x8(round_pair<T>(sum[t][0] + low, sum[t][1] + low)),
-          ptx::transpose_8x8(round_pair<T>(sum[t][2] + high, sum[t][3] + high))};
+          ptx::transpose_8x8(round_pair<T>(sum[0] + low, sum[1] + low)),
+          ptx::transpose_8x8(round_pair<T>(sum[2] + high, sum[3] + high))};
+      auto* y = static_cast<uint16_t*>(p_.y) + (token + g) * p_.y_stride + feature + pair;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (t * 8 < tokens && there[half]) *reinterpret_cast<uint32_t*>(y + half * 8) = rows[half];
+        if (token + g < p_.m && feature + pair + half * 8 < w_.n) {
+          *reinterpret_cast<uint32_t*>(y + half * 8) = rows[half];
+        }
       }
-      y += 8 * p_.y_stride;
     }
   }
 
