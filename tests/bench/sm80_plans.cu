@@ -199,7 +199,7 @@ class Bench {
         }
       } else {
         if (m <= kernel.tokens / 8 || (kernel.tokens == 32 && m > 256)) continue;
-        if (kernel.row_warps == 4 && m > 1024) continue;
+        if (kernel.row_warps > 1 && m > 2048) continue;
         const int occupancy = kernel.blocks_together;
         const int blocks = occupancy * sms;
         const std::int64_t tiles = static_cast<std::int64_t>((shape_.n + kernel.features - 1) / kernel.features) *

@@ -1,6 +1,7 @@
 // Launches one instantiation of a kernel.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 
 #include "cuda/arch/sm80/launch.hpp"
@@ -63,21 +64,29 @@ constexpr Instance tile_instance() {
             static std::atomic<std::uint64_t> devices_done{0};
             allow_shared_memory(tile_gemm<S>, devices_done);
             const WeightView& w = problem.weight;
-            const bool pairs = problem.y_type != FloatType::kF32 && w.n % 2 == 0 &&
+            const bool pairs = problem.y_type == problem.x_type && w.n % 2 == 0 &&
                                reinterpret_cast<std::uintptr_t>(problem.y) % 4 == 0 &&
                                (problem.m == 1 || problem.y_stride % 2 == 0);
+            const TileSchedule& schedule = plan.schedule;
+            const EvenShare tail(schedule.tail_tiles * w.chunks, schedule.tail_blocks);
+            const int feature_tiles = (w.n + S::kFeatures - 1) / S::kFeatures;
+            const int token_tiles = (problem.m + S::kTokens - 1) / S::kTokens;
+            const int last_band = token_tiles % schedule.token_band;
             launch_kernel(
                 tile_gemm<S>,
-                TileParams{.problem = problem,
-                           .scratch = scratch,
-                           .schedule = plan.schedule,
-                           .tail = EvenShare(plan.schedule.tail_tiles * w.chunks,
-                                             plan.schedule.tail_blocks),
-                           .feature_tiles = (w.n + S::kFeatures - 1) / S::kFeatures,
-                           .token_tiles = (problem.m + S::kTokens - 1) / S::kTokens,
-                           .slice_bytes = slice_bytes(w, S::kSliceBytes, S::kFeatures),
-                           .scales_place = plan.shared_bytes - S::kThreads * 32,
-                           .pairs = pairs},
+                TileParams{
+                    .problem = problem,
+                    .scratch = scratch,
+                    .schedule = schedule,
+                    .tail = tail,
+                    .tail_runs = {Divider(tail.least + 1), Divider(std::max(tail.least, 1))},
+                    .chunks = Divider(w.chunks),
+                    .feature_tiles = feature_tiles,
+                    .token_tiles = token_tiles,
+                    .band = Divider(feature_tiles * schedule.token_band),
+                    .band_widths = {Divider(schedule.token_band), Divider(std::max(last_band, 1))},
+                    .slice_bytes = slice_bytes(w, S::kSliceBytes, S::kFeatures),
+                    .pairs = pairs},
                 plan, stream);
           }};
 }

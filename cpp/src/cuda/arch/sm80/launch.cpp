@@ -56,8 +56,6 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t instance, std::int32
       ceil_div(w.n, kernel.features) * ceil_div(problem.m, kernel.tokens);
   const std::int64_t stage = std::int64_t{kernel.row_warps} *
                              slice_bytes(w, kernel.slice_bytes, kernel.features);
-  // Each thread keeps 8 scales.
-  const std::int64_t scales = std::int64_t{kernel.warps} * 32 * 32;
   const std::int64_t ring = kernel.stages * stage;
   const auto waves = static_cast<std::int32_t>(tiles / blocks);
   const auto left = static_cast<std::int32_t>(tiles % blocks);
@@ -69,7 +67,7 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t instance, std::int32
           .blocks = waves > 0 ? blocks : tail_blocks,
           .warps = kernel.warps,
           .shared_bytes = static_cast<std::int32_t>(std::min<std::int64_t>(
-              std::max<std::int64_t>(ring, kernel.sum_bytes) + scales, INT32_MAX)),
+              std::max<std::int64_t>(ring, kernel.sum_bytes), INT32_MAX)),
           .tokens = INT32_MAX,
           .schedule = {.whole_tiles = waves,
                        .tail_tiles = left,

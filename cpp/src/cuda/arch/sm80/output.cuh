@@ -40,6 +40,17 @@ __device__ __forceinline__ void store_output_pair(const GemmProblem& p, int toke
   if (feature + 1 < p.weight.n) store_output(p, token, feature + 1, value.y);
 }
 
+template <class Y>
+__device__ __forceinline__ Y round_to(float value) {
+  if constexpr (std::is_same_v<Y, __half>) {
+    return __float2half_rn(value);
+  } else if constexpr (std::is_same_v<Y, __nv_bfloat16>) {
+    return __float2bfloat16_rn(value);
+  } else {
+    return value;
+  }
+}
+
 /// Two outputs of type T, the first in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t round_pair(float first, float second) {

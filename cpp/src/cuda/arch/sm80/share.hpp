@@ -11,6 +11,29 @@
 
 namespace marlinq::cuda::sm80 {
 
+/// n / d by a multiplication, for 0 <= n < 2^31 and 0 < d < 2^31 (Granlund and Montgomery, "Division
+/// by invariant integers using multiplication", 1994).
+struct Divider {
+  std::int32_t divisor = 1;
+  std::uint32_t factor = 1;
+  std::int32_t shift = 0;
+
+  Divider() = default;
+  explicit Divider(std::int32_t d) : divisor(d) {
+    while (shift < 31 && (std::uint32_t{1} << shift) < static_cast<std::uint32_t>(d)) ++shift;
+    factor = static_cast<std::uint32_t>(
+        ((std::uint64_t{1} << shift) - static_cast<std::uint32_t>(d)) * (std::uint64_t{1} << 32) /
+            static_cast<std::uint32_t>(d) +
+        1);
+  }
+
+  MARLINQ_HOST_DEVICE std::int32_t divide(std::int32_t n) const {
+    const auto high = static_cast<std::uint32_t>(
+        (std::uint64_t{factor} * static_cast<std::uint32_t>(n)) >> 32);
+    return static_cast<std::int32_t>((high + static_cast<std::uint32_t>(n)) >> shift);
+  }
+};
+
 /// [0, total) in `parts` contiguous parts; the first total % parts have one element more.
 struct EvenShare {
   std::int32_t total = 0;

@@ -21,6 +21,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <climits>
 #include <cstdint>
 
 #include "cuda/arch/sm80/group_values.cuh"
@@ -36,6 +37,7 @@
 #include "cuda/ptx/flag.cuh"
 #include "cuda/ptx/launch.cuh"
 #include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/store.cuh"
 
 namespace marlinq::cuda::sm80 {
 
@@ -79,18 +81,21 @@ struct TileParams {
   SplitScratch scratch;
   TileSchedule schedule;
   EvenShare tail;  // chunks of the tail tiles over the tail blocks
+  Divider tail_runs[2];  // by the sizes of their runs, the larger first
+  Divider chunks;
   int feature_tiles;
   int token_tiles;
+  Divider band;            // by the tiles of a band of token tiles
+  Divider band_widths[2];  // by the token tiles of a band; of the last band
   int slice_bytes;
-  int scales_place;  // of the scales that threads keep, after the ring: 32 bytes each
-  bool pairs;  // outputs of 16 bits, which may be stored two at a time
+  bool pairs;  // outputs are of type T, and may be stored two at a time
 };
 
 /// A range of chunks of one tile.
 struct TilePosition {
   int feature_tile = 0;
   int token_tile = 0;
-  int tail_tile = -1;  // -1: the segment is a whole tile
+  int tail_tile = 0;  // where the tile is cut
   int begin = 0;
   int end = 0;
   int length = 0;  // chunks of a group of row warps, at most
@@ -112,14 +117,16 @@ class TileLoop {
     stage_bytes_ = S::kRowWarps * params.slice_bytes;
     ring_ = ptx::shared_address(shared) + row_warp_ * params.slice_bytes;
     ring_end_ = ring_ + S::kStages * stage_bytes_;
-    missing_chunk_ = p_.x_columns % Layout::kChunkRows == 0 ? -1 : p_.x_columns / Layout::kChunkRows;
-    last_block_ = (w_.n + Layout::kBlockFeatures - 1) / Layout::kBlockFeatures - 1;
     codes_place_ = S::kXBytes + feature_warp_ * S::kBlockBytes + lane_ * 16;
     x_place_ = x_piece_place(
         token_warp_ * S::kTokenTiles * 8 + lane_ / 16 * 8 + lane_ % 8, lane_ / 8 % 2);
     const int thread = threadIdx.x % S::kGroupThreads;
     fill_x_place_ = x_piece_place(thread / 8, thread % 8);
-    scales_ = ptx::shared_address(shared) + params.scales_place + threadIdx.x * 16;
+    // The loop is to hold these in registers, not to work them out for every chunk.
+    ptx::forget_origin(codes_place_);
+    ptx::forget_origin(x_place_);
+    ptx::forget_origin(fill_x_place_);
+    ptx::forget_origin(stage_bytes_);
   }
 
   __device__ __forceinline__ void run() {
@@ -129,38 +136,11 @@ class TileLoop {
     uint32_t stage = ring_;
     while (more) {
       TilePosition at;
-      const bool last_fill = S::kRowWarps == 1 || !load_segment(at, segment + 1);
-      if (fill_left_ <= 0 && last_fill) ptx::launch_dependents();
-      clear();
       load_segment(at, segment);
-      int steps = at.length;
-      int chunk = first_chunk(at);
-      const int end = chunk + chunks_of(at);
-      quant_group_ = -1;
-      change_chunk_ = chunk;
-#pragma unroll 1
-      for (; steps > 0; --steps) {
-        ptx::copy_wait<S::kStages - 2>();
-        // The slot of the step before is free after this: all warps of the group have read it.
-        meet_group();
-        if (S::kRowWarps == 1 || chunk < end) {
-          multiply(stage, chunk);
-        } else {
-          fill(fill_slot_, fill_left_ > 0);
-        }
-        if (fill_left_ > 0) {
-          if (w_.chunk_shift < 0 || fill_chunk_ == missing_chunk_) fill_rest(fill_slot_);
-          step_fill();
-          if (fill_left_ == 0 && last_fill) ptx::launch_dependents();
-        }
-        ptx::copy_commit();
-        fill_slot_ = stage;
-        stage += stage_bytes_;
-        if (stage == ring_end_) stage = ring_;
-        ++chunk;
-      }
+      clear();
+      stage = multiply_chunks(stage, first_chunk(at), chunks_of(at));
       // Where the segment lies is worked out again: registers are short in the loop.
-      ptx::forget_value_of(segment);
+      ptx::forget_origin(segment);
       load_segment(at, segment);
       finish(at);
       ++segment;
@@ -186,35 +166,35 @@ class TileLoop {
   // --- the walk over segments ---
 
   __device__ __forceinline__ void place_tile(TilePosition& at, int tile) const {
-    const int per_band = params_.feature_tiles * params_.schedule.token_band;
-    const int band = ptx::divide(tile, per_band);
+    const int band = params_.band.divide(tile);
     const int first = band * params_.schedule.token_band;
-    const int width = min(params_.schedule.token_band, params_.token_tiles - first);
-    const int within = tile - band * per_band;
-    at.feature_tile = ptx::divide(within, width);
-    at.token_tile = first + within - at.feature_tile * width;
+    const int left = params_.token_tiles - first;
+    const int within = tile - band * params_.band.divisor;
+    const bool whole = left >= params_.schedule.token_band;
+    at.feature_tile = params_.band_widths[whole ? 0 : 1].divide(within);
+    at.token_tile =
+        first + within - at.feature_tile * (whole ? params_.schedule.token_band : left);
   }
 
   // The segments of a block: its whole tiles, then its run of tail tiles, the last of them first.
   __device__ __forceinline__ bool load_segment(TilePosition& at, int segment) const {
     const TileSchedule& schedule = params_.schedule;
     const int block = blockIdx.x;
-    if (segment < schedule.whole_tiles) {
-      place_tile(at, segment * gridDim.x + block);
-      at.tail_tile = -1;
-      at.begin = 0;
-      at.end = w_.chunks;
-    } else {
+    int tile = segment * gridDim.x + block;
+    at.begin = 0;
+    at.end = w_.chunks;
+    if (segment >= schedule.whole_tiles) {
       if (block >= schedule.tail_blocks) return false;
       const int begin = params_.tail.begin(block);
       const int end = params_.tail.begin(block + 1);
-      at.tail_tile = ptx::divide(end - 1, w_.chunks) - (segment - schedule.whole_tiles);
+      at.tail_tile = params_.chunks.divide(end - 1) - (segment - schedule.whole_tiles);
       const int first = at.tail_tile * w_.chunks;
       if (first + w_.chunks <= begin) return false;
-      place_tile(at, schedule.whole_tiles * gridDim.x + at.tail_tile);
+      tile = schedule.whole_tiles * gridDim.x + at.tail_tile;
       at.begin = max(begin - first, 0);
       at.end = min(end - first, w_.chunks);
     }
+    place_tile(at, tile);
     at.length = (at.end - at.begin + S::kRowWarps - 1) / S::kRowWarps;
     return true;
   }
@@ -224,7 +204,7 @@ class TileLoop {
     return at.begin + row_warp_ * at.length;
   }
   __device__ __forceinline__ int chunks_of(const TilePosition& at) const {
-    return min(at.length, at.end - first_chunk(at));
+    return max(min(at.length, at.end - first_chunk(at)), 0);
   }
 
   // --- filling the ring ---
@@ -239,7 +219,8 @@ class TileLoop {
     if (!load_segment(at, segment)) return false;
     fill_left_ = chunks_of(at);
     fill_chunk_ = first_chunk(at);
-    const int block = min(at.feature_tile * S::kFeatureWarps + feature_warp_, last_block_);
+    const int last_block = (w_.n + Layout::kBlockFeatures - 1) / Layout::kBlockFeatures - 1;
+    const int block = min(at.feature_tile * S::kFeatureWarps + feature_warp_, last_block);
     const int64_t codes = (static_cast<int64_t>(block) * w_.chunks + fill_chunk_) * S::kBlockBytes +
                           token_warp_ * (S::kStrips / S::kTokenWarps * S::kStripBytes);
     fill_codes_ = static_cast<uint32_t>(codes / 16) + lane_;
@@ -254,15 +235,12 @@ class TileLoop {
     return true;
   }
 
+  // Pointers to the next chunk of the segment, whether there is one or not.
   __device__ __forceinline__ void step_fill() {
-    --fill_left_;
     ++fill_chunk_;
     fill_codes_ += S::kBlockBytes / 16;
     fill_x_ += Layout::kChunkRows / 8;
-    if (S::kRowWarps == 1 && fill_left_ == 0) start_fill(fill_segment_ + 1);
   }
-
-  // Within one segment.
   __device__ __forceinline__ void step_fill_back(int steps) {
     fill_left_ += steps;
     fill_chunk_ -= steps;
@@ -270,11 +248,36 @@ class TileLoop {
     fill_x_ -= steps * (Layout::kChunkRows / 8);
   }
 
+  // So many chunks of the segment are on their way.
+  __device__ __forceinline__ void count_fill(int chunks) {
+    fill_left_ -= chunks;
+    if (fill_left_ > 0) return;
+    if (S::kRowWarps == 1) start_fill(fill_segment_ + 1);
+    if (fill_left_ <= 0 && last_fill_) ptx::launch_dependents();
+  }
+
+  // What the next chunk to be filled is like: the group that it starts with; the columns of x that it
+  // has for this thread. And, with few of them, groups that start inside the chunk and columns that
+  // x does not have. Returns for how many chunks the same holds.
+  __device__ __forceinline__ int prepare_fill(uint32_t slot) {
+    fill_x_on_ = true;
+    if (w_.chunk_shift >= 0 && fill_chunk_ != missing_chunk()) {
+      return fill_chunk_ < missing_chunk() ? missing_chunk() - fill_chunk_ : INT_MAX;
+    }
+    fill_rest(slot);
+    return 1;
+  }
+  __device__ __forceinline__ int missing_chunk() const {
+    return p_.x_columns % Layout::kChunkRows == 0 ? -1 : p_.x_columns / Layout::kChunkRows;
+  }
+
   // The first stages of a walk that starts at a segment: weights, which do not depend on the kernel
   // before, and after the wait for it the rows of x.
   template <bool kFirst>
   __device__ __forceinline__ bool prime(int segment) {
     constexpr int kAhead = S::kStages - 1;
+    TilePosition at;
+    last_fill_ = S::kRowWarps == 1 || !load_segment(at, segment + 1);
     const bool there = start_fill(segment);
     int steps = 0;
 #pragma unroll 1
@@ -292,12 +295,14 @@ class TileLoop {
       for (int stage = 0; stage < kAhead; ++stage) {
         if (fill_left_ > 0) {
           if (pass == 0) {
+            fill_group_ = load_chunk_groups(w_, fill_chunk_).first();
             fill_weights(fill_slot_, true);
           } else {
+            prepare_fill(fill_slot_);
             fill_x(fill_slot_, true);
-            fill_rest(fill_slot_);
           }
           step_fill();
+          count_fill(1);
           ++steps;
         }
         if (pass == 1) ptx::copy_commit();
@@ -333,7 +338,7 @@ class TileLoop {
     for (int piece = 0; piece < kStripsHere * S::kPieces; ++piece) {
       ptx::copy_async_if(on, target + piece * 512, source + piece * 32);
     }
-    const int group = load_chunk_groups(w_, fill_chunk_).first();
+    const int group = w_.chunk_shift >= 0 ? fill_chunk_ >> w_.chunk_shift : fill_group_;
     ptx::copy_async_if(on && token_warp_ == 0 && lane_ * 16 < group_bytes(),
                        records(slot) + lane_ * 16, record_source(group));
   }
@@ -341,8 +346,7 @@ class TileLoop {
   __device__ __forceinline__ void fill_x(uint32_t slot, bool on) const {
     constexpr int kRowStep = S::kGroupThreads / 8;
     static_assert(kRowStep % 8 == 0, "the swizzle repeats every 8 rows");
-    const bool there =
-        on && fill_chunk_ * Layout::kChunkRows + threadIdx.x % 8 * 8 < p_.x_columns;
+    const bool there = on && fill_x_on_;
     const uint4* source = piece_at(p_.x, fill_x_);
     const int64_t step = kRowStep * p_.x_stride / 8;
 #pragma unroll
@@ -352,10 +356,10 @@ class TileLoop {
     }
   }
 
-  // What few steps have: groups that start inside the chunk, columns that x does not have. A group's
-  // records of 4 strips have at most 320 bytes, so a lane copies 16.
-  __device__ __forceinline__ void fill_rest(uint32_t slot) const {
+  // A group's records of 4 strips have at most 320 bytes, so a lane copies 16.
+  __device__ __forceinline__ void fill_rest(uint32_t slot) {
     const ChunkGroups groups = load_chunk_groups(w_, fill_chunk_);
+    fill_group_ = groups.first();
     if (groups.changes() && token_warp_ == 0 && lane_ * 16 < group_bytes()) {
 #pragma unroll 1
       for (int i = 1; i < groups.count(); ++i) {
@@ -363,6 +367,7 @@ class TileLoop {
                         record_source(groups.first() + i));
       }
     }
+    fill_x_on_ = fill_chunk_ * Layout::kChunkRows + threadIdx.x % 8 * 8 < p_.x_columns;
     clear_missing_columns(slot, fill_chunk_, p_, S::kTokens, threadIdx.x % S::kGroupThreads,
                           S::kGroupThreads);
   }
@@ -379,7 +384,6 @@ class TileLoop {
         for (int i = 0; i < 4; ++i) sum_[s][t][i] = 0.0f;
       }
     }
-    keep_scales();
   }
 
   __device__ __forceinline__ void scale_sums(const float (&factor)[S::kStrips][2]) {
@@ -393,48 +397,65 @@ class TileLoop {
     }
   }
 
-  // The scales of the current group wait in shared memory for the next: registers are short.
-  __device__ __forceinline__ void keep_scales() const {
-    ptx::store_shared_16(scales_, bits(values_.scale[0], values_.scale[1]));
-    ptx::store_shared_16(scales_ + S::kThreads * 16, bits(values_.scale[2], values_.scale[3]));
-  }
-  __device__ __forceinline__ void fetch_scales() {
-    const uint4 low = ptx::load_shared_16(scales_);
-    const uint4 high = ptx::load_shared_16(scales_ + S::kThreads * 16);
-    const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) values_.scale[i / 2][i % 2] = __uint_as_float(words[i]);
-  }
-  __device__ __forceinline__ static uint4 bits(const float (&a)[2], const float (&b)[2]) {
-    return make_uint4(__float_as_uint(a[0]), __float_as_uint(a[1]), __float_as_uint(b[0]),
-                      __float_as_uint(b[1]));
-  }
-
   __device__ __forceinline__ void change_group(uint32_t group_records) {
-    fetch_scales();
     float quotient[S::kStrips][2];
     values_.change(group_records, w_, quotient);
-    keep_scales();
     scale_sums(quotient);
   }
 
-  // Groups that start inside a chunk are rare, and cost code of their own.
-  __device__ __forceinline__ void multiply(uint32_t slice, int chunk) {
-    if (chunk == change_chunk_) {
-      groups_ = load_chunk_groups(w_, chunk);
-      if (groups_.first() != quant_group_) change_group(records(slice));
-      quant_group_ = groups_.last();
-      change_chunk_ = next_change(w_, chunk);
+  // The product of `left` chunks, the first of them in `stage`; returns the stage after them. What
+  // may differ from chunk to chunk is settled for runs of chunks: branches are dear beside so few
+  // instructions.
+  __device__ __forceinline__ uint32_t multiply_chunks(uint32_t stage, int chunk, int left) {
+    quant_group_ = -1;
+    int change_chunk = chunk;
+    int run = 0;     // chunks for which things are settled
+    int filled = 0;  // chunks that are filled in the meantime
+#pragma unroll 1
+    for (; left > 0; --left) {
+      meet_group();
+      if (run == 0) {
+        if (filled > 0) count_fill(filled);
+        ChunkGroups groups{0};
+        if (chunk == change_chunk) {
+          groups = load_chunk_groups(w_, chunk);
+          if (groups.first() != quant_group_) change_group(records(stage));
+          quant_group_ = groups.last();
+          change_chunk = next_change(w_, chunk);
+        }
+        run = min(left, change_chunk - chunk);
+        filled = 0;
+        if (fill_left_ > 0) {
+          run = min(run, min(fill_left_, prepare_fill(fill_slot_)));
+          filled = run;
+        }
+        chunk += run;
+        if (__builtin_expect(groups.changes(), 0)) {
+          multiply_steps<true>(stage, groups, filled > 0);
+          stage = step_ring(stage);
+          --run;
+          continue;
+        }
+      }
+      multiply_steps<false>(stage, ChunkGroups{0}, filled > 0);
+      stage = step_ring(stage);
+      --run;
     }
-    if (groups_.changes()) {
-      multiply_steps<true>(slice, groups_);
-    } else {
-      multiply_steps<false>(slice, groups_);
-    }
+    if (filled > 0) count_fill(filled);
+    return stage;
+  }
+
+  __device__ __forceinline__ uint32_t step_ring(uint32_t stage) {
+    ptx::copy_commit();
+    step_fill();
+    fill_slot_ = stage;
+    stage += stage_bytes_;
+    return stage == ring_end_ ? ring_ : stage;
   }
 
   template <bool kChanges>
-  __device__ __forceinline__ void multiply_steps(uint32_t slice, const ChunkGroups& groups) {
+  __device__ __forceinline__ void multiply_steps(uint32_t slice, const ChunkGroups& groups,
+                                                 bool fills) {
     constexpr int kPieceSteps = Layout::kChunkSteps / S::kPieces;
     constexpr int kPairs = S::kTokenTiles / 2;
     const uint32_t codes = slice + codes_place_;
@@ -450,7 +471,7 @@ class TileLoop {
     uint32_t a[2][4];
     decode(a[0], &words[0][0], values_.zero[0], T());
     // The copies of a step to come go among the products of this one.
-    fill(fill_slot_, fill_left_ > 0);
+    fill(fill_slot_, fills);
 #pragma unroll
     for (int step = 0; step < Layout::kChunkSteps; ++step) {
       if (kChanges && step > 0 && groups.starts(step)) {
@@ -523,7 +544,6 @@ class TileLoop {
   }
 
   __device__ __forceinline__ void finish(const TilePosition& at) {
-    fetch_scales();
     scale_sums(values_.scale);
     if constexpr (S::kRowWarps > 1) add_row_warps();
     // A tile that is cut belongs to the block that has the last of its chunks; the others leave their
@@ -592,12 +612,20 @@ class TileLoop {
     if (threadIdx.x == 0) ptx::raise_flag(params_.scratch.flags + blockIdx.x);
   }
 
+  // The tail block whose run a chunk of the tail lies in.
+  __device__ __forceinline__ int part_of(int unit) const {
+    const EvenShare& tail = params_.tail;
+    const int in_larger = tail.rest * (tail.least + 1);
+    return unit < in_larger ? params_.tail_runs[0].divide(unit)
+                            : tail.rest + params_.tail_runs[1].divide(unit - in_larger);
+  }
+
   // Adds the parts of the blocks before this one, the nearest first. They have started before this
   // block, since blocks start in the order of their numbers, and work on this tile before all others
   // of their tail: they need not be waited for long, and wait for no later block themselves.
   __device__ __forceinline__ void add_parts(int first_unit) {
     const int last = blockIdx.x - 1;
-    const int parts = last - params_.tail.part_of(first_unit) + 1;
+    const int parts = last - part_of(first_unit) + 1;
     for (int i = threadIdx.x; i < parts; i += S::kThreads) {
       ptx::take_flag(params_.scratch.flags + last - i);
     }
@@ -628,42 +656,78 @@ class TileLoop {
     }
   }
 
-  // A lane's sums are features g and g + 8 of tokens 2t and 2t + 1. Pairs of 16-bit outputs are
-  // turned to features 2t and 2t + 1 of token g.
+  // A lane's sums of a unit are features g and g + 8 of tokens 2t and 2t + 1.
   __device__ __forceinline__ void store(const TilePosition& at) {
-    const int feature0 = (at.feature_tile * S::kFeatureWarps + feature_warp_) * Layout::kBlockFeatures;
-    const int token0 = at.token_tile * S::kTokens + token_warp_ * S::kTokenTiles * 8;
-    const int g = lane_ / 4;
-    const int pair = lane_ % 4 * 2;
+    const int feature =
+        (at.feature_tile * S::kFeatureWarps + feature_warp_) * Layout::kBlockFeatures;
+    const int token = at.token_tile * S::kTokens + token_warp_ * S::kTokenTiles * 8;
+    if (w_.bias != nullptr) add_bias(feature);
+    if (params_.pairs) {
+      store_pairs(token, feature);
+    } else if (p_.y_type == FloatType::kF32) {
+      store_singles<float>(token, feature);
+    } else if (p_.y_type == FloatType::kF16) {
+      store_singles<__half>(token, feature);
+    } else {
+      store_singles<__nv_bfloat16>(token, feature);
+    }
+  }
+
+  // Of a unit of this warp.
+  __device__ __forceinline__ static int unit_feature(int unit) {
+    return unit / S::kTokenTiles * Layout::kStripFeatures;
+  }
+  __device__ __forceinline__ static int unit_token(int unit) { return unit % S::kTokenTiles * 8; }
+
+  __device__ __forceinline__ void add_bias(int first_feature) {
 #pragma unroll
     for (int i = 0; i < S::kOwnUnits; ++i) {
-      if (!is_unit(i)) continue;
+      const int feature = first_feature + unit_feature(own_unit(i)) + lane_ / 4;
+      const float low = feature < w_.n ? __ldg(w_.bias + feature) : 0.0f;
+      const float high = feature + 8 < w_.n ? __ldg(w_.bias + feature + 8) : 0.0f;
+      own(i)[0] += low;
+      own(i)[1] += low;
+      own(i)[2] += high;
+      own(i)[3] += high;
+    }
+  }
+
+  // Two features at a time: turned so that a lane has 2t and 2t + 1 of token g, and those 8 on.
+  __device__ __forceinline__ void store_pairs(int first_token, int first_feature) {
+    const int token = first_token + lane_ / 4;
+    const int feature = first_feature + lane_ % 4 * 2;
+    auto* y = static_cast<uint16_t*>(p_.y) + token * p_.y_stride + feature;
+    const int tokens = p_.m - token;
+    const int features = w_.n - feature;
+#pragma unroll
+    for (int i = 0; i < S::kOwnUnits; ++i) {
       const int unit = own_unit(i);
-      const int feature = feature0 + unit / S::kTokenTiles * Layout::kStripFeatures;
-      const int token = token0 + unit % S::kTokenTiles * 8;
       const auto& sum = own(i);
-      if (!params_.pairs) {
+      const uint32_t rows[2] = {ptx::transpose_8x8(round_pair<T>(sum[0], sum[1])),
+                                ptx::transpose_8x8(round_pair<T>(sum[2], sum[3]))};
+      auto* place = y + unit_token(unit) * p_.y_stride + unit_feature(unit);
+      const bool there = is_unit(i) && unit_token(unit) < tokens;
+      ptx::store_if(there && unit_feature(unit) < features, place, rows[0]);
+      ptx::store_if(there && unit_feature(unit) + 8 < features, place + 8, rows[1]);
+    }
+  }
+
+  template <class Y>
+  __device__ __forceinline__ void store_singles(int first_token, int first_feature) {
+    const int token = first_token + lane_ % 4 * 2;
+    const int feature = first_feature + lane_ / 4;
+    auto* y = static_cast<Y*>(p_.y) + token * p_.y_stride + feature;
+    const int tokens = p_.m - token;
+    const int features = w_.n - feature;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          store_output_if(p_, token + pair + j % 2, feature + g + j / 2 * 8, sum[j]);
-        }
-        continue;
-      }
-      float low = 0.0f;
-      float high = 0.0f;
-      if (w_.bias != nullptr) {
-        if (feature + g < w_.n) low = __ldg(w_.bias + feature + g);
-        if (feature + g + 8 < w_.n) high = __ldg(w_.bias + feature + g + 8);
-      }
-      const uint32_t rows[2] = {
-          ptx::transpose_8x8(round_pair<T>(sum[0] + low, sum[1] + low)),
-          ptx::transpose_8x8(round_pair<T>(sum[2] + high, sum[3] + high))};
-      auto* y = static_cast<uint16_t*>(p_.y) + (token + g) * p_.y_stride + feature + pair;
+    for (int i = 0; i < S::kOwnUnits; ++i) {
+      const int unit = own_unit(i);
+      auto* place = y + unit_token(unit) * p_.y_stride + unit_feature(unit);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (token + g < p_.m && feature + pair + half * 8 < w_.n) {
-          *reinterpret_cast<uint32_t*>(y + half * 8) = rows[half];
-        }
+      for (int j = 0; j < 4; ++j) {
+        ptx::store_if(is_unit(i) && unit_token(unit) + j % 2 < tokens &&
+                          unit_feature(unit) + j / 2 * 8 < features,
+                      place + (j % 2) * p_.y_stride + j / 2 * 8, round_to<Y>(own(i)[j]));
       }
     }
   }
@@ -674,15 +738,13 @@ class TileLoop {
   unsigned char* shared_;
   uint32_t ring_, ring_end_, fill_slot_;
   int stage_bytes_;
-  int lane_, row_warp_, group_warp_, feature_warp_, token_warp_, last_block_;
+  int lane_, row_warp_, group_warp_, feature_warp_, token_warp_;
   int codes_place_, x_place_, fill_x_place_;  // of this lane, in a slice
-  uint32_t scales_;
   int quant_group_;
-  int change_chunk_;  // the next chunk whose groups must be looked at
-  ChunkGroups groups_;  // of the chunk at hand
-  int missing_chunk_;   // the chunk that x has only a part of, or -1
+  bool last_fill_;  // after the segment that is filled there is none
   // Where the next copies of this warp come from.
-  int fill_segment_, fill_left_, fill_chunk_, fill_rows_;
+  int fill_segment_, fill_left_, fill_chunk_, fill_rows_, fill_group_ = 0;
+  bool fill_x_on_ = true;
   uint32_t fill_codes_, fill_records_, fill_x_;
   GroupValues<T, S::kBits, S::kStrips> values_;
   float sum_[S::kStrips][S::kTokenTiles][4];
