@@ -155,7 +155,10 @@ class TileLoop {
   }
 
  private:
+  // The next stage is there; the slot of the one before is free, as all warps of the group have read
+  // it.
   __device__ __forceinline__ void meet_group() const {
+    ptx::copy_wait<S::kStages - 2>();
     if constexpr (S::kRowWarps == 1) {
       __syncthreads();
     } else {
@@ -388,12 +391,14 @@ class TileLoop {
 
   __device__ __forceinline__ void scale_sums(const float (&factor)[S::kStrips][2]) {
 #pragma unroll
-    for (int s = 0; s < S::kStrips; ++s) {
+    for (int s = 0; s < S::kStrips; ++s) scale_units(s, 0, S::kTokenTiles, factor);
+  }
+  __device__ __forceinline__ void scale_units(int s, int first, int count,
+                                              const float (&factor)[S::kStrips][2]) {
 #pragma unroll
-      for (int t = 0; t < S::kTokenTiles; ++t) {
+    for (int t = first; t < first + count; ++t) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sum_[s][t][i] = __fmul_rn(sum_[s][t][i], factor[s][i / 2]);
-      }
+      for (int i = 0; i < 4; ++i) sum_[s][t][i] = __fmul_rn(sum_[s][t][i], factor[s][i / 2]);
     }
   }
 
@@ -407,39 +412,47 @@ class TileLoop {
   // may differ from chunk to chunk is settled for runs of chunks: branches are dear beside so few
   // instructions.
   __device__ __forceinline__ uint32_t multiply_chunks(uint32_t stage, int chunk, int left) {
-    quant_group_ = -1;
-    int change_chunk = chunk;
-    int run = 0;     // chunks for which things are settled
-    int filled = 0;  // chunks that are filled in the meantime
+    int quant_group = -1;
+    int change_run = 0;  // chunks before the next that a group may start in
+    int fill_run = 0;    // chunks for which the filling of stages is settled
+    int filled = 0;
 #pragma unroll 1
     for (; left > 0; --left) {
       meet_group();
-      if (run == 0) {
+      if (fill_run == 0) {
         if (filled > 0) count_fill(filled);
-        ChunkGroups groups{0};
-        if (chunk == change_chunk) {
-          groups = load_chunk_groups(w_, chunk);
-          if (groups.first() != quant_group_) change_group(records(stage));
-          quant_group_ = groups.last();
-          change_chunk = next_change(w_, chunk);
-        }
-        run = min(left, change_chunk - chunk);
         filled = 0;
+        fill_run = left;
         if (fill_left_ > 0) {
-          run = min(run, min(fill_left_, prepare_fill(fill_slot_)));
-          filled = run;
-        }
-        chunk += run;
-        if (__builtin_expect(groups.changes(), 0)) {
-          multiply_steps<true>(stage, groups, filled > 0);
-          stage = step_ring(stage);
-          --run;
-          continue;
+          fill_run = min(left, min(fill_left_, prepare_fill(fill_slot_)));
+          filled = fill_run;
         }
       }
-      multiply_steps<false>(stage, ChunkGroups{0}, filled > 0);
+      --fill_run;
+      const bool fills = filled > 0;
+      ChunkGroups groups{0};
+      bool same_group = true;
+      if (change_run == 0) {
+        groups = load_chunk_groups(w_, chunk);
+        change_run = next_change(w_, chunk) - chunk;
+        same_group = groups.first() == quant_group;
+        quant_group = groups.last();
+      }
+      --change_run;
+      ++chunk;
+      float quotient[S::kStrips][2];
+      if (same_group && !groups.changes()) {
+        multiply_steps<Change::kNone>(stage, groups, quotient, fills);
+      } else {
+        values_.change(records(stage), w_, quotient);
+        if (!groups.changes()) {
+          multiply_steps<Change::kFirst>(stage, groups, quotient, fills);
+        } else {
+          scale_sums(quotient);
+          multiply_steps<Change::kAny>(stage, groups, quotient, fills);
+        }
+      }
       stage = step_ring(stage);
-      --run;
     }
     if (filled > 0) count_fill(filled);
     return stage;
@@ -453,9 +466,14 @@ class TileLoop {
     return stage == ring_end_ ? ring_ : stage;
   }
 
-  template <bool kChanges>
+  // Where groups may start: at no step, at the first, at any.
+  enum class Change { kNone, kFirst, kAny };
+
+  // `quotient`: for kFirst, by which sums are to be multiplied before the first products, here because
+  // products hide it.
+  template <Change kChange>
   __device__ __forceinline__ void multiply_steps(uint32_t slice, const ChunkGroups& groups,
-                                                 bool fills) {
+                                                 const float (&quotient)[S::kStrips][2], bool fills) {
     constexpr int kPieceSteps = Layout::kChunkSteps / S::kPieces;
     constexpr int kPairs = S::kTokenTiles / 2;
     const uint32_t codes = slice + codes_place_;
@@ -470,11 +488,12 @@ class TileLoop {
     load_codes(words, codes, 0);
     uint32_t a[2][4];
     decode(a[0], &words[0][0], values_.zero[0], T());
+    if (kChange == Change::kFirst) scale_units(0, 0, S::kTokenTiles, quotient);
     // The copies of a step to come go among the products of this one.
     fill(fill_slot_, fills);
 #pragma unroll
     for (int step = 0; step < Layout::kChunkSteps; ++step) {
-      if (kChanges && step > 0 && groups.starts(step)) {
+      if (kChange == Change::kAny && step > 0 && groups.starts(step)) {
         group_records += group_bytes();
         change_group(group_records);
         // The zero points are new.
@@ -495,7 +514,10 @@ class TileLoop {
           if (last_strip && next_step < Layout::kChunkSteps) {
             load_x(x[pair], x_row, pair, next_step);
           }
-          // The next fragment is decoded while this one is multiplied.
+          // The next fragment is decoded, and the next sums scaled, while this one is multiplied.
+          if (kChange == Change::kFirst && step == 0 && !last_strip) {
+            scale_units(next_strip, 2 * pair, 2, quotient);
+          }
           if (pair == 0 && next_step < Layout::kChunkSteps) {
             if (last_strip && next_step % kPieceSteps == 0) {
               load_codes(words, codes, next_step / kPieceSteps);
@@ -740,7 +762,6 @@ class TileLoop {
   int stage_bytes_;
   int lane_, row_warp_, group_warp_, feature_warp_, token_warp_;
   int codes_place_, x_place_, fill_x_place_;  // of this lane, in a slice
-  int quant_group_;
   bool last_fill_;  // after the segment that is filled there is none
   // Where the next copies of this warp come from.
   int fill_segment_, fill_left_, fill_chunk_, fill_rows_, fill_group_ = 0;
