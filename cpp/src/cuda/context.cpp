@@ -39,6 +39,7 @@ DeviceLimits device_limits(int device) {
   };
   return {.multiprocessors = attribute(cudaDevAttrMultiProcessorCount),
           .shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          .multiprocessor_shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
           .capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
                         attribute(cudaDevAttrComputeCapabilityMinor)};
 }

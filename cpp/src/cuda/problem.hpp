@@ -52,7 +52,8 @@ struct SplitScratch {
 
 struct DeviceLimits {
   std::int32_t multiprocessors = 0;
-  std::int32_t shared_bytes = 0;  // of a block, at most
+  std::int32_t shared_bytes = 0;         // of a block, at most
+  std::int32_t multiprocessor_shared_bytes = 0;  // of the blocks on one multiprocessor, 1 KiB each apart
   std::int32_t capability = 0;    // 10 * major + minor
 };
 
@@ -62,7 +63,7 @@ enum class KernelKind : std::uint8_t {
 };
 
 /// How the blocks of a tile kernel share the tiles: `whole_tiles` each, then the first `tail_blocks`
-/// share the chunks of the `tail_tiles` that are left, in contiguous runs.
+/// share the chunks of the `tail_tiles` that are left, each a contiguous run.
 struct TileSchedule {
   std::int32_t whole_tiles = 0;
   std::int32_t tail_tiles = 0;

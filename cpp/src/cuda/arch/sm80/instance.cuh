@@ -48,7 +48,7 @@ void launch_kernel(void (*kernel)(Params), const Params& params, const GemmPlan&
 /// A tile kernel of the shape TileShape<T, kBits, feature warps, token warps, row warps, token
 /// tiles>.
 template <class T, int kBits, int kFeatureWarps, int kTokenWarps, int kRowWarps, int kTokenTiles>
-constexpr Instance tile_instance() {
+constexpr Instance tile_instance(const TileCost& cost) {
   using S = TileShape<T, kBits, kFeatureWarps, kTokenWarps, kRowWarps, kTokenTiles>;
   return {.kind = KernelKind::kTile,
           .tokens = S::kTokens,
@@ -58,7 +58,9 @@ constexpr Instance tile_instance() {
           .blocks_together = S::kBlocksTogether,
           .slice_bytes = S::kSliceBytes,
           .sum_bytes = S::kSumBytes,
+          .sums_beside_ring = S::kExchanges,
           .stages = S::kStages,
+          .cost = cost,
           .launch = [](const GemmProblem& problem, const GemmPlan& plan,
                        const SplitScratch& scratch, cudaStream_t stream) {
             static std::atomic<std::uint64_t> devices_done{0};
@@ -68,7 +70,6 @@ constexpr Instance tile_instance() {
                                reinterpret_cast<std::uintptr_t>(problem.y) % 4 == 0 &&
                                (problem.m == 1 || problem.y_stride % 2 == 0);
             const TileSchedule& schedule = plan.schedule;
-            const EvenShare tail(schedule.tail_tiles * w.chunks, schedule.tail_blocks);
             const int feature_tiles = (w.n + S::kFeatures - 1) / S::kFeatures;
             const int token_tiles = (problem.m + S::kTokens - 1) / S::kTokens;
             const int last_band = token_tiles % schedule.token_band;
@@ -78,8 +79,7 @@ constexpr Instance tile_instance() {
                     .problem = problem,
                     .scratch = scratch,
                     .schedule = schedule,
-                    .tail = tail,
-                    .tail_runs = {Divider(tail.least + 1), Divider(std::max(tail.least, 1))},
+                    .tail = TileCuts(schedule.tail_tiles, w.chunks, schedule.tail_blocks),
                     .chunks = Divider(w.chunks),
                     .feature_tiles = feature_tiles,
                     .token_tiles = token_tiles,
@@ -103,7 +103,9 @@ constexpr Instance strip_instance() {
           .blocks_together = 1,
           .slice_bytes = S::kXBytes,
           .sum_bytes = S::kSlotFloats * 4,
+          .sums_beside_ring = true,
           .stages = S::kStages,
+          .cost = {},
           .launch = [](const GemmProblem& problem, const GemmPlan& plan, const SplitScratch&,
                        cudaStream_t stream) {
             static std::atomic<std::uint64_t> devices_done{0};

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 
 #include "core/concat.hpp"
 #include "core/integers.hpp"
@@ -67,7 +68,9 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t instance, std::int32
           .blocks = waves > 0 ? blocks : tail_blocks,
           .warps = kernel.warps,
           .shared_bytes = static_cast<std::int32_t>(std::min<std::int64_t>(
-              std::max<std::int64_t>(ring, kernel.sum_bytes), INT32_MAX)),
+              kernel.sums_beside_ring ? ring + kernel.sum_bytes
+                                      : std::max<std::int64_t>(ring, kernel.sum_bytes),
+              INT32_MAX)),
           .tokens = INT32_MAX,
           .schedule = {.whole_tiles = waves,
                        .tail_tiles = left,
@@ -80,87 +83,137 @@ namespace {
 
 // The static shared memory of a kernel, which counts towards the same limit.
 constexpr std::int32_t kStaticShared = 256;
+// What the system keeps of each block.
+constexpr std::int32_t kReservedShared = 1024;
 
 std::int32_t usable_shared(const DeviceLimits& limits) {
   return limits.shared_bytes - kStaticShared;
 }
 
-// Few tokens: the warps that fill a multiprocessor, and the stages that keep it fed.
+// Few tokens: as many warps as have some items each.
 GemmPlan plan_strips(const GemmProblem& problem, std::int32_t instance,
                      const DeviceLimits& limits) {
   const WeightView& w = problem.weight;
   const Instance& kernel =
       instances(problem.x_type, w.code_bits)[static_cast<std::size_t>(instance)];
-  // Two kernels share a multiprocessor while one hands over to the next, which hides the start of
-  // small layers. In large ones it would let two blocks of one kernel meet, and double its time:
-  // ask for more than half there.
-  constexpr std::int64_t kLargeLayer = std::int64_t{24} << 20;
-  const std::int64_t code_bytes =
-      std::int64_t{w.n} * w.chunks * Layout::kChunkRows * w.code_bits / 8;
-  const std::int32_t usable = usable_shared(limits);
-  GemmPlan best;
-  best.shared_bytes = INT32_MAX;
-  const std::int32_t warps = ceil_div(strip_count(w), limits.multiprocessors) <= 2
-                                 ? kernel.warps
-                                 : std::min(kernel.warps, 8);
-  for (std::int32_t use = warps; use >= 1 && best.shared_bytes > usable; use /= 2) {
-    best = strip_plan(problem, instance, limits.multiprocessors, use);
-  }
-  if (code_bytes > kLargeLayer) {
-    best.shared_bytes = std::max(best.shared_bytes, usable / 2 + 1024);
+  const std::int64_t block_strips = ceil_div(strip_count(w), limits.multiprocessors);
+  const std::int64_t items = ceil_div(block_strips, Layout::kBlockStrips) * w.chunks;
+  std::int32_t warps = kernel.warps;
+  if (kernel.tokens == 8 && items < 3 * warps) warps = items >= 8 ? 8 : 4;
+  GemmPlan best = strip_plan(problem, instance, limits.multiprocessors, warps);
+  for (; warps > 1 && best.shared_bytes > usable_shared(limits);) {
+    warps -= warps > 4 ? 4 : 1;
+    best = strip_plan(problem, instance, limits.multiprocessors, warps);
   }
   return best;
+}
+
+std::int32_t blocks_together(const Instance& kernel, const GemmPlan& plan,
+                             const DeviceLimits& limits) {
+  const std::int32_t fit =
+      limits.multiprocessor_shared_bytes / (plan.shared_bytes + kReservedShared);
+  return std::clamp(fit, 1, kernel.blocks_together);
+}
+
+double tile_cost(const Instance& kernel, const GemmPlan& plan, std::int32_t chunks,
+                 std::int32_t together, std::int32_t multiprocessors) {
+  const TileCost& cost = kernel.cost;
+  const TileSchedule& schedule = plan.schedule;
+  const auto steps = static_cast<double>(ceil_div(chunks, kernel.row_warps));
+  double time = cost.start + schedule.whole_tiles * (steps * cost.step[together - 1] + cost.tile);
+  if (schedule.tail_tiles == 0) return time;
+  const auto run = static_cast<double>(
+      ceil_div(ceil_div(std::int64_t{schedule.tail_tiles} * chunks, schedule.tail_blocks),
+               kernel.row_warps));
+  const auto there =
+      std::min<std::int64_t>(together, ceil_div(schedule.tail_blocks, multiprocessors));
+  time += run * cost.step[there - 1];
+  if (schedule.tail_blocks > schedule.tail_tiles) {
+    const auto parts =
+        static_cast<double>(ceil_div(schedule.tail_blocks, schedule.tail_tiles) - 1);
+    time += cost.cut + parts * cost.part +
+            cost.block * (schedule.tail_blocks - schedule.tail_tiles);
+    if (schedule.tail_blocks % schedule.tail_tiles != 0) time += cost.uneven;
+  }
+  return time;
+}
+
+// The cheapest plan of a tile kernel among those that share the last tiles among few or all blocks.
+void consider_tiles(const GemmProblem& problem, std::int32_t instance, const DeviceLimits& limits,
+                    bool may_cut, GemmPlan& best, double& least) {
+  const Instance& kernel = instances(problem.x_type, problem.weight.code_bits)
+      [static_cast<std::size_t>(instance)];
+  const std::int32_t chunks = problem.weight.chunks;
+  GemmPlan plan = tile_plan(problem, instance, 1, 0);
+  if (plan.shared_bytes > usable_shared(limits)) return;
+  const std::int32_t together = blocks_together(kernel, plan, limits);
+  const std::int32_t blocks = together * limits.multiprocessors;
+  const std::int32_t left = tile_plan(problem, instance, blocks, 0).schedule.tail_tiles;
+  // A run of less than this is not worth handing over.
+  const std::int64_t most = std::min<std::int64_t>(
+      blocks, std::int64_t{left} * chunks / (2 * kernel.row_warps));
+  constexpr std::int32_t kMostBlocksOfTile = 8;
+  for (std::int32_t share = 1; share <= kMostBlocksOfTile + 1; ++share) {
+    const auto tail = static_cast<std::int32_t>(
+        share <= kMostBlocksOfTile ? std::int64_t{left} * share : most);
+    if (share > 1 && (!may_cut || tail > most || tail <= left)) continue;
+    plan = tile_plan(problem, instance, blocks, tail);
+    const double cost = tile_cost(kernel, plan, chunks, together, limits.multiprocessors);
+    if (cost < least) {
+      least = cost;
+      best = plan;
+    }
+  }
+}
+
+// Kernels that give a row of x the same sums whatever m is: of one family, which divides K in one
+// way, and without cuts. That with most row warps is quickest for few tokens.
+bool is_invariant_family(const Instance& kernel, std::int32_t row_warps) {
+  return kernel.kind == KernelKind::kTile && kernel.row_warps == row_warps;
+}
+
+std::int32_t invariant_row_warps(const GemmProblem& problem, const DeviceLimits& limits) {
+  constexpr std::int32_t kMany = 4;
+  const std::span<const Instance> all = instances(problem.x_type, problem.weight.code_bits);
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    if (is_invariant_family(all[i], kMany) &&
+        tile_plan(problem, static_cast<std::int32_t>(i), 1, 0).shared_bytes >
+            usable_shared(limits)) {
+      return 1;
+    }
+  }
+  return kMany;
 }
 
 }  // namespace
 
 GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvariance invariance) {
-  const std::int32_t usable = usable_shared(limits);
   const std::span<const Instance> all = instances(problem.x_type, problem.weight.code_bits);
   const bool invariant = invariance == BatchInvariance::kRequired;
-  const std::int32_t most_tokens = all[1].tokens;  // of a strip kernel
+  constexpr std::int32_t kPromoting = 0;  // the strip kernel that needs no quotients of scales
+  constexpr std::int32_t kStrips = 2;
   GemmPlan best;
   bool found = false;
-  if ((problem.m <= most_tokens && !invariant) || !problem.weight.scales_divide) {
-    best = plan_strips(problem, problem.m <= all[0].tokens && !invariant ? 0 : 1, limits);
-    found = best.shared_bytes <= usable;
+  if (!problem.weight.scales_divide) {
+    best = plan_strips(problem, kPromoting, limits);
+    found = true;
   }
-  double least = 0;
-  for (std::size_t i = 2; i < all.size() && !found; ++i) {
-    const Instance& kernel = all[i];
-    (void)kernel;
+  for (std::int32_t i = 0; i < kStrips && !found && !invariant; ++i) {
+    if (problem.m > all[static_cast<std::size_t>(i)].tokens) continue;
+    best = plan_strips(problem, i, limits);
+    found = best.shared_bytes <= usable_shared(limits);
   }
   if (!found) {
-    for (std::size_t i = 2; i < all.size(); ++i) {
-      const Instance& kernel = all[i];
-      const std::int64_t token_tiles = ceil_div(problem.m, kernel.tokens);
-      const std::int64_t tiles = ceil_div(problem.weight.n, kernel.features) * token_tiles;
-      const std::int32_t blocks = limits.multiprocessors;
-      for (std::int32_t tail = 1; tail <= 2; ++tail) {
-        const auto left = static_cast<std::int32_t>(tiles % blocks);
-        const std::int32_t tail_blocks =
-            tail == 1 || invariant
-                ? left
-                : static_cast<std::int32_t>(std::min<std::int64_t>(
-                      blocks, std::int64_t{left} * problem.weight.chunks / 4));
-        if (tail_blocks < left) continue;
-        const GemmPlan candidate =
-            tile_plan(problem, static_cast<std::int32_t>(i), blocks, tail_blocks);
-        if (candidate.shared_bytes > usable) continue;
-        const double work = static_cast<double>(kernel.features) * kernel.tokens;
-        const double cost =
-            work * (static_cast<double>(tiles / blocks) +
-                    (left > 0 ? static_cast<double>(left) / tail_blocks : 0.0)) *
-            (kernel.tokens == 32 ? 1.2 : 1.0);
-        if (!found || cost < least) {
-          best = candidate;
-          least = cost;
-          found = true;
-        }
-      }
+    const std::int32_t row_warps = invariant ? invariant_row_warps(problem, limits) : 0;
+    double least = std::numeric_limits<double>::infinity();
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      if (all[i].kind != KernelKind::kTile) continue;
+      if (invariant && !is_invariant_family(all[i], row_warps)) continue;
+      consider_tiles(problem, static_cast<std::int32_t>(i), limits, !invariant, best, least);
     }
+    found = least < std::numeric_limits<double>::infinity();
   }
-  if (!found) {
+  if (!found || best.shared_bytes > usable_shared(limits)) {
     throw Error(ErrorCode::kInternal,
                 concat("sm80: no kernel for ", problem.m, " tokens x ", problem.weight.n,
                        " features fits ", limits.shared_bytes, " bytes of shared memory"));

@@ -54,10 +54,41 @@ struct EvenShare {
   MARLINQ_HOST_DEVICE std::int32_t size(std::int32_t part) const {
     return least + (part < rest ? 1 : 0);
   }
-  /// The part that has an element.
-  MARLINQ_HOST_DEVICE std::int32_t part_of(std::int32_t element) const {
-    const std::int32_t in_larger = rest * (least + 1);
-    return element < in_larger ? element / (least + 1) : rest + (element - in_larger) / least;
+};
+
+/// The chunks of some tiles in contiguous runs, one for each block. Where the blocks are a multiple of
+/// the tiles no run crosses into the next tile; elsewhere all tiles are one range, divided evenly.
+struct TileCuts {
+  Divider blocks;  // of a range
+  Divider chunks;  // of a range
+  EvenShare runs;  // of a range
+  Divider larger_run;
+  Divider smaller_run;
+
+  TileCuts() = default;
+  TileCuts(std::int32_t tiles, std::int32_t tile_chunks, std::int32_t num_blocks) {
+    if (tiles == 0) return;
+    const std::int32_t ranges = num_blocks % tiles == 0 ? tiles : 1;
+    blocks = Divider(num_blocks / ranges);
+    chunks = Divider(tiles / ranges * tile_chunks);
+    runs = EvenShare(chunks.divisor, blocks.divisor);
+    larger_run = Divider(runs.least + 1);
+    smaller_run = Divider(runs.least > 0 ? runs.least : 1);
+  }
+
+  /// The first chunk of a block's run; for the block after the last, the end.
+  MARLINQ_HOST_DEVICE std::int32_t begin(std::int32_t block) const {
+    const std::int32_t range = blocks.divide(block);
+    return range * chunks.divisor + runs.begin(block - range * blocks.divisor);
+  }
+  /// The block in whose run a chunk lies.
+  MARLINQ_HOST_DEVICE std::int32_t block_of(std::int32_t chunk) const {
+    const std::int32_t range = chunks.divide(chunk);
+    const std::int32_t within = chunk - range * chunks.divisor;
+    const std::int32_t in_larger = runs.rest * (runs.least + 1);
+    return range * blocks.divisor +
+           (within < in_larger ? larger_run.divide(within)
+                               : runs.rest + smaller_run.divide(within - in_larger));
   }
 };
 

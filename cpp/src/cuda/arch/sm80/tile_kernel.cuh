@@ -13,8 +13,8 @@
 //
 // Shared memory: a stage is one slice for each group of row warps,
 //   [x tile, 128-byte rows][codes][group records of each feature warp]
-// filled by that group with cp.async. The ring is primed once: with one group of row warps it goes on
-// into the next segment while the last one is stored; otherwise the sums need its room.
+// filled by that group with cp.async. The ring is primed once and goes on into the next segment while
+// the last one is stored, unless the sums of several groups need its room.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -70,8 +70,13 @@ struct TileShape {
   // A unit: the sums of a strip and a token tile. Row warps share those of a tile at its end.
   static constexpr int kUnits = kStrips * kTokenTiles;
   static constexpr int kOwnUnits = (kUnits + kRowWarps - 1) / kRowWarps;
-  // Sums of all warps, when several share K.
-  static constexpr int kSumBytes = kRowWarps > 1 ? kRowWarps * kTileFloats * 4 : 0;
+  // Two groups of row warps exchange half of their sums beside the ring, where there is room; more of
+  // them use the ring.
+  static constexpr bool kExchanges =
+      kRowWarps == 2 && kStages * kRowWarps * kSliceBytes + kTileFloats * 4 <= 200 * 1024 / kBlocksTogether;
+  static constexpr int kSumBytes = kExchanges ? kTileFloats * 4 : (kRowWarps > 1 ? kRowWarps * kTileFloats * 4 : 0);
+  // The ring goes on into the next segment while the last one is stored.
+  static constexpr bool kStreams = kRowWarps == 1 || kExchanges;
   static_assert(kTokenTiles % 2 == 0);
   static_assert(kStrips % kTokenWarps == 0);
 };
@@ -80,8 +85,7 @@ struct TileParams {
   GemmProblem problem;
   SplitScratch scratch;
   TileSchedule schedule;
-  EvenShare tail;  // chunks of the tail tiles over the tail blocks
-  Divider tail_runs[2];  // by the sizes of their runs, the larger first
+  TileCuts tail;
   Divider chunks;
   int feature_tiles;
   int token_tiles;
@@ -131,7 +135,8 @@ class TileLoop {
 
   __device__ __forceinline__ void run() {
     int segment = 0;
-    bool more = prime<true>(segment);
+    bool more = has_segment(segment);
+    prime<true>(segment);
     values_.set_middle(w_);
     uint32_t stage = ring_;
     while (more) {
@@ -144,11 +149,10 @@ class TileLoop {
       load_segment(at, segment);
       finish(at);
       ++segment;
-      if (S::kRowWarps == 1) {
-        more = load_segment(at, segment);
-      } else {
+      more = has_segment(segment);
+      if (!S::kStreams) {
         __syncthreads();  // the sums are read
-        more = prime<false>(segment);
+        prime<false>(segment);
         stage = ring_;
       }
     }
@@ -180,26 +184,32 @@ class TileLoop {
   }
 
   // The segments of a block: its whole tiles, then its run of tail tiles, the last of them first.
-  __device__ __forceinline__ bool load_segment(TilePosition& at, int segment) const {
+  __device__ __forceinline__ int tail_tile(int segment) const {
+    return params_.chunks.divide(params_.tail.begin(blockIdx.x + 1) - 1) -
+           (segment - params_.schedule.whole_tiles);
+  }
+
+  __device__ __forceinline__ bool has_segment(int segment) const {
+    if (segment < params_.schedule.whole_tiles) return true;
+    return blockIdx.x < params_.schedule.tail_blocks &&
+           (tail_tile(segment) + 1) * w_.chunks > params_.tail.begin(blockIdx.x);
+  }
+
+  // Of one that there is.
+  __device__ __forceinline__ void load_segment(TilePosition& at, int segment) const {
     const TileSchedule& schedule = params_.schedule;
-    const int block = blockIdx.x;
-    int tile = segment * gridDim.x + block;
+    int tile = segment * gridDim.x + blockIdx.x;
     at.begin = 0;
     at.end = w_.chunks;
     if (segment >= schedule.whole_tiles) {
-      if (block >= schedule.tail_blocks) return false;
-      const int begin = params_.tail.begin(block);
-      const int end = params_.tail.begin(block + 1);
-      at.tail_tile = params_.chunks.divide(end - 1) - (segment - schedule.whole_tiles);
-      const int first = at.tail_tile * w_.chunks;
-      if (first + w_.chunks <= begin) return false;
+      at.tail_tile = tail_tile(segment);
       tile = schedule.whole_tiles * gridDim.x + at.tail_tile;
-      at.begin = max(begin - first, 0);
-      at.end = min(end - first, w_.chunks);
+      const int first = at.tail_tile * w_.chunks;
+      at.begin = max(params_.tail.begin(blockIdx.x) - first, 0);
+      at.end = min(params_.tail.begin(blockIdx.x + 1) - first, w_.chunks);
     }
     place_tile(at, tile);
     at.length = (at.end - at.begin + S::kRowWarps - 1) / S::kRowWarps;
-    return true;
   }
 
   // The chunks of this warp's group in a segment.
@@ -215,12 +225,17 @@ class TileLoop {
   // Pointers to the first chunk of a segment. Weights past the last block and rows of x past m are not
   // there: the last block is read again, the rows are left as they are in shared memory, and neither
   // is stored.
-  __device__ __forceinline__ bool start_fill(int segment) {
+  __device__ __forceinline__ void start_fill(int segment) {
     TilePosition at;
-    fill_segment_ = segment;
     fill_left_ = 0;
-    if (!load_segment(at, segment)) return false;
-    fill_left_ = chunks_of(at);
+    for (;; ++segment) {
+      fill_segment_ = segment;
+      if (!has_segment(segment)) return;
+      load_segment(at, segment);
+      fill_left_ = chunks_of(at);
+      // A group of row warps may have no chunk of a segment.
+      if (S::kRowWarps == 1 || !S::kStreams || fill_left_ > 0) break;
+    }
     fill_chunk_ = first_chunk(at);
     const int last_block = (w_.n + Layout::kBlockFeatures - 1) / Layout::kBlockFeatures - 1;
     const int block = min(at.feature_tile * S::kFeatureWarps + feature_warp_, last_block);
@@ -235,7 +250,6 @@ class TileLoop {
     fill_x_ = static_cast<uint32_t>((row * p_.x_stride + fill_chunk_ * Layout::kChunkRows) / 8) +
               thread % 8;
     fill_rows_ = p_.m - row;
-    return true;
   }
 
   // Pointers to the next chunk of the segment, whether there is one or not.
@@ -255,7 +269,7 @@ class TileLoop {
   __device__ __forceinline__ void count_fill(int chunks) {
     fill_left_ -= chunks;
     if (fill_left_ > 0) return;
-    if (S::kRowWarps == 1) start_fill(fill_segment_ + 1);
+    if (S::kStreams) start_fill(fill_segment_ + 1);
     if (fill_left_ <= 0 && last_fill_) ptx::launch_dependents();
   }
 
@@ -277,11 +291,10 @@ class TileLoop {
   // The first stages of a walk that starts at a segment: weights, which do not depend on the kernel
   // before, and after the wait for it the rows of x.
   template <bool kFirst>
-  __device__ __forceinline__ bool prime(int segment) {
+  __device__ __forceinline__ void prime(int segment) {
     constexpr int kAhead = S::kStages - 1;
-    TilePosition at;
-    last_fill_ = S::kRowWarps == 1 || !load_segment(at, segment + 1);
-    const bool there = start_fill(segment);
+    last_fill_ = S::kStreams || !has_segment(segment + 1);
+    start_fill(segment);
     int steps = 0;
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
@@ -312,7 +325,6 @@ class TileLoop {
         fill_slot_ += stage_bytes_;
       }
     }
-    return there;
   }
 
   __device__ __forceinline__ int group_bytes() const { return S::kStrips * w_.record_bytes; }
@@ -550,8 +562,8 @@ class TileLoop {
 
   // --- the end of a segment ---
 
-  // The units of this warp: all of its sums, or after add_row_warps() its share of them, in the first
-  // kOwnUnits.
+  // The units of this warp: all of its sums, or when row warps have added theirs its share, in the
+  // first kOwnUnits.
   __device__ __forceinline__ int own_unit(int i) const {
     return S::kRowWarps == 1 ? i : row_warp_ * S::kOwnUnits + i;
   }
@@ -567,7 +579,11 @@ class TileLoop {
 
   __device__ __forceinline__ void finish(const TilePosition& at) {
     scale_sums(values_.scale);
-    if constexpr (S::kRowWarps > 1) add_row_warps();
+    if constexpr (S::kExchanges) {
+      exchange_sums();
+    } else if constexpr (S::kRowWarps > 1) {
+      add_row_warps();
+    }
     // A tile that is cut belongs to the block that has the last of its chunks; the others leave their
     // sums to it.
     if (at.end < w_.chunks) {
@@ -578,15 +594,38 @@ class TileLoop {
     store(at);
   }
 
+  // Each of the two groups gives the other half of its sums, and moves its own half, if it is the
+  // second, to where own() is.
+  __device__ __forceinline__ void exchange_sums() {
+    constexpr int kGivenFloats = S::kTileFloats / 2;
+    auto* sums = reinterpret_cast<float4*>(shared_ + S::kStages * stage_bytes_) +
+                 (group_warp_ * S::kOwnUnits * 32 + lane_);
+    __syncthreads();  // what was given in the segment before is read
+    auto* given = sums + row_warp_ * (kGivenFloats / 4);
+    if (row_warp_ == 0) {
+#pragma unroll
+      for (int i = 0; i < S::kOwnUnits; ++i) given[i * 32] = to_float4(own(S::kOwnUnits + i));
+    } else {
+#pragma unroll
+      for (int i = 0; i < S::kOwnUnits; ++i) {
+        given[i * 32] = to_float4(own(i));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) own(i)[j] = own(S::kOwnUnits + i)[j];
+      }
+    }
+    __syncthreads();
+    const auto* taken = sums + (1 - row_warp_) * (kGivenFloats / 4);
+#pragma unroll
+    for (int i = 0; i < S::kOwnUnits; ++i) add(own(i), taken[i * 32]);
+  }
+
   __device__ __forceinline__ void add_row_warps() {
     ptx::copy_wait<0>();
     __syncthreads();
     auto* sums = reinterpret_cast<float4*>(shared_);
     auto* mine = sums + row_warp_ * (S::kTileFloats / 4) + place_in_tile(0);
 #pragma unroll
-    for (int i = 0; i < S::kUnits; ++i) {
-      mine[i * 32] = make_float4(own(i)[0], own(i)[1], own(i)[2], own(i)[3]);
-    }
+    for (int i = 0; i < S::kUnits; ++i) mine[i * 32] = to_float4(own(i));
     __syncthreads();
     const auto* first = sums + place_in_tile(own_unit(0));
 #pragma unroll
@@ -604,6 +643,9 @@ class TileLoop {
     }
   }
 
+  __device__ __forceinline__ static float4 to_float4(const float (&sum)[4]) {
+    return make_float4(sum[0], sum[1], sum[2], sum[3]);
+  }
   __device__ __forceinline__ static void set(float (&sum)[4], float4 value) {
     sum[0] = value.x;
     sum[1] = value.y;
@@ -628,26 +670,18 @@ class TileLoop {
     float4* part = part_of_block(blockIdx.x);
 #pragma unroll
     for (int i = 0; i < S::kOwnUnits; ++i) {
-      if (is_unit(i)) __stcg(part + i * 32, make_float4(own(i)[0], own(i)[1], own(i)[2], own(i)[3]));
+      if (is_unit(i)) __stcg(part + i * 32, to_float4(own(i)));
     }
     __syncthreads();
     if (threadIdx.x == 0) ptx::raise_flag(params_.scratch.flags + blockIdx.x);
   }
 
-  // The tail block whose run a chunk of the tail lies in.
-  __device__ __forceinline__ int part_of(int unit) const {
-    const EvenShare& tail = params_.tail;
-    const int in_larger = tail.rest * (tail.least + 1);
-    return unit < in_larger ? params_.tail_runs[0].divide(unit)
-                            : tail.rest + params_.tail_runs[1].divide(unit - in_larger);
-  }
-
   // Adds the parts of the blocks before this one, the nearest first. They have started before this
   // block, since blocks start in the order of their numbers, and work on this tile before all others
   // of their tail: they need not be waited for long, and wait for no later block themselves.
-  __device__ __forceinline__ void add_parts(int first_unit) {
+  __device__ __forceinline__ void add_parts(int first_chunk_of_tile) {
     const int last = blockIdx.x - 1;
-    const int parts = last - part_of(first_unit) + 1;
+    const int parts = last - params_.tail.block_of(first_chunk_of_tile) + 1;
     for (int i = threadIdx.x; i < parts; i += S::kThreads) {
       ptx::take_flag(params_.scratch.flags + last - i);
     }
