@@ -6,11 +6,11 @@
 
 namespace marlinq {
 
-/// What can be told without a tensor's values: which tensors there are, their dtypes, shapes and
-/// lengths. Fills in sizes, pointers and dtypes. Throws as validate().
-GptqWeights check_shapes(const GptqTensors& tensors, const GptqSpec& spec);
+/// What needs no look at codes, zero points, scales and bias: which tensors there are, their
+/// dtypes, shapes and lengths, and the group of each row. Throws as validate().
+GptqWeights check_structure(const GptqTensors& tensors, const GptqSpec& spec);
 
-/// The rest, on the result of check_shapes(): finite numbers, groups in range, the zero-point
+/// The rest, on the result of check_structure(): finite numbers, their range, the zero-point
 /// convention.
 void check_values(const GptqTensors& tensors, const GptqSpec& spec, GptqWeights& layer);
 

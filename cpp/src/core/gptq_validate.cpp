@@ -86,7 +86,7 @@ class ModuleChecker {
     return module_.qweight.shape[0] * 32 / spec_.bits;
   }
 
-  ValidatedModule check_shapes(GptqWeights& layer) const {
+  ValidatedModule check_structure(GptqWeights& layer) const {
     const HostTensor& qweight = module_.qweight;
     require(qweight, "qweight");
     require(module_.scales, "scales");
@@ -138,7 +138,7 @@ class ModuleChecker {
       checked.bias = bytes_of(module_.bias);
       checked.bias_dtype = module_.bias.dtype;
     }
-    if (module_.g_idx.present()) expect_shape(module_.g_idx, "g_idx", "[k]", {k});
+    read_groups(checked, k, group_size, groups);
     for (const HostTensor* tensor :
          {&qweight, &module_.scales, &module_.qzeros, &module_.g_idx, &module_.bias}) {
       if (tensor->present()) checked.bytes += tensor->bytes;
@@ -154,7 +154,6 @@ class ModuleChecker {
     checked.least_scale = scales.least;
     checked.most_scale = scales.most;
     if (module_.bias.present()) check_finite(module_.bias, "bias");
-    read_groups(checked, layer.k, layer.group_size, layer.groups);
     decide_zero_points(checked, layer.groups);
     if (std::optional<std::string> warning = lost_zero_points(checked, layer.groups)) {
       layer.warnings.push_back(*std::move(warning));
@@ -229,6 +228,7 @@ class ModuleChecker {
 
   void read_groups(ValidatedModule& checked, std::int64_t k, std::int64_t group_size,
                    std::int64_t groups) const {
+    if (module_.g_idx.present()) expect_shape(module_.g_idx, "g_idx", "[k]", {k});
     checked.group_of_row.resize(static_cast<std::size_t>(k));
     for (std::int64_t plain = 0; plain < groups; ++plain) {
       const std::int64_t first = plain * group_size;
@@ -341,7 +341,7 @@ class ModuleChecker {
 
 }  // namespace
 
-GptqWeights check_shapes(const GptqTensors& tensors, const GptqSpec& spec) {
+GptqWeights check_structure(const GptqTensors& tensors, const GptqSpec& spec) {
   if (spec.bits != 2 && spec.bits != 3 && spec.bits != 4 && spec.bits != 8) {
     refuse_argument(concat("bits: ", spec.bits, ", expected 2, 3, 4 or 8"));
   }
@@ -358,7 +358,7 @@ GptqWeights check_shapes(const GptqTensors& tensors, const GptqSpec& spec) {
   layer.bits = spec.bits;
   GptqSpec shared = spec;
   for (const GptqModule& module : tensors.modules) {
-    layer.modules.push_back(ModuleChecker(module, shared).check_shapes(layer));
+    layer.modules.push_back(ModuleChecker(module, shared).check_structure(layer));
     layer.n += layer.modules.back().n;
     shared.k = layer.k;  // fused modules share the input
   }
@@ -379,7 +379,7 @@ void check_values(const GptqTensors& tensors, const GptqSpec& spec, GptqWeights&
 }
 
 GptqWeights validate(const GptqTensors& tensors, const GptqSpec& spec) {
-  GptqWeights layer = check_shapes(tensors, spec);
+  GptqWeights layer = check_structure(tensors, spec);
   check_values(tensors, spec, layer);
   return layer;
 }
