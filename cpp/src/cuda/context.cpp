@@ -72,6 +72,11 @@ SplitScratch ContextState::split_scratch() const noexcept {
           .num_counters = static_cast<std::int32_t>(counters.size())};
 }
 
+Uploader& ContextState::uploads() {
+  if (uploader == nullptr) uploader = std::make_unique<Uploader>(device);
+  return *uploader;
+}
+
 CudaContext::CudaContext(int device, void* stream) : state_(std::make_unique<ContextState>()) {
   check_device(device);
   const DeviceGuard guard(device);

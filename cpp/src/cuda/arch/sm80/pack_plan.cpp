@@ -94,6 +94,7 @@ LayerPlan plan_layer(const GptqWeights& weights) {
     s.places.chunk_groups = reserve(static_cast<std::int64_t>(s.chunk_groups.size()) * 4);
     if (!s.identity) s.places.source = reserve(static_cast<std::int64_t>(s.source.size()) * 4);
     if (s.places.bias == 0) s.places.bias = reserve(s.layout.n * 4);
+    s.places.end = layer.bytes;
   }
   return layer;
 }

@@ -10,13 +10,14 @@
 
 namespace marlinq::cuda::sm80 {
 
-/// Byte offsets of the parts of a segment in the layer's memory; -1: none.
+/// Byte offsets of the parts of a segment in the layer's memory, in this order; -1: none.
 struct SegmentPlaces {
   std::int64_t codes = 0;
   std::int64_t groups = 0;
   std::int64_t chunk_groups = 0;
   std::int64_t source = -1;
   std::int64_t bias = -1;
+  std::int64_t end = 0;
 };
 
 /// Modules that share one row order and one dtype of scales, fused to one range of features.
