@@ -32,10 +32,8 @@ Completion Completion::of(void* stream) {
 Completion::~Completion() {
   if (state_ == nullptr || state_->ended.load(std::memory_order_acquire)) return;
   // At process exit the driver may be gone, and errors mean nothing here.
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  (void)cudaThreadExchangeStreamCaptureMode(&mode);
+  const RelaxedCapture relaxed;
   (void)cudaEventSynchronize(state_->event.get());
-  (void)cudaThreadExchangeStreamCaptureMode(&mode);
 }
 
 void Completion::precede(void* stream_pointer) const {

@@ -43,6 +43,11 @@ DeviceLimits device_limits(int device) {
                         attribute(cudaDevAttrComputeCapabilityMinor)};
 }
 
+ContextState::~ContextState() {
+  const RelaxedCapture relaxed;
+  uploader.reset();
+}
+
 bool ContextState::capturing() const {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   MARLINQ_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));

@@ -29,6 +29,9 @@ struct ContextState {
   bool captured = false;               // some forward of this context was captured
   std::unique_ptr<Uploader> uploader;  // null before the first load
 
+  ContextState() = default;
+  ~ContextState();
+
   bool capturing() const;
 
   /// The gather scratch with room for `elements` 2-byte elements. Throws invalid_argument inside a

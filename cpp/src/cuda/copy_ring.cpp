@@ -10,13 +10,7 @@
 namespace marlinq::cuda {
 namespace {
 
-// A slot is 10 us of the bus, which hides what it costs to ask for a copy, and 50 us of a core, which
-// is how long the first bytes take to come. All slots together are 300 us of the bus.
-constexpr std::int64_t kSlotBytes = std::int64_t{512} << 10;
-constexpr std::size_t kMostSlots = 32;
 constexpr std::size_t kSlotsAtOnce = 4;  // of one allocation
-// With the caller's own: 8 cores copy faster than any bus takes.
-constexpr unsigned kMostThreads = 7;
 
 // Bytes [begin, end) of what the rows are on the device. Bytes between rows of a batch stay as they
 // are.
@@ -69,7 +63,7 @@ void CopyRing::start(Batch& batch) {
       end = batch.rows[last].offset + batch.rows[last].bytes();
     }
     const std::int64_t begin = batch.rows[first].offset;
-    const std::int64_t count = ceil_div(end - begin, kSlotBytes);
+    const std::int64_t count = ceil_div(end - begin, sizes_.slot_bytes);
     const std::int64_t step = round_up(ceil_div(end - begin, count), kGap);
     for (std::int64_t at = begin; at < end; at += step) {
       jobs.push_back({.batch = &batch, .begin = at, .end = std::min(end, at + step)});
@@ -109,8 +103,8 @@ void CopyRing::cancel(Batch& batch) noexcept {
 }
 
 void CopyRing::put(void* target, const void* source, std::int64_t bytes, cudaStream_t stream) {
-  for (std::int64_t at = 0; at < bytes; at += kSlotBytes) {
-    const auto count = static_cast<std::size_t>(std::min(kSlotBytes, bytes - at));
+  for (std::int64_t at = 0; at < bytes; at += sizes_.slot_bytes) {
+    const auto count = static_cast<std::size_t>(std::min(sizes_.slot_bytes, bytes - at));
     Slot& slot = take_slot();
     std::memcpy(slot.memory, static_cast<const unsigned char*>(source) + at, count);
     const cudaError_t status = cudaMemcpyAsync(static_cast<unsigned char*>(target) + at,
@@ -123,7 +117,7 @@ void CopyRing::put(void* target, const void* source, std::int64_t bytes, cudaStr
 }
 
 void CopyRing::start_threads() {
-  const unsigned count = std::min(kMostThreads, std::thread::hardware_concurrency() / 2);
+  const unsigned count = std::min(sizes_.threads, std::thread::hardware_concurrency() / 2);
   threads_.reserve(count);
   try {
     while (threads_.size() < count) threads_.emplace_back([this] { work(); });
@@ -134,8 +128,7 @@ void CopyRing::start_threads() {
 
 void CopyRing::work() noexcept {
   if (cudaSetDevice(device_) != cudaSuccess) return;
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  (void)cudaThreadExchangeStreamCaptureMode(&mode);
+  const RelaxedCapture relaxed;
   std::unique_lock lock(mutex_);
   for (;;) {
     job_came_.wait(lock, [this] { return stopping_ || !jobs_.empty(); });
@@ -207,9 +200,9 @@ void CopyRing::give_back(Slot& slot) noexcept {
 }
 
 bool CopyRing::grow() {
-  if (limited_ || slots_.size() + kSlotsAtOnce > kMostSlots) return false;
+  if (limited_ || slots_.size() + kSlotsAtOnce > sizes_.slots) return false;
   void* memory = nullptr;
-  const std::size_t bytes = kSlotsAtOnce * kSlotBytes;
+  const std::size_t bytes = kSlotsAtOnce * static_cast<std::size_t>(sizes_.slot_bytes);
   const cudaError_t status = cudaHostAlloc(&memory, bytes, cudaHostAllocDefault);
   if (status == cudaErrorMemoryAllocation) {
     (void)cudaGetLastError();
@@ -221,7 +214,8 @@ bool CopyRing::grow() {
   MARLINQ_CUDA_CHECK(status);
   memory_.emplace_back(static_cast<unsigned char*>(memory));
   for (std::size_t i = 0; i < kSlotsAtOnce; ++i) {
-    slots_.emplace_back().memory = memory_.back().get() + i * kSlotBytes;
+    slots_.emplace_back().memory =
+        memory_.back().get() + static_cast<std::int64_t>(i) * sizes_.slot_bytes;
     free_.push_front(&slots_.back());
   }
   return true;

@@ -7,11 +7,6 @@
 namespace marlinq::cuda {
 namespace {
 
-// A piece of half a layer lets a piece be packed while the next one comes. Pieces smaller than the
-// least cost more to ask for than to move; larger than the most, nothing is gained: it is 300 us of
-// the bus.
-constexpr std::int64_t kLeastPiece = std::int64_t{1} << 20;
-constexpr std::int64_t kMostPiece = std::int64_t{16} << 20;
 // Alignment must not turn two halves into three pieces.
 constexpr std::int64_t kSlack = std::int64_t{64} << 10;
 
@@ -42,18 +37,16 @@ void copy(unsigned char* target, const RawRows& rows, cudaStream_t stream) {
 
 Uploader::~Uploader() {
   // At process exit the driver may be gone, and errors mean nothing here.
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  (void)cudaThreadExchangeStreamCaptureMode(&mode);
+  const RelaxedCapture relaxed;
   (void)cudaStreamSynchronize(copies_.get());
   (void)cudaStreamSynchronize(packing_.get());
-  (void)cudaThreadExchangeStreamCaptureMode(&mode);
 }
 
 void Uploader::reserve(std::int64_t layer_bytes, std::int64_t piece_bytes) {
   if (piece_bytes <= slot_bytes_) return;
   release();  // first, so that both are never held at once
-  const std::int64_t bytes = round_up(std::max(piece_bytes, kLeastPiece), 256);
-  const bool two = 2 * bytes <= layer_bytes + 2 * kLeastPiece;
+  const std::int64_t bytes = round_up(std::max(piece_bytes, sizes_.least_piece), 256);
+  const bool two = 2 * bytes <= layer_bytes + 2 * sizes_.least_piece;
   slots_used_ = two ? 2 : 1;
   next_slot_ = 0;
   staging_ = CudaBuffer(device_, DType::kInt32, static_cast<std::int64_t>(slots_used_) * bytes / 4);
@@ -69,7 +62,8 @@ void Uploader::release() {
 LayerUpload::LayerUpload(Uploader& uploader, const GptqWeights& layer)
     : guard_(uploader.device()), uploader_(uploader) {
   const std::int64_t bytes = raw_bytes(layer);
-  pieces_ = plan_pieces(layer, std::clamp(bytes / 2 + kSlack, kLeastPiece, kMostPiece));
+  const UploadSizes& sizes = uploader.sizes_;
+  pieces_ = plan_pieces(layer, std::clamp(bytes / 2 + kSlack, sizes.least_piece, sizes.most_piece));
   std::int64_t largest = 0;
   for (const RawPiece& piece : pieces_) largest = std::max(largest, piece.bytes);
   uploader_.reserve(bytes, largest);
@@ -125,16 +119,7 @@ const DevicePiece* LayerUpload::next() {
   cudaEvent_t copied = uploader_.slots_[slot_of(opened_)].copied.get();
   MARLINQ_CUDA_CHECK(cudaEventRecord(copied, uploader_.copies_.get()));
   MARLINQ_CUDA_CHECK(cudaStreamWaitEvent(stream(), copied, 0));
-  const RawPiece& piece = pieces_[opened_++];
-  const auto at = [&batch](std::int64_t offset) {
-    return reinterpret_cast<std::uint32_t*>(batch.target + offset);
-  };
-  current_ = {
-      .raw = piece,
-      .qweight = at(piece.qweight.offset),
-      .scales = at(piece.scales.offset),
-      .qzeros = piece.qzeros.rows == 0 ? nullptr : at(piece.qzeros.offset),
-      .table = piece.table == 0 ? nullptr : reinterpret_cast<std::int32_t*>(at(piece.table))};
+  current_ = {.raw = pieces_[opened_++], .memory = batch.target};
   return &current_;
 }
 
@@ -150,7 +135,8 @@ Completion LayerUpload::finish() {
   }
   uploader_.next_slot_ = slot_of(pieces_.size());
   ended_ = true;
-  if (uploader_.slots_used_ == 1 || uploader_.slot_bytes_ > kMostPiece) uploader_.release();
+  if (uploader_.slots_used_ == 1 || uploader_.slot_bytes_ > uploader_.sizes_.most_piece)
+    uploader_.release();
   return packed;
 }
 

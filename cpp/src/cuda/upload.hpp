@@ -18,14 +18,24 @@
 
 namespace marlinq::cuda {
 
+/// Pieces are half a layer, so that one is packed while the other comes, within bounds. Smaller than
+/// the least, a piece costs more to ask for than to move; larger than the most, nothing is gained: it
+/// is 300 us of the bus.
+struct UploadSizes {
+  std::int64_t least_piece = std::int64_t{1} << 20;
+  std::int64_t most_piece = std::int64_t{16} << 20;
+  RingSizes ring;
+};
+
 /// What the loads of one context share: two streams, staging memory on the device for two pieces,
-/// and the ring for pageable memory. Staging grows to what the largest layer so far needed: its raw
-/// tensors, or 2 MB, or at most 32 MB, which it keeps; a piece that cannot be that small gets memory
-/// for the time of its load.
+/// and the ring for pageable memory. Staging grows to what the largest layer so far needed (its raw
+/// tensors, or 2 MB, or at most 32 MB) and stays; only a piece that cannot be small enough gets
+/// memory for the time of its load.
 class Uploader {
  public:
   /// For the current device, which is `device`.
-  explicit Uploader(int device) : device_(device), ring_(device, copies_.get()) {}
+  explicit Uploader(int device, const UploadSizes& sizes = {})
+      : device_(device), sizes_(sizes), ring_(device, copies_.get(), sizes.ring) {}
   Uploader(const Uploader&) = delete;
   Uploader& operator=(const Uploader&) = delete;
   ~Uploader();
@@ -49,6 +59,7 @@ class Uploader {
   }
 
   int device_;
+  UploadSizes sizes_;
   OwnedStream copies_;
   OwnedStream packing_;
   std::array<Slot, 2> slots_;
@@ -62,10 +73,7 @@ class Uploader {
 /// A piece on the device.
 struct DevicePiece {
   RawPiece raw;
-  const std::uint32_t* qweight = nullptr;
-  const void* scales = nullptr;
-  const std::uint32_t* qzeros = nullptr;  // null: none came
-  std::int32_t* table = nullptr;          // null: RawPiece has none
+  unsigned char* memory = nullptr;  // what RawPiece's offsets count from
 };
 
 /// One layer's upload, which starts with the object. Used by one thread, on which its device is
