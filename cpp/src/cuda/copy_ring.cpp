@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <system_error>
+#include <utility>
 
 #include "core/integers.hpp"
 #include "cuda/cuda_check.hpp"
@@ -41,6 +42,7 @@ CopyRing::~CopyRing() {
   }
   job_came_.notify_all();
   for (std::thread& thread : threads_) thread.join();
+  const RelaxedCapture relaxed;
   for (const Slot& slot : slots_) (void)cudaEventSynchronize(slot.read.get());
 }
 
@@ -104,16 +106,24 @@ void CopyRing::cancel(Batch& batch) noexcept {
 
 void CopyRing::put(void* target, const void* source, std::int64_t bytes, cudaStream_t stream) {
   for (std::int64_t at = 0; at < bytes; at += sizes_.slot_bytes) {
-    const auto count = static_cast<std::size_t>(std::min(sizes_.slot_bytes, bytes - at));
+    const std::int64_t count = std::min(sizes_.slot_bytes, bytes - at);
     Slot& slot = take_slot();
-    std::memcpy(slot.memory, static_cast<const unsigned char*>(source) + at, count);
-    const cudaError_t status = cudaMemcpyAsync(static_cast<unsigned char*>(target) + at,
-                                               slot.memory, count, cudaMemcpyHostToDevice, stream);
-    const cudaError_t recorded = cudaEventRecord(slot.read.get(), stream);
-    give_back(slot);
-    MARLINQ_CUDA_CHECK(status);
-    MARLINQ_CUDA_CHECK(recorded);
+    std::memcpy(slot.memory, static_cast<const unsigned char*>(source) + at,
+                static_cast<std::size_t>(count));
+    send(slot, static_cast<unsigned char*>(target) + at, count, stream);
   }
+}
+
+void CopyRing::send(Slot& slot, unsigned char* target, std::int64_t bytes, cudaStream_t stream) {
+  cudaError_t status = cudaMemcpyAsync(target, slot.memory, static_cast<std::size_t>(bytes),
+                                       cudaMemcpyHostToDevice, stream);
+  if (status == cudaSuccess) {
+    status = cudaEventRecord(slot.read.get(), stream);
+    // Nothing else tells when the slot has been read.
+    if (status != cudaSuccess) (void)cudaStreamSynchronize(stream);
+  }
+  give_back(slot);
+  MARLINQ_CUDA_CHECK(status);
 }
 
 void CopyRing::start_threads() {
@@ -149,26 +159,20 @@ void CopyRing::run(const Job& job) noexcept {
     error = std::current_exception();
   }
   const std::lock_guard lock(mutex_);
-  if (error && !job.batch->error) job.batch->error = error;
+  if (error && !job.batch->error) job.batch->error = std::move(error);
   if (--job.batch->pending == 0) batch_ended_.notify_all();
 }
 
 void CopyRing::copy(const Job& job) {
   Slot& slot = take_slot();
   gather(job.batch->rows, job.begin, job.end, slot.memory);
-  cudaError_t status = cudaSuccess;
   try {
     open(*job.batch);
-    status = cudaMemcpyAsync(job.batch->target + job.begin, slot.memory,
-                             static_cast<std::size_t>(job.end - job.begin), cudaMemcpyHostToDevice,
-                             stream_);
-    if (status == cudaSuccess) status = cudaEventRecord(slot.read.get(), stream_);
   } catch (...) {
     give_back(slot);
     throw;
   }
-  give_back(slot);
-  MARLINQ_CUDA_CHECK(status);
+  send(slot, job.batch->target + job.begin, job.end - job.begin, stream_);
 }
 
 CopyRing::Slot& CopyRing::take_slot() {

@@ -91,6 +91,8 @@ class CopyRing {
   void run(const Job& job) noexcept;
   void copy(const Job& job);
   Slot& take_slot();
+  // Ends the use of the slot.
+  void send(Slot& slot, unsigned char* target, std::int64_t bytes, cudaStream_t stream);
   void give_back(Slot& slot) noexcept;
   bool grow();
 

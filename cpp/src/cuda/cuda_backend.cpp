@@ -140,6 +140,7 @@ std::string layer_name(const GptqWeights& weights) {
 DeviceWeight load_layer(ContextState& state, const ArchKernels& arch, const GptqTensors& tensors,
                         const GptqSpec& spec, GptqWeights& weights) {
   const DeviceGuard guard(state.device);
+  const RelaxedCapture relaxed;
   try {
     LayerUpload upload(state.uploads(), weights);
     check_values(tensors, spec, weights);
