@@ -126,8 +126,8 @@ class Bench {
     const GptqWeights weights =
         validate(GptqTensors(layer), {.bits = bits, .group_size = 128});
     Uploader uploader(0);
-    LayerUpload upload(uploader, weights);
-    weight_ = sm80::load(weights, upload);
+    LayerUpload layer_upload(uploader, weights);
+    weight_ = sm80::load(weights, layer_upload);
     weight_.ready.wait();
     qweight_ = upload(qweight);
     qzeros_ = upload(qzeros);
