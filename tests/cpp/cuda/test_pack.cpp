@@ -142,15 +142,23 @@ TEST(Sm80PlanTest, RowsArePaddedToStepsAndChunks) {
 }
 
 TEST(Sm80PlanTest, ModulesOfOneOrderAndScaleDtypeShareASegment) {
-  const Layer q = make_layer({.n = 40, .order = Order::kActOrder, .seed = 1});
-  Layer k = make_layer({.n = 24, .order = Order::kActOrder, .seed = 2});
-  EXPECT_EQ(plan_of({q, k}).segments.size(), q.group_of_row == k.group_of_row ? 1U : 2U);
+  const auto module = [](std::int64_t n, DType scales, std::uint64_t seed) {
+    return make_layer({.k = 256,
+                       .n = n,
+                       .group_size = 32,
+                       .order = Order::kActOrder,
+                       .scales = scales,
+                       .seed = seed});
+  };
+  const Layer q = module(40, DType::kFloat16, 1);
+  Layer k = module(24, DType::kFloat16, 2);
+  EXPECT_EQ(plan_of({q, k}).segments.size(), 2U);
   k.g_idx = q.g_idx;
   const LayerPlan together = plan_of({q, k});
   ASSERT_EQ(together.segments.size(), 1U);
   EXPECT_EQ(together.segments[0].layout.n, 64);
   EXPECT_EQ(&segment_of(together, 1), &together.segments[0]);
-  Layer v = make_layer({.n = 8, .order = Order::kActOrder, .scales = DType::kFloat32, .seed = 2});
+  Layer v = module(8, DType::kFloat32, 3);
   v.g_idx = q.g_idx;
   const LayerPlan apart = plan_of({q, v, k});
   ASSERT_EQ(apart.segments.size(), 3U);
