@@ -125,7 +125,10 @@ class Bench {
     layer.scales = tensor(scales.data(), scales.size() * 2, DType::kFloat16, groups, shape.n);
     const GptqWeights weights =
         validate(GptqTensors(layer), {.bits = bits, .group_size = 128});
-    weight_ = sm80::load(weights, stream_);
+    Uploader uploader(0);
+    LayerUpload layer_upload(uploader, weights);
+    weight_ = sm80::load(weights, layer_upload);
+    weight_.ready.wait();
     qweight_ = upload(qweight);
     qzeros_ = upload(qzeros);
     scales_ = upload(scales);

@@ -44,6 +44,11 @@ DeviceLimits device_limits(int device) {
                         attribute(cudaDevAttrComputeCapabilityMinor)};
 }
 
+ContextState::~ContextState() {
+  const RelaxedCapture relaxed;
+  uploader.reset();
+}
+
 bool ContextState::capturing() const {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   MARLINQ_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
@@ -69,6 +74,11 @@ void* ContextState::grow_gather(std::int64_t elements) {
 SplitScratch ContextState::split_scratch() const noexcept {
   return {.partials = static_cast<float*>(partials.data()),
           .flags = static_cast<std::uint32_t*>(flags.data())};
+}
+
+Uploader& ContextState::uploads() {
+  if (uploader == nullptr) uploader = std::make_unique<Uploader>(device);
+  return *uploader;
 }
 
 CudaContext::CudaContext(int device, void* stream) : state_(std::make_unique<ContextState>()) {
