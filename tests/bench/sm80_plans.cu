@@ -183,6 +183,8 @@ class Bench {
     const int sms = limits_.multiprocessors;
     const int usable = limits_.shared_bytes - 256;
     const auto all = sm80::instances(problem.x_type, bits_);
+    measure(problem, sm80::plan(problem, limits_, BatchInvariance::kNotRequired), "auto", type);
+    measure(problem, sm80::plan(problem, limits_, BatchInvariance::kRequired), "invariant", type);
     for (std::int32_t i = 0; i < static_cast<std::int32_t>(all.size()); ++i) {
       const sm80::Instance& kernel = all[static_cast<std::size_t>(i)];
       if (kernel.kind == KernelKind::kStrip) {

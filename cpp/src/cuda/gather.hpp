@@ -8,9 +8,9 @@
 namespace marlinq::cuda {
 
 /// out[row][i] = x[row][source[i]], 0 where source is -1; source null: the same column, 0 from k
-/// on.
+/// on. `dependent_launch` as in GemmPlan.
 void gather_rows(const void* x, FloatType x_type, std::int64_t x_stride, std::int32_t m,
                  std::int32_t k, const std::int32_t* source, void* out, FloatType out_type,
-                 std::int32_t columns, void* stream);
+                 std::int32_t columns, bool dependent_launch, void* stream);
 
 }  // namespace marlinq::cuda
