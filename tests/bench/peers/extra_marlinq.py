@@ -1,0 +1,55 @@
+"""marlinq among the rivals: a plug-in for a harness that times int4 GEMMs of others.
+
+The harness imports `extra_*.py` from folders that it is told of. A peer has a name, a version, the dtypes it takes,
+and `prepare(N, K, q, s, dtype, nc)`, which gets codes q `[K, N]` (uint8, zero point 8) and scales s `[K / 128, N]` and
+returns nc functions of x, one for each copy of the weight.
+"""
+
+import torch
+
+import marlinq
+
+
+def _pack(values: torch.Tensor) -> torch.Tensor:
+    """Eight codes an int32 along the first dimension, the first in the lowest bits."""
+    packed = torch.zeros((values.shape[0] // 8, values.shape[1]), dtype=torch.int32, device=values.device)
+    for i in range(8):
+        packed |= values[i::8].to(torch.int32) << (4 * i)
+    return packed
+
+
+class Marlinq:
+    """Layers of marlinq, with zero points of 8 or other ones."""
+
+    version = "marlinq " + marlinq.__version__
+    dtypes = ("fp16", "bf16")
+
+    def __init__(self, kernel: str | None = None, *, asymmetric: bool = False) -> None:
+        self.kernel = kernel
+        self.asymmetric = asymmetric
+        self.name = "marlinq" + (f"-{kernel}" if kernel else "") + ("-asym" if asymmetric else "")
+
+    def prepare(self, N, K, q, s, dtype, nc):
+        groups = s.shape[0]
+        zeros = torch.full((groups, N), 8, dtype=torch.uint8, device=q.device)
+        if self.asymmetric:
+            generator = torch.Generator(device=q.device).manual_seed(7)
+            zeros = torch.randint(4, 12, (groups, N), dtype=torch.uint8, device=q.device, generator=generator)
+            self.own_ref = lambda x: (
+                x.float() @ ((q.float() - zeros.float().repeat_interleave(K // groups, 0))
+                             * s.float().repeat_interleave(K // groups, 0))
+            )
+        tensors = {
+            "qweight": _pack(q).cpu(),
+            "scales": s.cpu(),
+            "qzeros": _pack(zeros.t().contiguous()).t().contiguous().cpu(),
+        }
+        options = {"bits": 4, "group_size": K // groups, "checkpoint_format": "gptq_v2", "device": "cuda:0"}
+        return [marlinq.load_gptq(**tensors, **options, kernel=self.kernel) for _ in range(nc)]
+
+
+PEERS = {
+    "marlinq": lambda _: [Marlinq()],
+    "marlinq-sm80": lambda _: [Marlinq("sm80")],
+    "marlinq-sm80-asym": lambda _: [Marlinq("sm80", asymmetric=True)],
+}
