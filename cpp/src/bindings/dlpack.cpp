@@ -87,14 +87,17 @@ Device device_of(DLDevice device, std::string_view name) {
       concat(name, ": DLPack device type ", device.device_type, ", expected a CPU or CUDA array"));
 }
 
-/// Whether the object is an array of torch or CuPy, or of a class derived from theirs.
-bool follows_streams(py::handle object) {
+enum class Library { kTorch, kCupy, kOther };
+
+/// The library of an object's class, or of a class that it derives from.
+Library library_of(py::handle object) {
   for (const py::handle base : py::type::of(object).attr("__mro__")) {
     const auto module = py::cast<std::string>(base.attr("__module__"));
     const std::string_view root = std::string_view(module).substr(0, module.find('.'));
-    if (root == "torch" || root == "cupy") return true;
+    if (root == "torch") return Library::kTorch;
+    if (root == "cupy") return Library::kCupy;
   }
-  return false;
+  return Library::kOther;
 }
 
 py::object take_capsule(py::handle object, std::string_view name, std::int64_t stream) {
@@ -103,13 +106,18 @@ py::object take_capsule(py::handle object, std::string_view name, std::int64_t s
                            ", expected a numpy array or an object with __dlpack__"));
   }
   try {
-    const auto device = py::cast<std::pair<int, int>>(object.attr("__dlpack_device__")());
-    if (device.first == kCpu || device.first == kCudaHost) return object.attr("__dlpack__")();
     // Arrays of torch and CuPy are used on the stream that is current for their library, so nothing
     // has to wait. Any other producer makes our stream wait for its work.
+    const Library library = library_of(object);
+    // torch's __dlpack__ refuses tensors that are not on the current device; this does not.
+    if (library == Library::kTorch) {
+      return py::module_::import("torch.utils.dlpack").attr("to_dlpack")(object);
+    }
+    const auto device = py::cast<std::pair<int, int>>(object.attr("__dlpack_device__")());
+    if (device.first == kCpu || device.first == kCudaHost) return object.attr("__dlpack__")();
     constexpr std::int64_t kNoWait = -1;
     return object.attr("__dlpack__")(py::arg("stream") =
-                                         follows_streams(object) ? kNoWait : stream);
+                                         library == Library::kCupy ? kNoWait : stream);
   } catch (py::error_already_set& error) {
     if (error.matches(PyExc_MemoryError) || !error.matches(PyExc_Exception)) throw;
     // torch refuses tensors that require grad, among others; its own words say why.

@@ -39,7 +39,7 @@ _EXAMPLES = """\
 Times are medians of repeated bursts. Every call takes the next of several copies of the weight,
 enough of them to leave the last-level cache; --hot uses one. GB/s counts packed bytes. A GPU gets
 float16 and a burst of calls without a wait between them, so that a kernel shorter than its launch
-takes as long as the launch; numpy is not measured beside it.
+takes as long as the launch, and at most 512 copies; numpy is not measured beside it.
 """
 _DEFAULT_SHAPES = "4096x4096,1024x4096,14336x4096,4096x14336"
 _SEED = 20240229
@@ -48,6 +48,7 @@ _FEWEST_BURSTS = 5
 _ASSUMED_CACHE = 64 << 20
 _LEAST_COLD, _MOST_COLD = 64 << 20, 1 << 30  # bytes that the copies of a weight take together
 _COLD_ON_DEVICE = 256 << 20  # a few times the cache of a GPU
+_MOST_COPIES_ON_DEVICE = 512  # of small weights, which take longer to load than to measure
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,9 @@ def _last_level_cache() -> int:
 def _copies(nbytes: int, *, hot: bool, device: str = "cpu") -> int:
     if hot:
         return 1
-    cold = min(max(2 * _last_level_cache(), _LEAST_COLD), _MOST_COLD)
     if device != "cpu":
-        cold = _COLD_ON_DEVICE
+        return max(1, min(-(-_COLD_ON_DEVICE // max(nbytes, 1)), _MOST_COPIES_ON_DEVICE))
+    cold = min(max(2 * _last_level_cache(), _LEAST_COLD), _MOST_COLD)
     return max(1, -(-cold // max(nbytes, 1)))
 
 
