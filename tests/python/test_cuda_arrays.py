@@ -256,10 +256,15 @@ def test_copies_and_buffers() -> None:
 # --- CuPy ---
 
 
+# What another library has to say at its import is not ours.
+uses_cupy = pytest.mark.filterwarnings("ignore")
+
+
 def cupy_or_skip() -> Any:
     return pytest.importorskip("cupy")
 
 
+@uses_cupy
 def test_cupy(linear: marlinq.Linear) -> None:
     cupy = cupy_or_skip()
     x = normal(6, 320, "float16")
@@ -277,6 +282,7 @@ def test_cupy(linear: marlinq.Linear) -> None:
     np.testing.assert_array_equal(cupy.asnumpy(linear(store[:, 7:327])), wanted)
 
 
+@uses_cupy
 @pytest.mark.parametrize("kind", ["null", "per thread", "own"])
 def test_cupys_current_stream(linear: marlinq.Linear, kind: str) -> None:
     """Its handles of the default streams are 0 and 2."""
@@ -307,6 +313,7 @@ def test_cupys_current_stream(linear: marlinq.Linear, kind: str) -> None:
     np.testing.assert_array_equal(cupy.asnumpy(y), wanted)
 
 
+@uses_cupy
 def test_host_memory_of_cupy_is_numpys(linear: marlinq.Linear) -> None:
     """Pinned memory comes as a numpy array, and is copied as one."""
     cupyx = pytest.importorskip("cupyx")
