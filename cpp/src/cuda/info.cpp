@@ -30,7 +30,7 @@ std::string schedule_text(const DeviceWeight& weight, const ArchKernels& arch,
                                     limits, invariance);
     text += concat(text.empty() ? "" : "; ", "m ", m, ": ",
                    plan.kind == KernelKind::kStrip ? "strips" : "tiles", " on ", plan.blocks,
-                   " blocks of ", plan.warps, " warps, ", plan.stages, " stages");
+                   " blocks of ", plan.warps, " warps");
   }
   return text;
 }
