@@ -125,7 +125,10 @@ class Bench {
     layer.scales = tensor(scales.data(), scales.size() * 2, DType::kFloat16, groups, shape.n);
     const GptqWeights weights =
         validate(GptqTensors(layer), {.bits = bits, .group_size = 128});
-    weight_ = sm80::load(weights, stream_);
+    Uploader uploader(0);
+    LayerUpload layer_upload(uploader, weights);
+    weight_ = sm80::load(weights, layer_upload);
+    weight_.ready.wait();
     qweight_ = upload(qweight);
     qzeros_ = upload(qzeros);
     scales_ = upload(scales);
@@ -186,17 +189,15 @@ class Bench {
         if (m > kernel.tokens || (m <= 8 && kernel.tokens > 8)) continue;
         for (const int warps : {4, 8, 12, 16}) {
           if (warps > kernel.warps) continue;
-          for (const int stages : {3, 4}) {
-            for (const bool half : {false, true}) {
-              GemmPlan plan = sm80::strip_plan(problem, i, sms, warps, stages);
-              if (half && plan.shared_bytes >= usable / 2) continue;
-              if (half) plan.shared_bytes = usable / 2 + 1024;
-              if (plan.shared_bytes > usable) continue;
-              char name[64];
-              std::snprintf(name, sizeof name, "strip%d w%d s%d%s", kernel.tokens, warps, stages,
-                            half ? " half" : "");
-              measure(problem, plan, name, type);
-            }
+          for (const bool half : {false, true}) {
+            GemmPlan plan = sm80::strip_plan(problem, i, sms, warps);
+            if (half && plan.shared_bytes >= usable / 2) continue;
+            if (half) plan.shared_bytes = usable / 2 + 1024;
+            if (plan.shared_bytes > usable) continue;
+            char name[64];
+            std::snprintf(name, sizeof name, "strip%d w%d%s", kernel.tokens, warps,
+                          half ? " half" : "");
+            measure(problem, plan, name, type);
           }
         }
       } else {

@@ -85,6 +85,8 @@ struct ValidatedModule {
   std::int64_t n = 0;
   ZeroPoints zero_points = ZeroPoints::kV1;  // kV1 or kV2, as decided
   bool symmetric = false;                    // every zero point is 2^(b-1)
+  float least_scale = 0;                     // least magnitude of a scale that is not 0; 0: none
+  float most_scale = 0;                      // largest magnitude of a scale
   /// Group of each input row, in [0, G).
   std::vector<std::int32_t> group_of_row;
   bool act_order = false;  // group_of_row is not k / group_size

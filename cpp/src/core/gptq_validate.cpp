@@ -1,4 +1,6 @@
 // Every check of a GPTQ layer, and the decision which zero-point convention its file follows.
+#include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -8,6 +10,8 @@
 #include "core/codes.hpp"
 #include "core/concat.hpp"
 #include "core/elements.hpp"
+#include "core/gptq_checks.hpp"
+#include "core/half.hpp"
 #include "core/integers.hpp"
 #include "core/refuse.hpp"
 #include "marlinq/error.hpp"
@@ -26,6 +30,52 @@ std::string shape_of(const HostTensor& tensor) {
   return text + "]";
 }
 
+// The largest magnitude in an array of floats, and the least that is not 0, as bits without the
+// sign: their order is that of the numbers, with infinities and NaNs on top. `least_below` is less
+// by 1, so that a magnitude of 0 counts as the largest. Signed, and at most as wide as the numbers
+// themselves, so that every instruction set compares many at once.
+template <class Bits>
+struct Magnitudes {
+  static constexpr Bits kMask = std::numeric_limits<Bits>::max();
+  Bits most = 0;
+  Bits least_below = kMask;
+};
+
+template <class Bits>
+Magnitudes<Bits> magnitudes(const std::uint8_t* data, std::int64_t count) {
+  constexpr Bits kMask = Magnitudes<Bits>::kMask;
+  Magnitudes<Bits> result;
+  for (std::int64_t i = 0; i < count; ++i) {
+    Bits bits = 0;
+    std::memcpy(&bits, data + i * static_cast<std::int64_t>(sizeof bits), sizeof bits);
+    const auto size = static_cast<Bits>(bits & kMask);
+    const auto below = static_cast<Bits>((static_cast<std::uint32_t>(size) - 1U) & kMask);
+    result.most = std::max(result.most, size);
+    result.least_below = std::min(result.least_below, below);
+  }
+  return result;
+}
+
+struct FloatRange {
+  float least = 0;  // magnitude that is not 0; 0: there is none
+  float most = 0;
+};
+
+template <class Bits>
+FloatRange range_of(const HostTensor& tensor, std::int64_t count) {
+  const auto found = magnitudes<Bits>(static_cast<const std::uint8_t*>(tensor.data), count);
+  const auto value = [&tensor](Bits bits) {
+    if constexpr (sizeof bits == 4) {
+      return std::bit_cast<float>(bits);
+    } else {
+      const auto half = static_cast<std::uint16_t>(bits);
+      return tensor.dtype == DType::kFloat16 ? float16_to_float(half) : bfloat16_to_float(half);
+    }
+  };
+  return {.least = found.most == 0 ? 0.0F : value(static_cast<Bits>(found.least_below + 1)),
+          .most = value(found.most)};
+}
+
 class ModuleChecker {
  public:
   ModuleChecker(const GptqModule& module, const GptqSpec& spec) : module_(module), spec_(spec) {}
@@ -36,7 +86,7 @@ class ModuleChecker {
     return module_.qweight.shape[0] * 32 / spec_.bits;
   }
 
-  ValidatedModule check(GptqWeights& layer) const {
+  ValidatedModule check_structure(GptqWeights& layer) const {
     const HostTensor& qweight = module_.qweight;
     require(qweight, "qweight");
     require(module_.scales, "scales");
@@ -67,7 +117,6 @@ class ModuleChecker {
     expect_dtype(module_.scales, "scales", true);
     expect_rank(module_.scales, "scales", 2, "[ceil(k / group_size), n]");
     expect_shape(module_.scales, "scales", "[ceil(k / group_size), n]", {groups, n});
-    expect_finite(module_.scales, "scales");
 
     ValidatedModule checked;
     checked.name = module_.name;
@@ -86,15 +135,10 @@ class ModuleChecker {
       expect_dtype(module_.bias, "bias", true);
       expect_rank(module_.bias, "bias", 1, "[n]");
       expect_shape(module_.bias, "bias", "[n]", {n});
-      expect_finite(module_.bias, "bias");
       checked.bias = bytes_of(module_.bias);
       checked.bias_dtype = module_.bias.dtype;
     }
     read_groups(checked, k, group_size, groups);
-    decide_zero_points(checked, groups);
-    if (std::optional<std::string> warning = lost_zero_points(checked, groups)) {
-      layer.warnings.push_back(*std::move(warning));
-    }
     for (const HostTensor* tensor :
          {&qweight, &module_.scales, &module_.qzeros, &module_.g_idx, &module_.bias}) {
       if (tensor->present()) checked.bytes += tensor->bytes;
@@ -103,6 +147,17 @@ class ModuleChecker {
     layer.group_size = group_size;
     layer.groups = groups;
     return checked;
+  }
+
+  void check_values(GptqWeights& layer, ValidatedModule& checked) const {
+    const FloatRange scales = check_finite(module_.scales, "scales");
+    checked.least_scale = scales.least;
+    checked.most_scale = scales.most;
+    if (module_.bias.present()) check_finite(module_.bias, "bias");
+    decide_zero_points(checked, layer.groups);
+    if (std::optional<std::string> warning = lost_zero_points(checked, layer.groups)) {
+      layer.warnings.push_back(*std::move(warning));
+    }
   }
 
  private:
@@ -157,50 +212,71 @@ class ModuleChecker {
     }
   }
 
-  void expect_finite(const HostTensor& tensor, std::string_view name) const {
+  FloatRange check_finite(const HostTensor& tensor, std::string_view name) const {
     const std::int64_t columns = tensor.shape[static_cast<std::size_t>(tensor.rank - 1)];
     const std::int64_t count = tensor.rank == 1 ? columns : columns * tensor.shape[0];
-    for (std::int64_t i = 0; i < count; ++i) {
-      const float value = read_float(tensor.data, tensor.dtype, i);
-      if (!std::isfinite(value)) {
-        const std::string place =
-            tensor.rank == 1 ? concat(i) : concat(i / columns, ", ", i % columns);
-        refuse_argument(concat(tensor_name(name), ": element [", place, "] is ", value,
-                               ", expected a finite number"));
-      }
-    }
+    const FloatRange range = tensor.dtype == DType::kFloat32
+                                 ? range_of<std::int32_t>(tensor, count)
+                                 : range_of<std::int16_t>(tensor, count);
+    if (std::isfinite(range.most)) return range;
+    std::int64_t i = 0;
+    while (i < count - 1 && std::isfinite(read_float(tensor.data, tensor.dtype, i))) ++i;
+    const std::string place = tensor.rank == 1 ? concat(i) : concat(i / columns, ", ", i % columns);
+    refuse_argument(concat(tensor_name(name), ": element [", place, "] is ",
+                           read_float(tensor.data, tensor.dtype, i), ", expected a finite number"));
   }
 
   void read_groups(ValidatedModule& checked, std::int64_t k, std::int64_t group_size,
                    std::int64_t groups) const {
     if (module_.g_idx.present()) expect_shape(module_.g_idx, "g_idx", "[k]", {k});
     checked.group_of_row.resize(static_cast<std::size_t>(k));
-    for (std::int64_t row = 0; row < k; ++row) {
-      const std::int64_t plain = row / group_size;
-      std::int64_t group = plain;
-      if (module_.g_idx.present()) {
+    for (std::int64_t plain = 0; plain < groups; ++plain) {
+      const std::int64_t first = plain * group_size;
+      const std::int64_t end = std::min(k, first + group_size);
+      std::int32_t* const target = checked.group_of_row.data();
+      if (!module_.g_idx.present()) {
+        std::fill(target + first, target + end, static_cast<std::int32_t>(plain));
+        continue;
+      }
+      for (std::int64_t row = first; row < end; ++row) {
         const std::int64_t stored = read_integer(module_.g_idx.data, DType::kInt32, row);
-        group = stored < 0 ? stored + groups : stored;
+        const std::int64_t group = stored < 0 ? stored + groups : stored;
         if (group < 0 || group >= groups) {
           refuse_argument(concat(tensor_name("g_idx"), ": element [", row, "] is ", stored,
                                  ", expected ", -groups, " to ", groups - 1, " for ", groups,
                                  " groups"));
         }
+        target[row] = static_cast<std::int32_t>(group);
+        checked.act_order = checked.act_order || group != plain;
       }
-      checked.group_of_row[static_cast<std::size_t>(row)] = static_cast<std::int32_t>(group);
-      checked.act_order = checked.act_order || group != plain;
     }
   }
 
-  // True when every stored field equals `code`.
+  // True when every stored field equals `code`. Fields repeat after as many words as they have
+  // bits.
   bool all_fields_are(const ValidatedModule& checked, std::int64_t groups,
                       std::uint32_t code) const {
-    const std::int64_t words = packed_words(checked.n, spec_.bits);
+    const int bits = spec_.bits;
+    std::uint32_t repeated[8] = {};
+    for (int bit = 0; bit < 32 * bits; ++bit) {
+      repeated[bit / 32] |= (code >> (bit % bits) & 1U) << (bit % 32);
+    }
+    const int period = bits == 3 ? 3 : 1;  // of words; other fields repeat inside a word
+    const std::int64_t words = packed_words(checked.n, bits);
+    const auto rest = static_cast<int>(checked.n * bits % 32);
+    const std::int64_t whole = rest == 0 ? words : words - 1;
     for (std::int64_t group = 0; group < groups; ++group) {
-      for (std::int64_t column = 0; column < checked.n; ++column) {
-        if (read_field(checked.qzeros + group * words * 4, spec_.bits, column) != code)
-          return false;
+      const std::uint8_t* row = checked.qzeros + group * words * 4;
+      std::uint32_t difference = 0;
+      for (int first = 0; first < period; ++first) {
+        for (std::int64_t i = first; i < whole; i += period) {
+          difference |= load_word(row, i) ^ repeated[first];
+        }
       }
+      if (rest != 0) {
+        difference |= (load_word(row, whole) ^ repeated[whole % period]) & ((1U << rest) - 1U);
+      }
+      if (difference != 0) return false;
     }
     return true;
   }
@@ -228,22 +304,29 @@ class ModuleChecker {
   // fields above.
   std::optional<std::string> lost_zero_points(const ValidatedModule& checked,
                                               std::int64_t groups) const {
-    if (checked.qzeros == nullptr || checked.zero_points != ZeroPoints::kV1 || spec_.bits == 3)
+    if (checked.qzeros == nullptr || checked.zero_points != ZeroPoints::kV1 || spec_.bits == 3 ||
+        checked.symmetric) {
       return std::nullopt;
+    }
     const int fields = 32 / spec_.bits;
-    const std::uint32_t ones = (1U << spec_.bits) - 1U;
+    const std::uint32_t low_bits = 0xFFFFFFFFU / ((1U << spec_.bits) - 1U);  // of every field
+    const std::uint32_t below_top = (1U << (32 - spec_.bits)) - 1U;
     const std::int64_t words = packed_words(checked.n, spec_.bits);
+    const std::int64_t whole = checked.n / fields;  // padding above the last column tells nothing
     std::int64_t lost = 0;
-    for (std::int64_t i = 0; i < groups * words; ++i) {
-      if ((i % words + 1) * fields > checked.n)
-        continue;  // padding above the last column tells nothing
-      const std::uint32_t word = load_word(checked.qzeros, i);
-      int field = 0;
-      while (field < fields && (word >> (field * spec_.bits) & ones) != ones) ++field;
-      if (field >= fields - 1) continue;
-      const std::uint32_t to_the_top = ~0U << (field * spec_.bits);
-      if ((word & to_the_top) != to_the_top) return std::nullopt;  // a borrow: the file is complete
-      ++lost;
+    for (std::int64_t group = 0; group < groups; ++group) {
+      const std::uint8_t* row = checked.qzeros + group * words * 4;
+      for (std::int64_t i = 0; i < whole; ++i) {
+        const std::uint32_t word = load_word(row, i);
+        std::uint32_t all_ones =
+            word & low_bits & below_top;  // the fields that are, at their low bit
+        for (int bit = 1; bit < spec_.bits; ++bit) all_ones &= word >> bit;
+        if (all_ones == 0) continue;
+        const std::uint32_t to_the_top = ~0U << std::countr_zero(all_ones);
+        if ((word & to_the_top) != to_the_top)
+          return std::nullopt;  // a borrow: the file is complete
+        ++lost;
+      }
     }
     if (lost == 0) return std::nullopt;
     return concat(tensor_name("qzeros"), ": ", lost, " of ", groups * words,
@@ -258,7 +341,7 @@ class ModuleChecker {
 
 }  // namespace
 
-GptqWeights validate(const GptqTensors& tensors, const GptqSpec& spec) {
+GptqWeights check_structure(const GptqTensors& tensors, const GptqSpec& spec) {
   if (spec.bits != 2 && spec.bits != 3 && spec.bits != 4 && spec.bits != 8) {
     refuse_argument(concat("bits: ", spec.bits, ", expected 2, 3, 4 or 8"));
   }
@@ -275,7 +358,7 @@ GptqWeights validate(const GptqTensors& tensors, const GptqSpec& spec) {
   layer.bits = spec.bits;
   GptqSpec shared = spec;
   for (const GptqModule& module : tensors.modules) {
-    layer.modules.push_back(ModuleChecker(module, shared).check(layer));
+    layer.modules.push_back(ModuleChecker(module, shared).check_structure(layer));
     layer.n += layer.modules.back().n;
     shared.k = layer.k;  // fused modules share the input
   }
@@ -286,6 +369,18 @@ GptqWeights validate(const GptqTensors& tensors, const GptqSpec& spec) {
                            tensors.modules.front().name.empty() ? "" : ".",
                            "qweight: n = ", layer.n, " output features, expected ", spec.n));
   }
+  return layer;
+}
+
+void check_values(const GptqTensors& tensors, const GptqSpec& spec, GptqWeights& layer) {
+  for (std::size_t i = 0; i < layer.modules.size(); ++i) {
+    ModuleChecker(tensors.modules[i], spec).check_values(layer, layer.modules[i]);
+  }
+}
+
+GptqWeights validate(const GptqTensors& tensors, const GptqSpec& spec) {
+  GptqWeights layer = check_structure(tensors, spec);
+  check_values(tensors, spec, layer);
   return layer;
 }
 

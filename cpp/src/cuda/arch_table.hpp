@@ -12,15 +12,17 @@
 
 namespace marlinq::cuda {
 
+class LayerUpload;
+
 struct ArchKernels {
   const char* name;
   int priority;             // the usable entry with the highest is chosen
   int min_capability;       // 10 * major + minor
   const char* requirement;  // for people
 
-  /// Packs the fused modules of one layer on the current device, on `stream`; returns when the
-  /// tensors of the caller are no longer needed. Throws out_of_memory or device.
-  DeviceWeight (*pack)(const GptqWeights& weights, void* stream);
+  /// Packs the fused modules of one layer from the pieces of its upload; returns when the tensors of
+  /// the caller are no longer needed. Throws out_of_memory or device.
+  DeviceWeight (*pack)(const GptqWeights& weights, LayerUpload& upload);
 
   /// Pure: how to run a problem.
   GemmPlan (*plan)(const GemmProblem& problem, const DeviceLimits& limits,

@@ -43,6 +43,11 @@ DeviceLimits device_limits(int device) {
                         attribute(cudaDevAttrComputeCapabilityMinor)};
 }
 
+ContextState::~ContextState() {
+  const RelaxedCapture relaxed;
+  uploader.reset();
+}
+
 bool ContextState::capturing() const {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   MARLINQ_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
@@ -70,6 +75,11 @@ SplitScratch ContextState::split_scratch() const noexcept {
           .partial_floats = partials.size(),
           .counters = static_cast<std::uint32_t*>(counters.data()),
           .num_counters = static_cast<std::int32_t>(counters.size())};
+}
+
+Uploader& ContextState::uploads() {
+  if (uploader == nullptr) uploader = std::make_unique<Uploader>(device);
+  return *uploader;
 }
 
 CudaContext::CudaContext(int device, void* stream) : state_(std::make_unique<ContextState>()) {

@@ -4,9 +4,11 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "cuda/problem.hpp"
+#include "cuda/upload.hpp"
 #include "marlinq/cuda/cuda_backend.hpp"
 
 namespace marlinq::cuda {
@@ -24,7 +26,11 @@ struct ContextState {
   CudaBuffer counters;  // kInt32, all 0 between calls
   // Buffers that a captured graph may still use; freed with the context.
   std::vector<CudaBuffer> retired;
-  bool captured = false;  // some forward of this context was captured
+  bool captured = false;               // some forward of this context was captured
+  std::unique_ptr<Uploader> uploader;  // null before the first load
+
+  ContextState() = default;
+  ~ContextState();
 
   bool capturing() const;
 
@@ -33,6 +39,8 @@ struct ContextState {
   void* grow_gather(std::int64_t elements);
 
   SplitScratch split_scratch() const noexcept;
+
+  Uploader& uploads();
 };
 
 }  // namespace marlinq::cuda

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "core/elements.hpp"
+#include "core/gptq_checks.hpp"
 #include "core/matrix_checks.hpp"
 #include "core/zero_point_names.hpp"
 #include "cuda/arch_table.hpp"
@@ -52,6 +53,7 @@ class CudaMarlinLinear final : public Linear<CudaBackend> {
     ContextState& state = context.state();
     const DeviceGuard guard(state.device);
     state.captured = state.captured || state.capturing();
+    weight_.ready.precede(state.stream);
     for (const Segment& segment : weight_.segments) run(state, segment, input, output, m);
   }
 
@@ -128,6 +130,30 @@ Description describe_layer(const GptqWeights& weights, const DeviceWeight& packe
   return d;
 }
 
+std::string layer_name(const GptqWeights& weights) {
+  std::string name;
+  for (const ValidatedModule& module : weights.modules) {
+    if (!module.name.empty()) name += (name.empty() ? "" : " + ") + module.name;
+  }
+  return name.empty() ? "layer" : name;
+}
+
+// The tensors are on their way while their values are looked at.
+DeviceWeight load_layer(ContextState& state, const ArchKernels& arch, const GptqTensors& tensors,
+                        const GptqSpec& spec, GptqWeights& weights) {
+  const DeviceGuard guard(state.device);
+  const RelaxedCapture relaxed;
+  try {
+    LayerUpload upload(state.uploads(), weights);
+    check_values(tensors, spec, weights);
+    return arch.pack(weights, upload);
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::kOutOfMemory) throw;
+    throw Error(ErrorCode::kOutOfMemory, concat(layer_name(weights), ": ", error.what()),
+                error.where());
+  }
+}
+
 }  // namespace
 }  // namespace cuda
 
@@ -140,11 +166,10 @@ std::unique_ptr<Linear<CudaBackend>> CudaBackend::load_gptq(Context& context,
                 concat("backend 'cuda' does not support compute '", to_string(options.compute),
                        "'; activations decide between float16 and bfloat16"));
   }
-  const GptqWeights weights = validate(tensors, spec);
+  GptqWeights weights = check_structure(tensors, spec);
   cuda::ContextState& state = context.state();
-  const cuda::DeviceGuard guard(state.device);
   const cuda::ArchKernels& arch = cuda::choose_arch(options.kernel, state.limits.capability);
-  cuda::DeviceWeight packed = arch.pack(weights, state.stream);
+  cuda::DeviceWeight packed = cuda::load_layer(state, arch, tensors, spec, weights);
   Description description = cuda::describe_layer(weights, packed, arch, context.device(),
                                                  state.limits, options.batch_invariance);
   return std::make_unique<cuda::CudaMarlinLinear>(std::move(packed), arch, std::move(description),

@@ -48,10 +48,11 @@ class DeviceGuard {
   int current_ = 0;
 };
 
-/// Allows allocation on this thread while another one captures a graph.
+/// Allows allocation, freeing and waiting on this thread while another one captures a graph. For
+/// destructors too: where the driver is gone, it does nothing.
 class RelaxedCapture {
  public:
-  RelaxedCapture() { MARLINQ_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  RelaxedCapture() noexcept { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
   RelaxedCapture(const RelaxedCapture&) = delete;
   RelaxedCapture& operator=(const RelaxedCapture&) = delete;
   ~RelaxedCapture() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }

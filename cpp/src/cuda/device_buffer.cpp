@@ -41,10 +41,10 @@ CudaBuffer::~CudaBuffer() {
   int previous = 0;
   (void)cudaGetDevice(&previous);
   if (previous != device_) (void)cudaSetDevice(device_);
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  (void)cudaThreadExchangeStreamCaptureMode(&mode);
-  (void)cudaFree(data_);
-  (void)cudaThreadExchangeStreamCaptureMode(&mode);
+  {
+    const RelaxedCapture relaxed;
+    (void)cudaFree(data_);
+  }
   if (previous != device_) (void)cudaSetDevice(previous);
 }
 

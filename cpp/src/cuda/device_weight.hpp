@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cuda/completion.hpp"
 #include "cuda/problem.hpp"
 #include "marlinq/cuda/cuda_backend.hpp"
 
@@ -17,6 +18,7 @@ struct Segment {
 
 struct DeviceWeight {
   CudaBuffer memory;
+  Completion ready;  // the packing, which may go on after the load has returned
   std::vector<Segment> segments;
   std::int64_t k_padded = 0;
   std::int64_t n_padded = 0;

@@ -254,6 +254,36 @@ TEST_F(ValidateTest, RefusesScalesAndBiasThatAreNotFinite) {
   }
 }
 
+TEST_F(ValidateTest, KnowsTheRangeOfScales) {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    for (const std::size_t shift : {0U, 1U}) {  // of the address
+      LayerOptions options = layer.options;
+      options.scales = dtype;
+      Layer other = make_layer(options);
+      const auto elements = static_cast<std::int64_t>(other.scales.size() / size_of(dtype));
+      const auto checked = [&] {
+        std::vector<unsigned char> bytes(shift);
+        bytes.insert(bytes.end(), other.scales.begin(), other.scales.end());
+        module = other.module();
+        module.scales.data = bytes.data() + shift;
+        return validate(GptqTensors(module), spec).modules[0];
+      };
+      for (std::int64_t i = 0; i < elements; ++i) {
+        test::write_element(other.scales.data(), dtype, i, i % 2 == 0 ? 0.5 : -0.25);
+      }
+      test::write_element(other.scales.data(), dtype, elements - 1, -3.0);
+      test::write_element(other.scales.data(), dtype, 1, 0x1p-20);
+      test::write_element(other.scales.data(), dtype, 2, 0.0);
+      test::write_element(other.scales.data(), dtype, 3, -0.0);
+      EXPECT_EQ(checked().least_scale, 0x1p-20F);
+      EXPECT_EQ(checked().most_scale, 3.0F);
+      std::fill(other.scales.begin(), other.scales.end(), static_cast<unsigned char>(0));
+      EXPECT_EQ(checked().least_scale, 0.0F);
+      EXPECT_EQ(checked().most_scale, 0.0F);
+    }
+  }
+}
+
 TEST_F(ValidateTest, RefusesGroupsOutOfRange) {
   for (const std::int32_t group : {3, -4, 1000000, std::numeric_limits<std::int32_t>::max(),
                                    std::numeric_limits<std::int32_t>::min()}) {

@@ -37,7 +37,9 @@ class MARLINQ_API CudaBuffer {
   int device_ = 0;
 };
 
-/// A device, a stream that the caller owns, and scratch. Used by one thread at a time.
+/// A device, a stream that the caller owns, and scratch. Used by one thread at a time. The first load
+/// gives it streams, threads and memory of its own for loading, which the next ones use: at most 32 MB
+/// of the device and 16 MB of pinned memory.
 class MARLINQ_API CudaContext {
  public:
   /// Throws device where there is no such device.

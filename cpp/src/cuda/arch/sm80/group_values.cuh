@@ -27,28 +27,37 @@ struct GroupValues {
 
   /// From the records of the strips in shared memory, one after the other.
   __device__ __forceinline__ void load(uint32_t records, const WeightView& w) {
-    const int g = threadIdx.x % 32 / 4;
-    const int scale_bytes = w.scale_type == FloatType::kF32 ? 4 : 2;
+    const uint32_t first = records + threadIdx.x % 32 / 4 * (w.scale_type == FloatType::kF32 ? 8 : 4);
+    const int step = w.record_bytes;
+    if (w.scale_type == FloatType::kF16) {
 #pragma unroll
-    for (int s = 0; s < kStrips; ++s) {
-      const uint32_t record = records + s * w.record_bytes;
-      const uint32_t pair = record + g * 2 * scale_bytes;
-      if (w.scale_type == FloatType::kF16) {
-        const uint32_t both = ptx::load_shared_4(pair);
-        const float2 wide = __half22float2(reinterpret_cast<const __half2&>(both));
+      for (int s = 0; s < kStrips; ++s) {
+        const uint32_t pair = ptx::load_shared_4(first + s * step);
+        const float2 wide = __half22float2(reinterpret_cast<const __half2&>(pair));
         scale[s][0] = wide.x;
         scale[s][1] = wide.y;
-      } else if (w.scale_type == FloatType::kBF16) {
-        const uint32_t both = ptx::load_shared_4(pair);
-        scale[s][0] = __uint_as_float(both << 16);
-        scale[s][1] = __uint_as_float(both & 0xffff0000u);
-      } else {
-        scale[s][0] = __uint_as_float(ptx::load_shared_4(pair));
-        scale[s][1] = __uint_as_float(ptx::load_shared_4(pair + 4));
       }
-      if (w.has_zeros) {
-        const uint32_t zeros = ptx::load_shared_2(record + 16 * scale_bytes + g * 2);
-        zero[s].set(zeros & 0xffu, zeros >> 8);
+    } else if (w.scale_type == FloatType::kBF16) {
+#pragma unroll
+      for (int s = 0; s < kStrips; ++s) {
+        const uint32_t pair = ptx::load_shared_4(first + s * step);
+        scale[s][0] = __uint_as_float(pair << 16);
+        scale[s][1] = __uint_as_float(pair & 0xffff0000u);
+      }
+    } else {
+#pragma unroll
+      for (int s = 0; s < kStrips; ++s) {
+        scale[s][0] = __uint_as_float(ptx::load_shared_4(first + s * step));
+        scale[s][1] = __uint_as_float(ptx::load_shared_4(first + s * step + 4));
+      }
+    }
+    if (w.has_zeros) {
+      // After 16 scales, which are all of the record but its last 16 bytes.
+      const uint32_t zeros = records + step - 16 + threadIdx.x % 32 / 4 * 2;
+#pragma unroll
+      for (int s = 0; s < kStrips; ++s) {
+        const uint32_t pair = ptx::load_shared_2(zeros + s * step);
+        zero[s].set(pair & 0xffu, pair >> 8);
       }
     }
   }

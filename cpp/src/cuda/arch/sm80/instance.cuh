@@ -57,6 +57,7 @@ constexpr Instance tile_instance() {
           .blocks_together = S::kBlocksTogether,
           .slice_bytes = S::kSliceBytes,
           .sum_bytes = S::kSumBytes,
+          .stages = ptx::kMaxStages,
           .launch = [](const GemmProblem& problem, const GemmPlan& plan,
                        const SplitScratch& scratch, cudaStream_t stream) {
             static std::atomic<std::uint64_t> devices_done{0};
@@ -94,6 +95,7 @@ constexpr Instance strip_instance() {
           .blocks_together = 1,
           .slice_bytes = S::kXBytes,
           .sum_bytes = S::kSlotFloats * 4,
+          .stages = S::kStages,
           .launch = [](const GemmProblem& problem, const GemmPlan& plan, const SplitScratch&,
                        cudaStream_t stream) {
             static std::atomic<std::uint64_t> devices_done{0};
@@ -107,7 +109,6 @@ constexpr Instance strip_instance() {
                             .strips = strips,
                             .share = {StripShare(strips.least, w.chunks, plan.warps),
                                       StripShare(strips.least + 1, w.chunks, plan.warps)},
-                            .stages = plan.stages,
                             .stage_bytes = memory.stage_bytes,
                             .codes_place = memory.codes_place},
                 plan, stream);

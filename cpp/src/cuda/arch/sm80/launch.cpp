@@ -24,7 +24,7 @@ std::span<const Instance> instances(FloatType type, std::int32_t code_bits) {
 }
 
 GemmPlan strip_plan(const GemmProblem& problem, std::int32_t instance, std::int32_t multiprocessors,
-                    std::int32_t warps, std::int32_t stages) {
+                    std::int32_t warps) {
   const WeightView& w = problem.weight;
   const Instance& kernel =
       instances(problem.x_type, w.code_bits)[static_cast<std::size_t>(instance)];
@@ -33,14 +33,14 @@ GemmPlan strip_plan(const GemmProblem& problem, std::int32_t instance, std::int3
   const auto most = static_cast<std::int32_t>(ceil_div(strips, multiprocessors));
   const auto blocks = static_cast<std::int32_t>(ceil_div(strips, most));
   const StripMemory memory = strip_memory(w, EvenShare(strips, blocks), kernel.slice_bytes);
-  const std::int64_t ring = std::int64_t{warps} * stages * memory.stage_bytes;
+  const std::int64_t ring = std::int64_t{warps} * kernel.stages * memory.stage_bytes;
   const std::int64_t slots = std::int64_t{memory.groups - 1} * kernel.sum_bytes;
   const std::int64_t contributors = std::int64_t{memory.groups} * 4;
   return {.kind = KernelKind::kStrip,
           .instance = instance,
           .blocks = blocks,
           .warps = warps,
-          .stages = stages,
+          .stages = kernel.stages,
           .shared_bytes = static_cast<std::int32_t>(
               std::min<std::int64_t>(ring + slots + contributors, INT32_MAX)),
           .tokens = kernel.tokens,
@@ -97,7 +97,6 @@ GemmPlan plan_strips(const GemmProblem& problem, std::int32_t instance,
   const WeightView& w = problem.weight;
   const Instance& kernel =
       instances(problem.x_type, w.code_bits)[static_cast<std::size_t>(instance)];
-  constexpr std::int32_t kMaxStages = 4;
   // Two kernels share a multiprocessor while one hands over to the next, which hides the start of
   // small layers. In large ones it would let two blocks of one kernel meet, and double its time:
   // ask for more than half there.
@@ -111,9 +110,7 @@ GemmPlan plan_strips(const GemmProblem& problem, std::int32_t instance,
                                  ? kernel.warps
                                  : std::min(kernel.warps, 8);
   for (std::int32_t use = warps; use >= 1 && best.shared_bytes > usable; use /= 2) {
-    for (std::int32_t stages = kMaxStages; stages >= 2 && best.shared_bytes > usable; --stages) {
-      best = strip_plan(problem, instance, limits.multiprocessors, use, stages);
-    }
+    best = strip_plan(problem, instance, limits.multiprocessors, use);
   }
   if (code_bytes > kLargeLayer) {
     best.shared_bytes = std::max(best.shared_bytes, usable / 2 + 1024);

@@ -24,6 +24,7 @@ struct Instance {
   // group of row warps (kTile, without records); at least sum_bytes, which for kStrip is a slot.
   std::int32_t slice_bytes;
   std::int32_t sum_bytes;
+  std::int32_t stages;  // of the ring: of each warp (kStrip), at most (kTile)
   void (*launch)(const GemmProblem&, const GemmPlan&, const SplitScratch&, cudaStream_t);
 };
 
@@ -32,10 +33,9 @@ constexpr std::size_t kInstanceCount = 9;
 /// The kernels for activations of `type` and codes of `code_bits`; GemmPlan::instance is an index.
 std::span<const Instance> instances(FloatType type, std::int32_t code_bits);
 
-/// A plan of a strip kernel with so many warps a block and stages a warp; shared_bytes tells whether
-/// it fits.
+/// A plan of a strip kernel with so many warps a block; shared_bytes tells whether it fits.
 GemmPlan strip_plan(const GemmProblem& problem, std::int32_t instance, std::int32_t multiprocessors,
-                    std::int32_t warps, std::int32_t stages);
+                    std::int32_t warps);
 
 /// A plan of a tile kernel on `blocks` blocks; `tail_blocks` of them share what is left after whole
 /// waves. As many stages, at most `stages`, as fit.

@@ -109,7 +109,8 @@ constexpr FieldPlace byte_place(int lane, int word_parity, int byte) noexcept {
 constexpr std::int32_t chunk_groups_word(const std::int32_t (&step_group)[4]) noexcept {
   std::int32_t word = step_group[0] << 4;
   for (int step = 1; step < 4; ++step) {
-    word |= (step_group[step] != step_group[step - 1] ? 1 : 0) << step;
+    const bool starts = step_group[step] != step_group[step - 1];
+    word |= static_cast<std::int32_t>(starts) << step;
   }
   return word;
 }

@@ -1,10 +1,14 @@
 #include "cuda/arch/sm80/pack_plan.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
+#include "core/concat.hpp"
+#include "core/elements.hpp"
 #include "core/integers.hpp"
 #include "core/row_order.hpp"
+#include "marlinq/error.hpp"
 
 namespace marlinq::cuda::sm80 {
 namespace {
@@ -94,8 +98,82 @@ LayerPlan plan_layer(const GptqWeights& weights) {
     s.places.chunk_groups = reserve(static_cast<std::int64_t>(s.chunk_groups.size()) * 4);
     if (!s.identity) s.places.source = reserve(static_cast<std::int64_t>(s.source.size()) * 4);
     if (s.places.bias == 0) s.places.bias = reserve(s.layout.n * 4);
+    s.places.end = layer.bytes;
   }
   return layer;
+}
+
+const SegmentPlan& segment_of(const LayerPlan& plan, std::size_t module) {
+  std::size_t segment = 0;
+  while (plan.segments[segment].modules.back() < module) ++segment;
+  return plan.segments[segment];
+}
+
+std::vector<unsigned char> host_parts(const GptqWeights& weights, const SegmentPlan& segment) {
+  const SegmentPlaces& places = segment.places;
+  std::vector<unsigned char> bytes(static_cast<std::size_t>(places.end - places.chunk_groups));
+  const auto put = [&](std::int64_t place, const auto& values) {
+    std::memcpy(bytes.data() + (place - places.chunk_groups), values.data(), values.size() * 4);
+  };
+  put(places.chunk_groups, segment.chunk_groups);
+  if (places.source >= 0) put(places.source, segment.source);
+  if (places.bias < 0) return bytes;
+  std::vector<float> bias;
+  bias.reserve(static_cast<std::size_t>(segment.layout.n));
+  for (const std::size_t module : segment.modules) {
+    const ValidatedModule& part = weights.modules[module];
+    for (std::int64_t column = 0; column < part.n; ++column) {
+      bias.push_back(part.bias == nullptr ? 0.0F : read_float(part.bias, part.bias_dtype, column));
+    }
+  }
+  put(places.bias, bias);
+  return bytes;
+}
+
+PieceToPack place_piece(const GptqWeights& weights, const LayerPlan& plan, const RawPiece& raw,
+                        const unsigned char* staged, unsigned char* memory) {
+  const ValidatedModule& part = weights.modules[raw.module];
+  const SegmentPlan& segment = segment_of(plan, raw.module);
+  std::int64_t first_feature = raw.first_column;
+  for (const std::size_t module : segment.modules) {
+    if (module < raw.module) first_feature += weights.modules[module].n;
+  }
+  const bool all_rows = raw.rows == weights.k;
+  if (!all_rows && !segment.identity) {
+    throw Error(ErrorCode::kInternal,
+                concat(part.name, ": some rows came to be packed, but their order is not plain"));
+  }
+  const auto words = [](const unsigned char* address) {
+    return reinterpret_cast<const std::uint32_t*>(address);
+  };
+  const auto table = [](const unsigned char* base, std::int64_t place, bool present) {
+    return present ? reinterpret_cast<const std::int32_t*>(base + place) : nullptr;
+  };
+  const bool has_zeros = raw.qzeros.rows != 0 && !part.symmetric;
+  return {.qweight = words(staged + raw.qweight.offset),
+          .qzeros = has_zeros ? words(staged + raw.qzeros.offset) : nullptr,
+          .scales = staged + raw.scales.offset,
+          .scale_type = segment.scale_type,
+          .bits = weights.bits,
+          .zero_add = part.zero_points == ZeroPoints::kV2 ? 0U
+                      : weights.bits == 3 ? 1U
+                                          : 0xFFFFFFFFU / ((1U << weights.bits) - 1U),
+          .columns = static_cast<std::int32_t>(raw.columns),
+          .words = static_cast<std::uint32_t>(raw.qweight.rows),
+          .first_row = static_cast<std::int32_t>(raw.first_row),
+          .first_raw_group = raw.first_group,
+          .layout = segment.layout,
+          .k = static_cast<std::int32_t>(weights.k),
+          .source = table(memory, segment.places.source, !segment.identity),
+          .chunk_groups = table(memory, segment.places.chunk_groups, true),
+          .raw_group = table(staged, raw.table, raw.table != 0),
+          .codes = reinterpret_cast<std::uint32_t*>(memory + segment.places.codes),
+          .groups = memory + segment.places.groups,
+          .first_feature = first_feature,
+          .first_chunk = raw.first_row / Layout::kChunkRows,
+          .chunks = all_rows ? segment.layout.chunks : ceil_div(raw.rows, Layout::kChunkRows),
+          .first_group = all_rows ? 0 : raw.first_group,
+          .num_groups = all_rows ? segment.layout.groups : raw.groups};
 }
 
 }  // namespace marlinq::cuda::sm80

@@ -5,18 +5,21 @@
 #include <vector>
 
 #include "cuda/arch/sm80/layout.hpp"
+#include "cuda/arch/sm80/pack_piece.hpp"
 #include "cuda/problem.hpp"
+#include "cuda/raw_pieces.hpp"
 #include "marlinq/gptq.hpp"
 
 namespace marlinq::cuda::sm80 {
 
-/// Byte offsets of the parts of a segment in the layer's memory; -1: none.
+/// Byte offsets of the parts of a segment in the layer's memory, in this order; -1: none.
 struct SegmentPlaces {
   std::int64_t codes = 0;
   std::int64_t groups = 0;
   std::int64_t chunk_groups = 0;
   std::int64_t source = -1;
   std::int64_t bias = -1;
+  std::int64_t end = 0;
 };
 
 /// Modules that share one row order and one dtype of scales, fused to one range of features.
@@ -44,5 +47,16 @@ struct LayerPlan {
 };
 
 LayerPlan plan_layer(const GptqWeights& weights);
+
+/// The segment that a module is part of.
+const SegmentPlan& segment_of(const LayerPlan& plan, std::size_t module);
+
+/// What of a segment's memory the host makes, from places.chunk_groups to its end.
+std::vector<unsigned char> host_parts(const GptqWeights& weights, const SegmentPlan& segment);
+
+/// How a piece whose tensors are at `staged` goes into the layer's `memory`. Where the piece has a
+/// table, it holds the segment's raw_group.
+PieceToPack place_piece(const GptqWeights& weights, const LayerPlan& plan, const RawPiece& raw,
+                        const unsigned char* staged, unsigned char* memory);
 
 }  // namespace marlinq::cuda::sm80

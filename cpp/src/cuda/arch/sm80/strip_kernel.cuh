@@ -44,6 +44,9 @@ struct StripShape {
   static constexpr int kTokens = kTokenTiles * 8;
   static constexpr int kMaxWarps = kMaxWarps_;
   static constexpr bool kPromotes = kPromotes_;
+  // Two ahead of the one that is multiplied: with 8 warps and more the bytes in flight suffice, and
+  // more stages were no faster.
+  static constexpr int kStages = 3;
   static constexpr int kStrips = Layout::kBlockStrips;
   static constexpr int kPieces = kBits / 4;
   static constexpr int kStripBytes = kPieces * 512;  // codes of a strip and chunk
@@ -81,7 +84,8 @@ struct StripShare {
  private:
   // By 4 to 7, without a division: exact for values below 2^23.
   __device__ __forceinline__ static int divide_up(int value, int by) {
-    const int quotient = static_cast<int>(static_cast<float>(value) * __frcp_rn(by)) - 1;
+    const int quotient =
+        static_cast<int>(ptx::divide_roughly(static_cast<float>(value), static_cast<float>(by))) - 1;
     const int rest = value - quotient * by;
     return quotient + (rest > 2 * by ? 3 : (rest > by ? 2 : (rest > 0 ? 1 : 0)));
   }
@@ -91,7 +95,6 @@ struct StripParams {
   GemmProblem problem;
   EvenShare strips;     // over the blocks
   StripShare share[2];  // of a block with strips.least strips, and with one more
-  int stages;
   int stage_bytes;
   int codes_place;  // in a stage, after x and the group records
 };
@@ -111,62 +114,46 @@ class StripLoop {
     warp_ = threadIdx.x / 32;
     lane_ = threadIdx.x % 32;
     first_strip_ = params.strips.begin(blockIdx.x);
+    // A strip's record is 2 to 5 pieces of 16 bytes.
+    record_strip_ = static_cast<int>(ptx::divide_roughly(static_cast<float>(lane_) + 0.5f,
+                                                         static_cast<float>(w_.record_bytes / 16)));
     shared_ = shared;
-    ring_ = ptx::shared_address(shared) + warp_ * params.stages * params.stage_bytes;
-    ring_end_ = ring_ + params.stages * params.stage_bytes;
+    ring_ = ptx::shared_address(shared) + warp_ * S::kStages * params.stage_bytes;
+    ring_end_ = ring_ + S::kStages * params.stage_bytes;
   }
 
   __device__ __forceinline__ void run() {
     int group = -1, chunk = 0, left = 0;
-    if (!next_group(group, chunk, left)) {
+    bool more = next_group(group, chunk, left);
+    if (!more) {
       ptx::wait_for_predecessor();
       return;
     }
     prime(group, chunk, left);
     clear_sums();
     values_.set_middle(w_);
-    quant_group_ = -1;
-    int width = share_.strips.size(group);
-    uint32_t stage = ring_;
-    while (true) {
-      ptx::copy_wait_stage(params_.stages);
-      // The slot of the item before is free after this: all lanes have read it.
-      __syncwarp();
-      const ChunkGroups groups = load_chunk_groups(w_, chunk);
-      start_group(stage, groups);
+    stage_ = ring_;
+    while (more) {
+      const int width = share_.strips.size(group);
+      quant_group_ = -1;
       switch (width) {
         case 1:
-          multiply<1>(stage, groups);
+          run_group<1>(chunk, left);
           break;
         case 2:
-          multiply<2>(stage, groups);
+          run_group<2>(chunk, left);
           break;
         case 3:
-          multiply<3>(stage, groups);
+          run_group<3>(chunk, left);
           break;
         default:
-          multiply<4>(stage, groups);
+          run_group<4>(chunk, left);
       }
-      if (fill_left_ > 0) {
-        fill_rest(fill_slot_);
-        advance_fill();
-        if (fill_left_ <= 0 && warp_ == 0) ptx::launch_dependents();
-      }
-      ptx::copy_commit();
-      fill_slot_ = stage;
-      stage += params_.stage_bytes;
-      if (stage == ring_end_) stage = ring_;
-      ++chunk;
-      if (--left == 0) {
-        finish_group();
-        const int finished = group;
-        const bool goes_on = next_group(group, chunk, left);
-        if (!goes_on) ptx::copy_wait<0>();
-        store_sums(goes_on ? slots_ + finished * S::kSlotFloats : own_slot(warp_), width);
-        if (!goes_on) break;
-        quant_group_ = -1;
-        width = share_.strips.size(group);
-      }
+      finish_group();
+      const int finished = group;
+      more = next_group(group, chunk, left);
+      if (!more) ptx::copy_wait<0>();
+      store_sums(more ? slots_ + finished * S::kSlotFloats : own_slot(warp_), width);
     }
   }
 
@@ -219,6 +206,36 @@ class StripLoop {
     return true;
   }
 
+  // The items of this warp in a strip group of kWidth strips.
+  template <int kWidth>
+  __device__ __forceinline__ void run_group(int chunk, int left) {
+#pragma unroll 1
+    do {
+      ptx::copy_wait<S::kStages - 2>();
+      // The slot of the item before is free after this: all lanes have read it.
+      __syncwarp();
+      const ChunkGroups groups = load_chunk_groups(w_, chunk);
+      if (groups.first() != quant_group_) change_group(records(stage_));
+      quant_group_ = groups.last();
+      // Groups that start inside the chunk are rare, and cost code of their own.
+      if (groups.changes()) {
+        multiply<kWidth, true>(stage_, groups);
+      } else {
+        multiply<kWidth, false>(stage_, groups);
+      }
+      if (fill_left_ > 0) {
+        fill_rest(fill_slot_);
+        advance_fill();
+        if (fill_left_ <= 0 && warp_ == 0) ptx::launch_dependents();
+      }
+      ptx::copy_commit();
+      fill_slot_ = stage_;
+      stage_ += params_.stage_bytes;
+      if (stage_ == ring_end_) stage_ = ring_;
+      ++chunk;
+    } while (--left > 0);
+  }
+
   // --- filling the ring ---
 
   __device__ __forceinline__ void start_fill(int group, int chunk, int left) {
@@ -234,15 +251,14 @@ class StripLoop {
     fill_codes_ = reinterpret_cast<const unsigned char*>(w_.codes) +
                   (static_cast<int64_t>(block) * w_.chunks + chunk) * S::kBlockBytes +
                   within * S::kStripBytes + lane_ * 16;
-    const int record_pieces = w_.record_bytes / 16;
-    const int strip = lane_ / record_pieces;
-    fill_record_ = strip < fill_width_;
+    fill_record_ = record_strip_ < fill_width_;
+    const int strip = first + record_strip_;
     fill_records_ = w_.groups +
-                    (static_cast<int64_t>((first + strip) / Layout::kBlockStrips) * w_.num_groups *
+                    (static_cast<int64_t>(strip / Layout::kBlockStrips) * w_.num_groups *
                          Layout::kBlockStrips +
-                     (first + strip) % Layout::kBlockStrips) *
+                     strip % Layout::kBlockStrips) *
                         w_.record_bytes +
-                    lane_ % record_pieces * 16;
+                    lane_ * 16 - record_strip_ * w_.record_bytes;
     fill_x_ = static_cast<const T*>(p_.x) + lane_ / 8 * p_.x_stride + lane_ % 8 * 8 +
               static_cast<int64_t>(chunk) * Layout::kChunkRows;
   }
@@ -259,14 +275,14 @@ class StripLoop {
   // The first stages: weights, which do not depend on the kernel before, and after the wait for it
   // the rows of x.
   __device__ __forceinline__ void prime(int group, int chunk, int left) {
-    const int ahead = params_.stages - 1;
+    constexpr int kAhead = S::kStages - 1;
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
       start_fill(group, chunk, left);
       fill_slot_ = ring_;
       if (pass == 1) ptx::wait_for_predecessor();
 #pragma unroll 1
-      for (int stage = 0; stage < ahead; ++stage) {
+      for (int stage = 0; stage < kAhead; ++stage) {
         if (fill_left_ > 0) {
           if (pass == 0) {
             fill_weights(fill_slot_, true);
@@ -395,15 +411,10 @@ class StripLoop {
     }
   }
 
-  __device__ __forceinline__ void start_group(uint32_t stage, const ChunkGroups& groups) {
-    if (groups.first() != quant_group_) change_group(records(stage));
-    quant_group_ = groups.last();
-  }
-
   // Where a warp leaves its last sums: at the begin of its own ring. Only one warp can go on from a
   // strip group to the next, and leaves the sums of the first in the slot of that group.
   __device__ __forceinline__ float* own_slot(int warp) const {
-    return reinterpret_cast<float*>(shared_ + warp * params_.stages * params_.stage_bytes);
+    return reinterpret_cast<float*>(shared_ + warp * S::kStages * params_.stage_bytes);
   }
 
   __device__ __forceinline__ void store_sums(float* target, int width) {
@@ -424,18 +435,8 @@ class StripLoop {
     }
   }
 
-  // Groups that start inside the chunk are rare, and cost code of their own.
-  template <int kWidth>
-  __device__ __forceinline__ void multiply(uint32_t stage, const ChunkGroups& groups) {
-    if (groups.changes()) {
-      multiply_steps<kWidth, true>(stage, groups);
-    } else {
-      multiply_steps<kWidth, false>(stage, groups);
-    }
-  }
-
   template <int kWidth, bool kChanges>
-  __device__ __forceinline__ void multiply_steps(uint32_t stage, const ChunkGroups& groups) {
+  __device__ __forceinline__ void multiply(uint32_t stage, const ChunkGroups& groups) {
     constexpr int kPieceSteps = Layout::kChunkSteps / S::kPieces;
     const uint32_t codes_here = codes(stage);
     uint32_t group_records = records(stage);
@@ -489,17 +490,17 @@ class StripLoop {
   const StripParams& params_;
   const GemmProblem& p_;
   const WeightView& w_;
-  const StripShare& share_;
+  StripShare share_;
   unsigned char* shared_;
   float* slots_;
-  int first_strip_;
-  uint32_t ring_, ring_end_, fill_slot_;
+  int first_strip_, record_strip_;
+  uint32_t ring_, ring_end_, stage_, fill_slot_;
   int warp_, lane_;
   int quant_group_;
   // Where the next copies of this warp come from.
   int fill_group_, fill_chunk_, fill_left_, fill_width_;
   int fill_here_;     // strips in the block of the first
-  bool fill_record_;  // this lane copies records
+  bool fill_record_;  // this lane copies a part of a record
   const unsigned char* fill_codes_;
   const unsigned char* fill_records_;  // of packed group 0
   const T* fill_x_;
@@ -513,7 +514,7 @@ __global__ void __launch_bounds__(S::kMaxWarps * 32)
     strip_gemm(const __grid_constant__ StripParams params) {
   extern __shared__ __align__(128) unsigned char shared[];
   const int warps = blockDim.x / 32;
-  auto* slots = reinterpret_cast<float*>(shared + warps * params.stages * params.stage_bytes);
+  auto* slots = reinterpret_cast<float*>(shared + warps * S::kStages * params.stage_bytes);
   StripLoop<S> loop(params, shared, slots);
   auto* contributors = reinterpret_cast<uint32_t*>(
       slots + (strip_groups_at_most(params.strips) - 1) * S::kSlotFloats);

@@ -428,9 +428,11 @@ class TileLoop {
         multiply_strip<kChanges>(step, s, groups, group_records, [&](int pair) {
           if (s + 1 == S::kStrips) load_x(true, slice, pair, step + 1);
         });
-        if (S::kPieces > 1 && step % kPieceSteps == kPieceSteps - 1) {
-          // The codes of the next piece follow as soon as this strip's are decoded.
-          if (s > 0) load_codes(true, slice, s - 1, step / kPieceSteps + 1);
+        if (step + 1 < kLastStep && (step + 1) % kPieceSteps == 0) {
+          // The codes of the next piece follow as soon as those of a strip are decoded: each strip's
+          // are while the one before it is multiplied.
+          if (s == 0) load_codes(true, slice, 0, (step + 1) / kPieceSteps);
+          if (s + 1 < S::kStrips) load_codes(true, slice, s + 1, (step + 1) / kPieceSteps);
         }
       }
     }

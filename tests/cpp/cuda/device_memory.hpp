@@ -1,0 +1,20 @@
+// What the tests see of device and pinned memory, and how they make it run out. Defined by
+// fake_device.cpp for the device that is none, and by counted_memory.cpp for a real one.
+#pragma once
+
+#include <cstdint>
+
+namespace marlinq::test {
+
+struct DeviceMemory {
+  static std::int64_t bytes();  // allocated on devices now
+  static std::int64_t peak();   // since forget_peak()
+  static void forget_peak();
+  static std::int64_t pinned_bytes();
+  /// The n-th allocation from now on (1: the next), of a device or pinned, finds no memory. 0: none.
+  static void fail_allocation(int n);
+  /// The same, of a device alone.
+  static void fail_device_allocation(int n);
+};
+
+}  // namespace marlinq::test

@@ -1,0 +1,467 @@
+#include "cuda/fake_device.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <set>
+#include <thread>
+
+#include "cuda/arch/sm80/pack.hpp"
+#include "cuda/device_memory.hpp"
+#include "cuda/host_packing.hpp"
+#include "support/generators.hpp"
+
+namespace {
+
+using marlinq::test::Random;
+
+constexpr std::int64_t kNoLimit = std::int64_t{1} << 40;
+
+struct Stream;
+
+struct Device {
+  std::mutex mutex;  // of everything
+  std::condition_variable changed;
+  std::map<unsigned char*, std::int64_t> device_memory;
+  std::map<unsigned char*, std::int64_t> pinned_memory;
+  std::int64_t bytes = 0;
+  std::int64_t peak = 0;
+  std::int64_t limit = kNoLimit;
+  std::int64_t pinned_bytes = 0;
+  int allocations_until_failure = 0;
+  int device_allocations_until_failure = 0;
+  int calls_until_failure = 0;
+  cudaError_t failure = cudaSuccess;
+  bool failed = false;
+  int calls = 0;
+  bool held = false;
+  std::set<Stream*> streams;
+  std::set<Stream*> capturing;
+  int events = 0;
+  std::string violations;
+};
+
+Device& device() {
+  static Device instance;
+  return instance;
+}
+
+void violation(const std::string& what) { device().violations += what + "\n"; }
+
+bool holds(const std::map<unsigned char*, std::int64_t>& memory, const void* address,
+           std::int64_t bytes) {
+  const auto* at = static_cast<const unsigned char*>(address);
+  for (const auto& [begin, size] : memory) {
+    if (at >= begin && at + bytes <= begin + size) return true;
+  }
+  return false;
+}
+
+struct Stream {
+  std::deque<std::function<void()>> work;
+  bool busy = false;
+  bool ends = false;
+  Random random;
+  std::thread thread;
+
+  explicit Stream(std::uint64_t seed) : random(seed) {
+    thread = std::thread([this] { run(); });
+  }
+
+  void run() {
+    std::unique_lock lock(device().mutex);
+    for (;;) {
+      device().changed.wait(
+          lock, [this] { return (!work.empty() && !device().held) || (work.empty() && ends); });
+      if (work.empty()) return;
+      const std::function<void()> next = std::move(work.front());
+      work.pop_front();
+      busy = true;
+      const bool late = random.chance(15);
+      const auto delay = std::chrono::microseconds(random.below(100));
+      lock.unlock();
+      if (late) std::this_thread::sleep_for(delay);
+      next();
+      lock.lock();
+      busy = false;
+      device().changed.notify_all();
+    }
+  }
+  bool idle() const { return work.empty() && !busy; }
+};
+
+struct Marker {
+  bool passed = false;
+};
+
+struct Event {
+  std::shared_ptr<Marker> last;
+};
+
+Stream* stream_of(cudaStream_t stream) { return reinterpret_cast<Stream*>(stream); }
+Event* event_of(cudaEvent_t event) { return reinterpret_cast<Event*>(event); }
+
+// Under the mutex.
+void append(Stream* stream, std::function<void()> work) {
+  stream->work.push_back(std::move(work));
+  device().changed.notify_all();
+}
+
+// Counts a call, and says whether it is the one to fail. Under the mutex.
+bool fails() {
+  ++device().calls;
+  if (device().calls_until_failure == 0 || --device().calls_until_failure > 0) return false;
+  device().failed = true;
+  return true;
+}
+
+// What a thread may not do while another one captures a graph, unless it says that it knows.
+thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+
+void expect_relaxed(const char* call) {
+  if (capture_mode != cudaStreamCaptureModeRelaxed) {
+    violation(std::string(call) + " would spoil the capture of another thread");
+  }
+}
+
+bool counts_down(int& left) { return left > 0 && --left == 0; }
+
+}  // namespace
+
+namespace marlinq::test {
+
+void FakeDevice::enqueue(cudaStream_t stream, std::function<void()> work) {
+  const std::lock_guard lock(device().mutex);
+  append(stream_of(stream), std::move(work));
+}
+void FakeDevice::fail_call(int n, cudaError_t error) {
+  const std::lock_guard lock(device().mutex);
+  device().calls_until_failure = n;
+  device().failure = error;
+  device().failed = false;
+}
+bool FakeDevice::has_failed() {
+  const std::lock_guard lock(device().mutex);
+  return device().failed;
+}
+void FakeDevice::limit(std::int64_t bytes) {
+  const std::lock_guard lock(device().mutex);
+  device().limit = bytes == 0 ? kNoLimit : bytes;
+}
+void FakeDevice::set_capturing(cudaStream_t stream, bool capturing) {
+  const std::lock_guard lock(device().mutex);
+  if (capturing) {
+    device().capturing.insert(stream_of(stream));
+  } else {
+    device().capturing.erase(stream_of(stream));
+  }
+}
+void FakeDevice::hold(bool held) {
+  const std::lock_guard lock(device().mutex);
+  device().held = held;
+  device().changed.notify_all();
+}
+int FakeDevice::calls() {
+  const std::lock_guard lock(device().mutex);
+  return device().calls;
+}
+int FakeDevice::buffers() {
+  const std::lock_guard lock(device().mutex);
+  return static_cast<int>(device().device_memory.size());
+}
+int FakeDevice::events() {
+  const std::lock_guard lock(device().mutex);
+  return device().events;
+}
+int FakeDevice::streams() {
+  const std::lock_guard lock(device().mutex);
+  return static_cast<int>(device().streams.size());
+}
+std::string FakeDevice::violations() {
+  const std::lock_guard lock(device().mutex);
+  return device().violations;
+}
+
+std::int64_t DeviceMemory::bytes() {
+  const std::lock_guard lock(device().mutex);
+  return device().bytes;
+}
+std::int64_t DeviceMemory::peak() {
+  const std::lock_guard lock(device().mutex);
+  return device().peak;
+}
+void DeviceMemory::forget_peak() {
+  const std::lock_guard lock(device().mutex);
+  device().peak = device().bytes;
+}
+std::int64_t DeviceMemory::pinned_bytes() {
+  const std::lock_guard lock(device().mutex);
+  return device().pinned_bytes;
+}
+void DeviceMemory::fail_allocation(int n) {
+  const std::lock_guard lock(device().mutex);
+  device().allocations_until_failure = n;
+}
+void DeviceMemory::fail_device_allocation(int n) {
+  const std::lock_guard lock(device().mutex);
+  device().device_allocations_until_failure = n;
+}
+
+}  // namespace marlinq::test
+
+// The packing kernels' place in a program without them.
+namespace marlinq::cuda::sm80 {
+
+void pack_piece(const PieceToPack& piece, void* stream) {
+  test::FakeDevice::enqueue(static_cast<cudaStream_t>(stream),
+                            [piece] { test::pack_piece_on_host(piece); });
+}
+
+}  // namespace marlinq::cuda::sm80
+
+// The runtime, as far as loading uses it.
+extern "C" {
+
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorMemoryAllocation ? "out of memory" : "a fault";
+}
+const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "cudaErrorUnknown";
+}
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* current) {
+  *current = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(capture_mode, *mode);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
+  const std::lock_guard lock(device().mutex);
+  expect_relaxed("cudaMalloc");
+  if (fails()) return device().failure;
+  const auto size = static_cast<std::int64_t>(bytes);
+  if (counts_down(device().allocations_until_failure) ||
+      counts_down(device().device_allocations_until_failure) ||
+      device().bytes + size > device().limit) {
+    return cudaErrorMemoryAllocation;
+  }
+  auto* at = static_cast<unsigned char*>(::operator new(bytes, std::align_val_t(256)));
+  std::memset(at, 0xCD, bytes);
+  device().device_memory[at] = size;
+  device().bytes += size;
+  device().peak = std::max(device().peak, device().bytes);
+  *memory = at;
+  return cudaSuccess;
+}
+
+// As on a device, all its work ends first.
+cudaError_t cudaFree(void* memory) {
+  std::unique_lock lock(device().mutex);
+  expect_relaxed("cudaFree");
+  if (memory == nullptr) return cudaSuccess;
+  device().changed.wait(lock, [] {
+    return std::all_of(device().streams.begin(), device().streams.end(),
+                       [](const Stream* stream) { return stream->idle(); });
+  });
+  auto* at = static_cast<unsigned char*>(memory);
+  const std::int64_t size = device().device_memory.at(at);
+  std::memset(at, 0xDD, static_cast<std::size_t>(size));
+  device().bytes -= size;
+  device().device_memory.erase(at);
+  ::operator delete(memory, std::align_val_t(256));
+  return cudaSuccess;
+}
+
+cudaError_t cudaHostAlloc(void** memory, std::size_t bytes, unsigned) {
+  const std::lock_guard lock(device().mutex);
+  expect_relaxed("cudaHostAlloc");
+  if (fails()) return device().failure;
+  if (counts_down(device().allocations_until_failure)) return cudaErrorMemoryAllocation;
+  auto* at = static_cast<unsigned char*>(::operator new(bytes, std::align_val_t(256)));
+  std::memset(at, 0xCD, bytes);
+  device().pinned_memory[at] = static_cast<std::int64_t>(bytes);
+  device().pinned_bytes += static_cast<std::int64_t>(bytes);
+  *memory = at;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFreeHost(void* memory) {
+  const std::lock_guard lock(device().mutex);
+  auto* at = static_cast<unsigned char*>(memory);
+  const std::int64_t size = device().pinned_memory.at(at);
+  std::memset(at, 0xDD, static_cast<std::size_t>(size));
+  device().pinned_bytes -= size;
+  device().pinned_memory.erase(at);
+  ::operator delete(memory, std::align_val_t(256));
+  return cudaSuccess;
+}
+
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* address) {
+  const std::lock_guard lock(device().mutex);
+  if (fails()) return device().failure;
+  *attributes = {};
+  attributes->type = holds(device().pinned_memory, address, 1)   ? cudaMemoryTypeHost
+                     : holds(device().device_memory, address, 1) ? cudaMemoryTypeDevice
+                                                                 : cudaMemoryTypeUnregistered;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+  const std::lock_guard lock(device().mutex);
+  if (fails()) return device().failure;
+  if (flags != cudaStreamNonBlocking) violation("a stream that waits for the default one");
+  auto* created = new Stream(device().streams.size() + 1);
+  device().streams.insert(created);
+  *stream = reinterpret_cast<cudaStream_t>(created);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  {
+    const std::lock_guard lock(device().mutex);
+    stream_of(stream)->ends = true;
+    device().changed.notify_all();
+  }
+  stream_of(stream)->thread.join();
+  const std::lock_guard lock(device().mutex);
+  device().streams.erase(stream_of(stream));
+  delete stream_of(stream);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  std::unique_lock lock(device().mutex);
+  expect_relaxed("cudaStreamSynchronize");
+  device().changed.wait(lock, [stream] { return stream_of(stream)->idle(); });
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  const std::lock_guard lock(device().mutex);
+  if (fails()) return device().failure;
+  *status = device().capturing.contains(stream_of(stream)) ? cudaStreamCaptureStatusActive
+                                                           : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
+  const std::lock_guard lock(device().mutex);
+  if (fails()) return device().failure;
+  if ((flags & cudaEventDisableTiming) == 0) violation("an event with timing");
+  *event = reinterpret_cast<cudaEvent_t>(new Event);
+  ++device().events;
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  const std::lock_guard lock(device().mutex);
+  delete event_of(event);
+  --device().events;
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  const std::lock_guard lock(device().mutex);
+  if (fails()) return device().failure;
+  auto marker = std::make_shared<Marker>();
+  event_of(event)->last = marker;
+  append(stream_of(stream), [marker] {
+    const std::lock_guard passing(device().mutex);
+    marker->passed = true;
+    device().changed.notify_all();
+  });
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  const std::lock_guard lock(device().mutex);
+  expect_relaxed("cudaEventQuery");
+  if (fails()) return device().failure;
+  const std::shared_ptr<Marker>& last = event_of(event)->last;
+  return last == nullptr || last->passed ? cudaSuccess : cudaErrorNotReady;
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  std::unique_lock lock(device().mutex);
+  expect_relaxed("cudaEventSynchronize");
+  if (fails()) return device().failure;
+  const std::shared_ptr<Marker> last = event_of(event)->last;
+  device().changed.wait(lock, [&last] { return last == nullptr || last->passed; });
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  const std::lock_guard lock(device().mutex);
+  if (fails()) return device().failure;
+  if (device().capturing.contains(stream_of(stream))) {
+    violation("a captured stream that waits for work outside of its graph");
+  }
+  const std::shared_ptr<Marker> last = event_of(event)->last;
+  if (last == nullptr) return cudaSuccess;
+  append(stream_of(stream), [last] {
+    std::unique_lock waiting(device().mutex);
+    device().changed.wait(waiting, [&last] { return last->passed; });
+  });
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void* target, int value, std::size_t bytes, cudaStream_t stream) {
+  const std::lock_guard lock(device().mutex);
+  if (fails()) return device().failure;
+  if (!holds(device().device_memory, target, static_cast<std::int64_t>(bytes))) {
+    violation("a memset outside of the device's memory");
+  }
+  append(stream_of(stream), [=] { std::memset(target, value, bytes); });
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemcpy2DAsync(void* target, std::size_t target_pitch, const void* source,
+                              std::size_t source_pitch, std::size_t width, std::size_t height,
+                              cudaMemcpyKind kind, cudaStream_t stream) {
+  const std::lock_guard lock(device().mutex);
+  if (fails()) return device().failure;
+  const auto extent = [width, height](std::size_t pitch) {
+    return static_cast<std::int64_t>((height - 1) * pitch + width);
+  };
+  if (kind != cudaMemcpyHostToDevice) violation("a copy that is not to the device");
+  if (!holds(device().device_memory, target, extent(target_pitch))) {
+    violation("a copy outside of the device's memory");
+  }
+  if (!holds(device().pinned_memory, source, extent(source_pitch))) {
+    violation("an asynchronous copy from pageable memory");
+  }
+  append(stream_of(stream), [=] {
+    for (std::size_t row = 0; row < height; ++row) {
+      std::memcpy(static_cast<unsigned char*>(target) + row * target_pitch,
+                  static_cast<const unsigned char*>(source) + row * source_pitch, width);
+    }
+  });
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t bytes,
+                            cudaMemcpyKind kind, cudaStream_t stream) {
+  return cudaMemcpy2DAsync(target, bytes, source, bytes, bytes, 1, kind, stream);
+}
+
+// Only back to the host: the tests look at what was loaded.
+cudaError_t cudaMemcpy(void* target, const void* source, std::size_t bytes, cudaMemcpyKind) {
+  std::memcpy(target, source, bytes);
+  return cudaSuccess;
+}
+
+}  // extern "C"

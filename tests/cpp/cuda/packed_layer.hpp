@@ -1,0 +1,35 @@
+// The bytes that a packed layer must have, element by element from the picture in
+// cuda/arch/sm80/layout.hpp, and the layers that are packed to be compared with them. Shares no code
+// with the packing: it starts from codes, zero points and groups as they were drawn.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "support/generators.hpp"
+
+namespace marlinq::test {
+
+/// The memory of fused modules, segment after segment: codes, groups, chunk_groups, source (unless
+/// the order is plain) and bias (if some module has one), each at a multiple of 256.
+std::vector<unsigned char> packed_by_definition(const std::vector<Layer>& parts);
+
+/// A layer to pack: modules that are fused along N, and how the configuration labels them.
+struct PackCase {
+  std::string what;
+  std::vector<Layer> parts;
+
+  GptqTensors tensors() const { return fused(parts); }
+  GptqSpec spec() const;
+};
+
+/// Every pair of bits, zero points, group size, order of rows, scale dtype, N, K, bias and way of
+/// fusing occurs; every third case has scales of 0.
+std::vector<PackCase> pack_cases();
+
+/// Layers of some megabytes, which come in more than one piece of the usual size: by rows, by
+/// columns, of three modules, of every width.
+std::vector<PackCase> large_pack_cases();
+
+}  // namespace marlinq::test

@@ -1,0 +1,438 @@
+// Loading onto a device, against the bytes that layout.hpp describes. Built twice: for a real device,
+// and for the fake one, on which it runs everywhere.
+#include <cuda_runtime_api.h>
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "core/gptq_checks.hpp"
+#include "cuda/arch/sm80/load.hpp"
+#include "cuda/arch/sm80/pack_plan.hpp"
+#include "cuda/device_memory.hpp"
+#include "cuda/packed_layer.hpp"
+#include "cuda/upload.hpp"
+#include "support/compare.hpp"
+
+namespace marlinq {
+namespace {
+
+using cuda::DeviceWeight;
+using cuda::LayerUpload;
+using cuda::Uploader;
+using cuda::UploadSizes;
+using cuda::WeightView;
+using test::DeviceMemory;
+using test::Layer;
+using test::make_layer;
+using test::Order;
+using test::PackCase;
+using test::Zeros;
+using Bytes = std::vector<unsigned char>;
+
+enum class Source { kPageable, kPinned, kMisaligned, kMisalignedPinned, kMapped, kSomePinned };
+
+constexpr Source kSources[] = {Source::kPageable,         Source::kPinned, Source::kMisaligned,
+                               Source::kMisalignedPinned, Source::kMapped, Source::kSomePinned};
+
+void check(cudaError_t status) { ASSERT_EQ(status, cudaSuccess) << cudaGetErrorString(status); }
+
+// A layer's tensors in host memory of some kind, until they are taken away.
+class Tensors {
+ public:
+  Tensors(const PackCase& one, Source source) : layer_(one.tensors()), source_(source) {
+    std::size_t bytes = 0;
+    for_each([&bytes](const HostTensor& tensor) { bytes += tensor.bytes + kGap; });
+    size_ = bytes + kGap;
+    pinned_ = source == Source::kPinned || source == Source::kMisalignedPinned;
+    if (pinned_) {
+      void* memory = nullptr;
+      check(cudaHostAlloc(&memory, size_, cudaHostAllocDefault));
+      memory_ = static_cast<unsigned char*>(memory);
+    } else if (source == Source::kSomePinned) {
+      void* memory = nullptr;
+      check(cudaHostAlloc(&memory, size_, cudaHostAllocDefault));
+      some_pinned_ = static_cast<unsigned char*>(memory);
+      memory_ = new unsigned char[size_];
+    } else {
+      memory_ = new unsigned char[size_];
+    }
+    const bool odd = source == Source::kMisaligned || source == Source::kMisalignedPinned;
+    std::size_t at = odd ? 1 : 0;
+    int number = 0;
+    for_each([&](HostTensor& tensor) {
+      unsigned char* base = some_pinned_ != nullptr && number++ % 2 == 0 ? some_pinned_ : memory_;
+      std::memcpy(base + at, tensor.data, tensor.bytes);
+      tensor.data = base + at;
+      at += odd ? (tensor.bytes + 1) | 1 : (tensor.bytes + kGap - 1) / kGap * kGap;
+    });
+    if (source == Source::kMapped) map();
+  }
+  Tensors(const Tensors&) = delete;
+  Tensors& operator=(const Tensors&) = delete;
+  ~Tensors() { take_away(); }
+
+  const GptqTensors& layer() const { return layer_; }
+
+  // As a caller may once load_gptq() has returned: others' bytes, and then nothing.
+  void take_away() {
+    if (memory_ == nullptr) return;
+    if (source_ == Source::kMapped) {
+      munmap(memory_, size_);
+    } else {
+      std::memset(memory_, 0xEE, size_);
+      if (pinned_) {
+        check(cudaFreeHost(memory_));
+      } else {
+        delete[] memory_;
+      }
+    }
+    if (some_pinned_ != nullptr) {
+      std::memset(some_pinned_, 0xEE, size_);
+      check(cudaFreeHost(some_pinned_));
+    }
+    memory_ = nullptr;
+  }
+
+ private:
+  static constexpr std::size_t kGap = 64;
+
+  template <class F>
+  void for_each(const F& f) {
+    for (GptqModule& module : layer_.modules) {
+      for (HostTensor* tensor :
+           {&module.qweight, &module.scales, &module.qzeros, &module.g_idx, &module.bias}) {
+        if (tensor->present()) f(*tensor);
+      }
+    }
+  }
+
+  // The same bytes in a file that is mapped for reading only.
+  void map() {
+    std::string name = ::testing::TempDir() + "marlinq_tensors_XXXXXX";
+    const int file = mkstemp(name.data());
+    ASSERT_GE(file, 0);
+    ASSERT_EQ(unlink(name.c_str()), 0);
+    ASSERT_EQ(write(file, memory_, size_), static_cast<ssize_t>(size_));
+    void* mapped = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file, 0);
+    ASSERT_NE(mapped, MAP_FAILED);
+    close(file);
+    const unsigned char* before = memory_;
+    for_each([&](HostTensor& tensor) {
+      tensor.data = static_cast<const unsigned char*>(mapped) +
+                    (static_cast<const unsigned char*>(tensor.data) - before);
+    });
+    delete[] memory_;
+    memory_ = static_cast<unsigned char*>(mapped);
+  }
+
+  GptqTensors layer_;
+  Source source_;
+  bool pinned_ = false;
+  unsigned char* memory_ = nullptr;
+  unsigned char* some_pinned_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+DeviceWeight load(Uploader& uploader, const PackCase& one, Source source = Source::kPageable) {
+  Tensors tensors(one, source);
+  GptqWeights weights = check_structure(tensors.layer(), one.spec());
+  LayerUpload upload(uploader, weights);
+  check_values(tensors.layer(), one.spec(), weights);
+  DeviceWeight packed = cuda::sm80::load(weights, upload);
+  tensors.take_away();
+  return packed;
+}
+
+Bytes bytes_of(const DeviceWeight& weight) {
+  weight.ready.wait();
+  Bytes bytes(static_cast<std::size_t>(weight.memory.size()) * 4);
+  check(cudaMemcpy(bytes.data(), weight.memory.data(), bytes.size(), cudaMemcpyDeviceToHost));
+  return bytes;
+}
+
+::testing::AssertionResult same(const Bytes& actual, const Bytes& expected) {
+  if (actual.size() != expected.size()) {
+    return ::testing::AssertionFailure() << actual.size() << " bytes, not " << expected.size();
+  }
+  const auto [a, b] = std::mismatch(actual.begin(), actual.end(), expected.begin());
+  if (a == actual.end()) return ::testing::AssertionSuccess();
+  return ::testing::AssertionFailure() << "byte " << a - actual.begin() << " of " << actual.size()
+                                       << " is " << int{*a} << ", not " << int{*b};
+}
+
+// Small layers in many pieces and jobs.
+UploadSizes small_sizes() {
+  return {.least_piece = 2048,
+          .most_piece = 4096,
+          .ring = {.slot_bytes = 512, .slots = 8, .threads = 3}};
+}
+
+class LoadTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    int count = 0;
+    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) GTEST_SKIP() << "no CUDA device";
+    bytes_before_ = DeviceMemory::bytes();
+    pinned_before_ = DeviceMemory::pinned_bytes();
+  }
+  void TearDown() override {
+    EXPECT_EQ(DeviceMemory::bytes(), bytes_before_);
+    EXPECT_EQ(DeviceMemory::pinned_bytes(), pinned_before_);
+  }
+
+  static const std::vector<PackCase>& cases() {
+    static const std::vector<PackCase> all = test::pack_cases();
+    return all;
+  }
+  static const Bytes& expected(std::size_t index) {
+    static const std::vector<Bytes> all = [] {
+      std::vector<Bytes> bytes;
+      for (const PackCase& one : cases()) bytes.push_back(test::packed_by_definition(one.parts));
+      return bytes;
+    }();
+    return all[index];
+  }
+
+  std::int64_t bytes_before_ = 0;
+  std::int64_t pinned_before_ = 0;
+};
+
+TEST_F(LoadTest, PacksWhatTheLayoutSays) {
+  for (const UploadSizes& sizes : {UploadSizes{}, small_sizes()}) {
+    Uploader uploader(0, sizes);
+    for (std::size_t i = 0; i < cases().size(); ++i) {
+      ASSERT_TRUE(same(bytes_of(load(uploader, cases()[i])), expected(i))) << cases()[i].what;
+    }
+  }
+}
+
+// One after another with no wait in between: staging and pinned slots are used again at once.
+TEST_F(LoadTest, LoadsInARow) {
+  for (const Source source : {Source::kPageable, Source::kPinned, Source::kSomePinned}) {
+    Uploader uploader(0, small_sizes());
+    std::vector<DeviceWeight> weights;
+    for (const PackCase& one : cases()) weights.push_back(load(uploader, one, source));
+    for (std::size_t i = 0; i < cases().size(); ++i) {
+      ASSERT_TRUE(same(bytes_of(weights[i]), expected(i))) << cases()[i].what;
+    }
+  }
+}
+
+TEST_F(LoadTest, AnySourceGivesTheSameBytes) {
+  Uploader uploader(0, small_sizes());
+  for (const Source source : kSources) {
+    for (std::size_t i = 0; i < cases().size(); i += 3) {
+      ASSERT_TRUE(same(bytes_of(load(uploader, cases()[i], source)), expected(i)))
+          << cases()[i].what << ", source " << static_cast<int>(source);
+    }
+  }
+}
+
+TEST_F(LoadTest, LargeLayersFromAnySource) {
+  Uploader uploader(0);
+  for (const PackCase& one : test::large_pack_cases()) {
+    const Bytes wanted = test::packed_by_definition(one.parts);
+    for (const Source source :
+         {Source::kPageable, Source::kMisaligned, Source::kMisalignedPinned, Source::kMapped}) {
+      ASSERT_TRUE(same(bytes_of(load(uploader, one, source)), wanted))
+          << one.what << ", source " << static_cast<int>(source);
+    }
+  }
+}
+
+TEST_F(LoadTest, WithoutThreads) {
+  UploadSizes sizes = small_sizes();
+  sizes.ring.threads = 0;
+  sizes.ring.slots = 4;
+  Uploader uploader(0, sizes);
+  for (std::size_t i = 0; i < cases().size(); i += 5) {
+    ASSERT_TRUE(same(bytes_of(load(uploader, cases()[i])), expected(i))) << cases()[i].what;
+  }
+}
+
+TEST_F(LoadTest, ThreadsLoadAtOnce) {
+  (void)expected(0);
+  std::vector<std::string> wrong(8);
+  std::vector<std::thread> threads;
+  for (std::size_t t = 0; t < wrong.size(); ++t) {
+    threads.emplace_back([t, &wrong] {
+      try {
+        Uploader uploader(0, t % 2 == 0 ? small_sizes() : UploadSizes{});
+        std::vector<std::pair<std::size_t, DeviceWeight>> weights;
+        for (std::size_t i = t; i < cases().size(); i += 5) {
+          weights.emplace_back(i, load(uploader, cases()[i], kSources[i % std::size(kSources)]));
+        }
+        for (const auto& [i, weight] : weights) {
+          const ::testing::AssertionResult result = same(bytes_of(weight), expected(i));
+          if (!result) wrong[t] += cases()[i].what + ": " + result.message() + "\n";
+        }
+      } catch (const std::exception& error) {
+        wrong[t] = error.what();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const std::string& message : wrong) EXPECT_EQ(message, "");
+}
+
+// What kernels are told of a segment.
+TEST_F(LoadTest, ViewsAreThoseOfThePlan) {
+  Uploader uploader(0);
+  for (const PackCase& one : cases()) {
+    SCOPED_TRACE(one.what);
+    const GptqTensors tensors = one.tensors();
+    const cuda::sm80::LayerPlan plan = cuda::sm80::plan_layer(validate(tensors, one.spec()));
+    const DeviceWeight weight = load(uploader, one);
+    const auto* memory = static_cast<const unsigned char*>(weight.memory.data());
+    ASSERT_EQ(weight.segments.size(), plan.segments.size());
+    for (std::size_t i = 0; i < plan.segments.size(); ++i) {
+      const cuda::sm80::SegmentPlan& s = plan.segments[i];
+      const WeightView& view = weight.segments[i].view;
+      const auto at = [memory](std::int64_t place) -> const void* {
+        return place < 0 ? nullptr : memory + place;
+      };
+      EXPECT_EQ(weight.segments[i].first_feature, s.first_feature);
+      EXPECT_EQ(static_cast<const void*>(view.codes), at(s.places.codes));
+      EXPECT_EQ(static_cast<const void*>(view.groups), at(s.places.groups));
+      EXPECT_EQ(static_cast<const void*>(view.chunk_groups), at(s.places.chunk_groups));
+      EXPECT_EQ(static_cast<const void*>(view.source), at(s.places.source));
+      EXPECT_EQ(static_cast<const void*>(view.bias), at(s.places.bias));
+      EXPECT_EQ(view.n, s.layout.n);
+      EXPECT_EQ(view.k, one.parts[0].options.k);
+      EXPECT_EQ(view.chunks, s.layout.chunks);
+      EXPECT_EQ(view.num_groups, s.layout.groups);
+      EXPECT_EQ(view.has_zeros, s.layout.has_zeros);
+      EXPECT_EQ(view.middle, 1 << (one.parts[0].options.bits - 1));
+      EXPECT_TRUE(view.scales_divide);
+    }
+    if (HasFailure()) return;
+  }
+}
+
+TEST_F(LoadTest, ScalesThatAreTooFarApartDoNotDivide) {
+  Uploader uploader(0);
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (const double scale : {0x1p-31, 0x1p31, -0x1p-100}) {
+      PackCase one{.what = "", .parts = {make_layer({.n = 70, .scales = dtype})}};
+      test::write_element(one.parts[0].scales.data(), dtype, 69, scale);
+      EXPECT_FALSE(load(uploader, one).segments[0].view.scales_divide) << scale;
+    }
+  }
+  PackCase least{.what = "", .parts = {make_layer({.n = 70, .scales = DType::kFloat16})}};
+  test::write_element(least.parts[0].scales.data(), DType::kFloat16, 3, 0x1p-24);
+  EXPECT_TRUE(load(uploader, least).segments[0].view.scales_divide);
+}
+
+// --- memory ---
+
+std::int64_t raw_bytes(const PackCase& one) {
+  const GptqTensors tensors = one.tensors();
+  return cuda::raw_bytes(check_structure(tensors, one.spec()));
+}
+
+// Two pieces of a megabyte where a layer is less, and 256 KB for alignment.
+constexpr std::int64_t kConstant = (std::int64_t{2} << 20) + (std::int64_t{256} << 10);
+
+TEST_F(LoadTest, PeakIsThePackedLayersAndOneLayersTensors) {
+  Uploader uploader(0);
+  std::vector<DeviceWeight> weights;
+  std::int64_t packed = bytes_before_;
+  std::int64_t raw = 0;
+  std::vector<PackCase> all = test::large_pack_cases();
+  std::copy(cases().begin(), cases().begin() + 20, std::back_inserter(all));
+  for (const Source source : {Source::kPageable, Source::kPinned}) {
+    for (const PackCase& one : all) {
+      DeviceMemory::forget_peak();
+      weights.push_back(load(uploader, one, source));
+      packed += weights.back().memory.size() * 4;
+      raw = std::max(raw, raw_bytes(one));
+      EXPECT_LE(DeviceMemory::peak(), packed + raw + kConstant) << one.what;
+    }
+  }
+  weights.clear();
+  EXPECT_LE(DeviceMemory::bytes() - bytes_before_, raw + kConstant);
+}
+
+// A piece is 64 columns and all rows at least: here more than what staging may keep.
+TEST_F(LoadTest, StagingOfAnOversizePieceIsGivenBack) {
+  const PackCase large{
+      .what = "",
+      .parts = {make_layer(
+          {.bits = 8, .k = 4096, .n = 100, .group_size = 1024, .order = Order::kActOrder})}};
+  const PackCase small{.what = "", .parts = {make_layer({.n = 40})}};
+  Uploader uploader(0, small_sizes());
+  for (int round = 0; round < 3; ++round) {
+    DeviceMemory::forget_peak();
+    const DeviceWeight weight = load(uploader, large);
+    EXPECT_LE(DeviceMemory::peak(),
+              bytes_before_ + weight.memory.size() * 4 + raw_bytes(large) + kConstant);
+    EXPECT_EQ(DeviceMemory::bytes(), bytes_before_ + weight.memory.size() * 4);
+    EXPECT_TRUE(same(bytes_of(weight), test::packed_by_definition(large.parts)));
+    EXPECT_TRUE(same(bytes_of(load(uploader, small)), test::packed_by_definition(small.parts)));
+  }
+}
+
+TEST_F(LoadTest, OutOfMemoryAnywhereLeavesTheUploaderUsable) {
+  const PackCase one = test::large_pack_cases().front();
+  const Bytes wanted = test::packed_by_definition(one.parts);
+  for (const bool fresh : {true, false}) {
+    bool failed = true;
+    for (int n = 1; failed; ++n) {
+      Uploader uploader(0);
+      if (!fresh) (void)load(uploader, cases()[0]);
+      const std::int64_t before = DeviceMemory::bytes();
+      Tensors tensors(one, Source::kPageable);
+      failed = false;
+      DeviceMemory::fail_allocation(n);
+      try {
+        GptqWeights weights = check_structure(tensors.layer(), one.spec());
+        LayerUpload upload(uploader, weights);
+        check_values(tensors.layer(), one.spec(), weights);
+        const DeviceWeight packed = cuda::sm80::load(weights, upload);
+        EXPECT_TRUE(same(bytes_of(packed), wanted)) << n;  // pinned memory was short, but not gone
+        failed = n < 3;  // staging, pinned memory, the layer itself: more follow at most
+      } catch (const Error& error) {
+        failed = true;
+        EXPECT_EQ(error.code(), ErrorCode::kOutOfMemory) << error.what();
+        EXPECT_NE(std::string(error.what()).find("cannot allocate"), std::string::npos);
+        EXPECT_NE(std::string(error.what()).find(" bytes"), std::string::npos);
+      }
+      DeviceMemory::fail_allocation(0);
+      tensors.take_away();
+      EXPECT_LE(DeviceMemory::bytes(), before + raw_bytes(one) + kConstant);
+      EXPECT_TRUE(same(bytes_of(load(uploader, one)), wanted)) << n;
+      ASSERT_LT(n, 100);
+    }
+  }
+}
+
+// What validation refuses has been on its way already.
+TEST_F(LoadTest, ARefusedLayerIsLetGo) {
+  PackCase bad = test::large_pack_cases().front();
+  test::write_element(bad.parts[0].scales.data(), DType::kFloat16, 77,
+                      std::numeric_limits<double>::infinity());
+  for (const Source source : kSources) {
+    Uploader uploader(0);
+    Tensors tensors(bad, source);
+    GptqWeights weights = check_structure(tensors.layer(), bad.spec());
+    test::expect_refused({"layer.scales", "expected a finite number"}, [&] {
+      const LayerUpload upload(uploader, weights);
+      check_values(tensors.layer(), bad.spec(), weights);
+    });
+    tensors.take_away();
+    ASSERT_TRUE(same(bytes_of(load(uploader, cases()[1], source)), expected(1)));
+  }
+}
+
+}  // namespace
+}  // namespace marlinq
