@@ -1,24 +1,121 @@
-#!/bin/sh
-# What needs a GPU, in one command: builds marlinq, runs the GPU tests, and a small set of them under compute-sanitizer.
-# Needs nvcc, GoogleTest, CMake with Ninja, and a python3 that has torch for CUDA, pytest and what pyproject.toml asks for
-# to build and to run. BUILD_DIR says where to build the C++ tests (default: build/gpu).
-set -eu
+#!/usr/bin/env bash
+# What needs a GPU, in one command: builds marlinq, runs the GPU tests of Python and C++, the example, a small program
+# under the tools of compute-sanitizer, and the benchmarks. Every part runs whatever failed before it; a summary tells
+# all, and the exit code is 1 if any part failed.
+#
+# Needs nvcc, compute-sanitizer, and a python3 with torch for CUDA, pytest, and what pyproject.toml asks for to build and
+# to run. GoogleTest is looked for, also under CMAKE_PREFIX_PATH; without it, its tests are reported as not run.
+#   ARCHS    CMAKE_CUDA_ARCHITECTURES (default: those of this machine)
+#   WORK     where to build (default: a temporary directory, removed at the end)
+#   RESULTS  a directory for the benchmarks as JSON
+# Arguments go to pytest.
+set -uo pipefail
 cd "$(dirname "$0")/.."
-site=${SITE:-$(mktemp -d)}
-python3 -m pip install -q --no-build-isolation --no-deps --target "$site" --config-settings=cmake.define.MARLINQ_BUILD_CUDA=ON .
-PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
-export PYTHONPATH
-python3 -m marlinq info
-python3 -m pytest -q tests/python/test_cuda.py "$@"
+root=$PWD
+archs=${ARCHS:-$(tests/archs.sh)}
+if [ -n "${WORK:-}" ]; then
+  work=$WORK
+  mkdir -p "$work"
+else
+  work=$(mktemp -d)
+  trap 'rm -rf "$work"' EXIT
+fi
+site=$work/site
+export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+summary=()
+failed=0
 
-build=${BUILD_DIR:-build/gpu}
-cmake -S . -B "$build" -G Ninja -DMARLINQ_BUILD_CUDA=ON
-cmake --build "$build" --target test_gpu
-ctest --test-dir "$build" --output-on-failure -L gpu
+# part NAME COMMAND... runs a command, or a function that stops at its first failure, and notes how it went.
+part() {
+  local name=$1 start=$SECONDS status
+  shift
+  printf '\n=== %s\n' "$name"
+  (set -e; "$@")
+  status=$?
+  [ $status = 0 ] || failed=1
+  summary+=("$([ $status = 0 ] && echo ok || echo "FAILED ($status)"): $name, $((SECONDS - start)) s")
+}
 
-# Kernels of marlinq alone: torch's own are not ours to judge.
-for tool in memcheck racecheck synccheck initcheck; do
-  echo "compute-sanitizer, $tool"
-  compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-name regex=marlinq \
-    python3 -m pytest -q -p no:cacheprovider tests/python/test_cuda.py -k "types_of_outputs or formats and 24 and 4"
-done
+not_run() {
+  printf '\n!!! NOT RUN: %s\n' "$1"
+  summary+=("NOT RUN: $1")
+}
+
+install() {
+  rm -rf "$site"
+  python3 -m pip install -q --no-build-isolation --no-deps --target "$site" \
+    --config-settings=cmake.define.MARLINQ_BUILD_CUDA=ON \
+    "--config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=$archs" \
+    --config-settings=cmake.define.CMAKE_CUDA_FLAGS=-lineinfo --config-settings=build-dir="$work/wheel" .
+  python3 -m marlinq info
+  python3 -c "import marlinq; assert 'cuda:0' in marlinq.info()['devices'], 'no CUDA device'"
+}
+
+googletest() {
+  mkdir -p "$work/find" &&
+    printf '%s\n' 'cmake_minimum_required(VERSION 3.26)' 'project(find CXX)' 'find_package(GTest REQUIRED)' \
+      >"$work/find/CMakeLists.txt" &&
+    cmake -S "$work/find" -B "$work/find/build" -G Ninja >/dev/null 2>&1
+}
+
+cpp_tests() {
+  cmake -S . -B "$work/tests" -G Ninja -DMARLINQ_BUILD_TESTS=ON -DMARLINQ_BUILD_CUDA=ON \
+    "-DCMAKE_CUDA_ARCHITECTURES=$archs"
+  cmake --build "$work/tests"
+  ctest --test-dir "$work/tests" -L gpu --output-on-failure --no-tests=error
+}
+
+# Builds a project of ours against what was installed.
+build_against_site() {
+  cmake -S "$root/$1" -B "$work/$2" -G Ninja "-Dmarlinq_DIR=$(python3 -m marlinq --cmake-dir)" \
+    -DCMAKE_BUILD_TYPE=Release >/dev/null
+  cmake --build "$work/$2"
+}
+
+example() {
+  build_against_site cpp/examples/embed_cuda embed_cuda
+  "$work/embed_cuda/embed_cuda" | tee "$work/embed_cuda/output"
+  grep -q "y = 36 72" "$work/embed_cuda/output"
+}
+
+sanitized_program() {
+  build_against_site tests/cpp/cuda sanitize
+  "$work/sanitize/test_cuda_sanitize"
+}
+
+sanitize() {
+  timeout 150 "$sanitizer" --tool "$1" --error-exitcode 1 "${@:2}" "$work/sanitize/test_cuda_sanitize"
+}
+
+bench() {
+  local arguments=(bench --device cuda --rows 1,16,64,256 --seconds 0.1)
+  if [ -n "${RESULTS:-}" ]; then
+    mkdir -p "$RESULTS"
+    python3 -m marlinq "${arguments[@]}" --json | tee "$RESULTS/bench.json"
+  else
+    python3 -m marlinq "${arguments[@]}"
+  fi
+}
+
+part "build for $archs" install
+part "Python tests" python3 -m pytest -q -p no:cacheprovider tests/python/test_cuda*.py "$@"
+if googletest; then
+  part "C++ tests" cpp_tests
+else
+  not_run "C++ tests: GoogleTest was not found; CMAKE_PREFIX_PATH may name where it is"
+fi
+part "embed_cuda" example
+part "the program for the sanitizers, without one" sanitized_program
+if [ -x "$sanitizer" ]; then
+  part "memcheck" sanitize memcheck --leak-check full
+  for tool in racecheck synccheck initcheck; do part "$tool" sanitize $tool; done
+else
+  not_run "memcheck, racecheck, synccheck, initcheck: there is no compute-sanitizer"
+  failed=1
+fi
+part "bench" bench
+
+printf '\n=== summary, %s s\n' "$SECONDS"
+printf '%s\n' "${summary[@]}"
+exit $failed

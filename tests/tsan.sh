@@ -3,4 +3,4 @@
 set -eu
 cd "$(dirname "$0")/.."
 BUILD_DIR=${BUILD_DIR:-build/tsan} exec tests/ctest.sh -DCMAKE_BUILD_TYPE=RelWithDebInfo -DMARLINQ_STD_THREAD=ON \
-  -DMARLINQ_SANITIZE=thread "$@"
+  -DMARLINQ_BUILD_CUDA=OFF -DMARLINQ_SANITIZE=thread "$@"

@@ -18,7 +18,7 @@ function(marlinq_add_backend)
   set_property(GLOBAL PROPERTY MARLINQ_BACKEND_${arg_NAME}_HEADER ${arg_HEADER})
 endfunction()
 
-# Writes marlinq_backend_list.hpp for runtime/registry.cpp.
+# Writes marlinq_backend_list.hpp for runtime/registry.cpp: the backends, and what the build says of itself.
 function(marlinq_write_backend_list directory)
   get_property(names GLOBAL PROPERTY MARLINQ_BACKENDS)
   set(includes "")
@@ -30,8 +30,9 @@ function(marlinq_write_backend_list directory)
     list(APPEND entries "erase_backend<${type}>()")
   endforeach()
   list(JOIN entries ", " entries)
+  get_property(note GLOBAL PROPERTY MARLINQ_CUDA_NOTE)
   file(CONFIGURE OUTPUT "${directory}/marlinq_backend_list.hpp"
-    CONTENT "#pragma once\n\n${includes}\n#define MARLINQ_BACKEND_LIST ${entries}\n")
+    CONTENT "#pragma once\n\n${includes}\n#define MARLINQ_BACKEND_LIST ${entries}\n#define MARLINQ_BUILD_NOTE \"${note}\"\n")
 endfunction()
 
 # marlinq_add_cpu_isa(NAME name [PROCESSORS regex] [FLAGS flag...])

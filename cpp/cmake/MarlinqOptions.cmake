@@ -14,7 +14,9 @@ function(marlinq_target_options target)
   # Whatever is linked in statically (a CUDA runtime, a C++ library) stays inside.
   target_link_options(${target} PRIVATE $<$<PLATFORM_ID:Linux>:-Wl,--exclude-libs,ALL>)
   if(MARLINQ_WERROR)
-    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
+    target_compile_options(${target} PRIVATE
+      $<$<COMPILE_LANGUAGE:CXX>:-Werror>
+      $<$<COMPILE_LANGUAGE:CUDA>:--Werror=all-warnings>)
   endif()
   if(MARLINQ_SANITIZE)
     target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:

@@ -45,13 +45,15 @@ def info() -> dict[str, Any]:
     """What this build and this machine offer.
 
     Returns:
-        "version"; "threads", the host threads that a context uses unless told otherwise; "devices",
-        the names that `device=` takes here; "backends", a list of dicts: "name", "devices",
-        "hardware", "compute" and "kernels" with "name", "requires", "usable" and "chosen".
+        "version"; "build", whether the CUDA backend was built, by what or why not; "threads", the
+        host threads that a context uses unless told otherwise; "devices", the names that `device=`
+        takes here; "backends", a list of dicts: "name", "devices", "hardware", "compute" and
+        "kernels" with "name", "requires", "usable" and "chosen".
     """
     backends = _core.backends()
     return {
         "version": __version__,
+        "build": _core.build_note(),
         "threads": context_for("cpu").threads,
         "devices": [device for backend in backends for device in backend["devices"]],
         "backends": backends,

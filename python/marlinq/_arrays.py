@@ -93,18 +93,20 @@ class Output:
         return self.target if self._namespace is None else self._namespace.from_dlpack(self.target)
 
 
-def allocate(like: Array, shape: Sequence[int], dtype: str | None = None) -> Output:
+def allocate(
+    like: Array, shape: Sequence[int], context: _core.Context, dtype: str | None = None
+) -> Output:
     """Allocates an uninitialised array in the library and on the device of `like`.
 
     Args:
         like: An array that `shape_of` accepted.
         shape: Of the new array.
+        context: Writes the array: its device counts where the library leaves the memory to marlinq.
         dtype: "float32" or "int32"; None takes the dtype of `like`.
 
     Raises:
         InvalidArgumentError: The shape is negative, or the library of `like` cannot take an array
             over from marlinq.
-        UnsupportedError: The same, for memory that is not the host's.
     """
     if min(shape, default=0) < 0:
         raise InvalidArgumentError(f"out: shape {list(shape)}, expected no negative extent")
@@ -124,18 +126,29 @@ def allocate(like: Array, shape: Sequence[int], dtype: str | None = None) -> Out
         raise InvalidArgumentError(
             f"{type(like).__name__}: its library has no from_dlpack, so pass out="
         )
-    if device_of(like) != "cpu":
-        raise UnsupportedError(
-            f"{type(like).__name__} on {device_of(like)}: marlinq allocates there for torch and "
-            "CuPy only, so pass out="
-        )
-    return Output(_core.HostBuffer(shape, str(like.dtype) if dtype is None else dtype), namespace)
+    kind = str(like.dtype) if dtype is None else dtype
+    if device_of(like) == "cpu":
+        return Output(_core.HostBuffer(shape, kind), namespace)
+    return Output(_core.DeviceBuffer(context, shape, kind), namespace)
 
 
 def clear(output: Output) -> None:
     """Fills a new array with zeros."""
-    if not isinstance(output.target, _core.HostBuffer):  # which starts with zeros
+    if not isinstance(output.target, _core.HostBuffer | _core.DeviceBuffer):  # zeros already
         output.target[...] = 0
+
+
+def given(out: Array) -> Output:
+    """The caller's own array.
+
+    Raises:
+        InvalidArgumentError: `out` is an array of JAX, which are values that never change.
+    """
+    if type(out).__module__.partition(".")[0] in ("jax", "jaxlib"):
+        raise InvalidArgumentError(
+            "out: arrays of JAX are immutable, expected None; take the result instead"
+        )
+    return Output(out)
 
 
 def same_kind(like: Array, array: np.ndarray[Any, Any]) -> Array:

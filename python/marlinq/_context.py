@@ -6,24 +6,62 @@ from typing import Any
 
 from marlinq import _core
 
+_outliving: list[_core.Context] = []
+"""Contexts of ended threads whose memory a captured CUDA graph may still use."""
+
+
+class _ThreadContexts(dict[tuple[str, int], _core.Context]):
+    """The contexts of one thread, dropped when it ends unless a graph needs them."""
+
+    def __del__(self, keep: list[_core.Context] = _outliving) -> None:
+        keep.extend(context for context in self.values() if context.captured)
+
 
 class _Contexts(threading.local):
     def __init__(self) -> None:
-        self.known: dict[tuple[str, int], _core.Context] = {}
+        self.known = _ThreadContexts()
 
 
 _contexts = _Contexts()
 
 
+_libraries: dict[type, str] = {}
+
+
+def _library_of(array: Any) -> str:
+    """The array library of a type or its bases: "numpy", "torch", "cupy", or "" for any other."""
+    kind = type(array)
+    known = _libraries.get(kind)
+    if known is None:
+        roots = (base.__module__.partition(".")[0] for base in kind.__mro__)
+        known = next((root for root in roots if root in ("numpy", "torch", "cupy")), "")
+        _libraries[kind] = known
+    return known
+
+
+def needs_wait(array: Any) -> bool:
+    """Whether work on the array has to be done when a call returns.
+
+    torch and CuPy go on after us on the current stream, and the core waits for numpy's copies.
+    Other libraries learn nothing of our stream.
+    """
+    return not _library_of(array)
+
+
 def _current_stream(device: str, like: Any) -> int:
     """The stream that is current for the library of `like`, else the default stream."""
-    library = type(like).__module__.partition(".")[0]
-    module = sys.modules.get(library)
-    if library == "torch" and module is not None:
-        return int(module.cuda.current_stream(device).cuda_stream)
-    if library == "cupy" and module is not None:
-        return int(module.cuda.get_current_stream().ptr)
-    return 0
+    library = _library_of(like)
+    if library == "cupy":
+        index = int(device.partition(":")[2])
+        return int(sys.modules["cupy"].cuda.get_current_stream(index).ptr)
+    # numpy has no stream. Where torch has one, it is the caller's, and inside a capture of it the
+    # core can tell that it must not wait.
+    torch = sys.modules.get("torch")
+    if torch is None or not (like.is_cuda if library == "torch" else library == "numpy"):
+        return 0
+    if library == "numpy" and not torch.cuda.is_initialized():
+        return 0
+    return int(torch.cuda.current_stream(device).cuda_stream)
 
 
 def context_for(
@@ -42,6 +80,8 @@ def context_for(
     """
     if context is not None:
         return context
+    if device == "cuda":
+        device = "cuda:0"
     stream = _current_stream(device, like) if device.startswith("cuda") else 0
     known = _contexts.known.get((device, stream))
     if known is None:

@@ -10,6 +10,7 @@ import typing
 
 __all__: list[str] = [
     "Context",
+    "DeviceBuffer",
     "ExpertStack",
     "HostBuffer",
     "HostTensor",
@@ -17,10 +18,12 @@ __all__: list[str] = [
     "Module",
     "MoeBlock",
     "backends",
+    "build_note",
     "load_gptq",
     "load_gptq_stacked",
     "moe_align_block_size",
     "route",
+    "time_forwards",
     "validate",
 ]
 
@@ -73,6 +76,8 @@ class Context:
         threads: Host threads of a forward; 0 takes as many as the process may run on.
         stream: A CUDA stream as an integer, which must outlive the context; 0 is the default stream.
 
+    A context whose forwards were captured in a CUDA graph owns memory that the graph uses, and must outlive it.
+
     Raises:
         UnsupportedError: If no backend of this build runs the device.
         DeviceError: If the device does not exist.
@@ -83,14 +88,27 @@ class Context:
         threads: typing.SupportsInt | typing.SupportsIndex = 0,
         stream: typing.SupportsInt | typing.SupportsIndex = 0,
     ) -> None: ...
+    def copy(self, source: typing.Any, target: typing.Any) -> None:
+        """
+        Copies [..., cols] to the same shape and dtype, each in host memory or on the device.
+        """
     def pregrow_marlin_gather_scratch(
         self, required_elements: typing.SupportsInt | typing.SupportsIndex
     ) -> None:
         """
         Grows the scratch to m_total * (widest matmul input) elements; only ever grows.
         """
+    def synchronise(self) -> None:
+        """
+        Waits for the work of the context's stream.
+        """
     @property
     def backend(self) -> str: ...
+    @property
+    def captured(self) -> bool:
+        """
+        Whether work of this context was captured in a CUDA graph.
+        """
     @property
     def device(self) -> str: ...
     @property
@@ -99,7 +117,36 @@ class Context:
         How often the scratch has grown; a repeated size never changes it.
         """
     @property
+    def stream(self) -> int:
+        """
+        The CUDA stream as an integer.
+        """
+    @property
     def threads(self) -> int: ...
+
+class DeviceBuffer:
+    """
+    Zeroed memory on a context's device that other libraries take over by DLPack.
+
+    Work of the context's stream is waited for when it is taken over.
+    """
+    def __dlpack__(
+        self,
+        *,
+        stream: typing.Any = None,
+        max_version: typing.Any = None,
+        dl_device: typing.Any = None,
+        copy: typing.Any = None,
+    ) -> typing.Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+    def __init__(
+        self,
+        context: Context,
+        shape: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        dtype: str,
+    ) -> None: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 class Module:
     """
@@ -124,7 +171,7 @@ class Linear:
     def describe(self) -> dict[str, typing.Any]: ...
     def forward(self, context: Context, x: typing.Any, out: typing.Any) -> None:
         """
-        Writes x [..., K] times the weight into out [..., N].
+        Writes x [..., K] times the weight into out [..., N]; numpy arrays may be of a layer on any device.
         """
     @property
     def backend(self) -> str: ...
@@ -222,6 +269,11 @@ def backends() -> list[dict[str, typing.Any]]:
     The backends of this build: name, devices, hardware, compute, kernels.
     """
 
+def build_note() -> str:
+    """
+    Whether the CUDA backend was built, and by what or why not.
+    """
+
 def load_gptq(
     context: Context,
     modules: collections.abc.Sequence[Module],
@@ -284,6 +336,19 @@ def route(
 ) -> None:
     """
     Writes ids (i32 [T, top_k]) and weights (f32 [T, top_k]).
+    """
+
+def time_forwards(
+    context: Context,
+    layers: collections.abc.Sequence[Linear],
+    x: typing.Any,
+    out: typing.Any,
+    *,
+    first: typing.SupportsInt | typing.SupportsIndex,
+    count: typing.SupportsInt | typing.SupportsIndex,
+) -> float:
+    """
+    Seconds of `count` forwards without a wait between them, through the layers in turn from `first` on.
     """
 
 def validate(

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from marlinq import _core
-from marlinq._arrays import Array, allocate, clear, shape_of
-from marlinq._context import context_for
+from marlinq._arrays import Array, allocate, clear, given, shape_of
+from marlinq._context import context_for, needs_wait
 from marlinq.errors import InvalidArgumentError, MarlinqWarning, UnsupportedError
 
 CHECKPOINT_FORMATS = ("auto", "gptq", "gptq_v2", "gptq_p")
@@ -86,11 +86,18 @@ class Linear:
     ) -> Array:
         """Computes x Wᵀ + bias.
 
+        On a GPU, work goes to the current stream of torch or CuPy, whose arrays are read and
+        written where they lie; the call does not wait for it. Arrays of other libraries on the GPU
+        are used there too, and the call waits. numpy arrays are copied to the GPU and back, which
+        waits as well and cannot be part of a CUDA graph; tensors of torch in host memory are
+        refused. A GPU computes with float16 or bfloat16 activations: float32 is rounded to float16.
+
         Args:
-            x: `[..., K]`, float32, float16 or bfloat16, on the layer's device. Read where it lies.
-            out: `[..., N]` of the dtype of x or float32, to be written; None allocates an array of
-                the library and dtype of x.
-            context: Used instead of this thread's own context.
+            x: `[..., K]`, float32, float16 or bfloat16, on the layer's device or a numpy array.
+            out: `[..., N]` of the dtype of x or float32, to be written, on the layer's device or a
+                numpy array; None allocates an array of the library and dtype of x.
+            context: Used instead of this thread's own context. Where its stream is not the current
+                one of the arrays' library, order the two yourself.
 
         Returns:
             `out`, or the new array.
@@ -99,14 +106,19 @@ class Linear:
             InvalidArgumentError: A shape, dtype or device does not fit, or x requires grad.
         """
         shape = shape_of(x, "x")
-        context = context_for(self._device, context, x)
-        if out is not None:
-            self._handle.forward(context, x, out)
-            return out
-        if not shape:
+        own = context is None
+        like = x if out is None or not isinstance(x, np.ndarray) else out
+        context = context_for(self._device, context, like)
+        if out is None and not shape:
             raise InvalidArgumentError(f"x: 0 dimensions, expected [..., {self.in_features}]")
-        output = allocate(x, (*shape[:-1], self._out_features))
+        output = (
+            given(out)
+            if out is not None
+            else allocate(x, (*shape[:-1], self._out_features), context)
+        )
         self._handle.forward(context, x, output.target)
+        if own and self._device != "cpu" and (needs_wait(x) or needs_wait(output.target)):
+            context.synchronise()
         return output.array()
 
     def __repr__(self) -> str:
@@ -222,11 +234,11 @@ class ExpertStack:
         dispatches = _check_dispatches(dispatches)
         context = context_for(self._device, context, x)
         if out is not None:
-            self._handle.gemm_phase_batched(context, x, dispatches, out)
+            self._handle.gemm_phase_batched(context, x, dispatches, given(out).target)
             return out
         if out_rows is None:
             out_rows = max((first + rows for _, _, first, rows in dispatches), default=0)
-        output = allocate(x, (out_rows, self.n_per_expert))
+        output = allocate(x, (out_rows, self.n_per_expert), context)
         if sum(rows for *_, rows in dispatches) != out_rows:
             clear(output)
         self._handle.gemm_phase_batched(context, x, dispatches, output.target)
@@ -274,20 +286,24 @@ class ExpertStack:
         context = context_for(self._device, context, x)
         if isinstance(num_tokens_past_padded, int):
             num_tokens_past_padded = np.array([num_tokens_past_padded], np.int32)
-        output = None if out is not None else allocate(x, (num_tokens * top_k, self.n_per_expert))
+        output = (
+            given(out)
+            if out is not None
+            else allocate(x, (num_tokens * top_k, self.n_per_expert), context)
+        )
         self._handle.gemm_phase_fused(
             context,
             x,
             sorted_token_ids,
             expert_ids,
             num_tokens_past_padded,
-            out if output is None else output.target,
+            output.target,
             block_size=block_size,
             top_k=top_k,
             num_tokens=num_tokens,
             topk_weights=topk_weights,
         )
-        return out if output is None else output.array()
+        return output.array()
 
     def __repr__(self) -> str:
         """Shape, format and kernel."""

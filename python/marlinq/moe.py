@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from marlinq import _core
-from marlinq._arrays import Array, allocate, device_of, same_kind, shape_of, to_float32
+from marlinq._arrays import Array, allocate, device_of, given, same_kind, shape_of, to_float32
 from marlinq._context import context_for
 from marlinq.errors import InvalidArgumentError
 from marlinq.linear import ExpertStack, Linear
@@ -136,7 +136,7 @@ class MoeBlock:
         """
         shape = shape_of(x, "x")
         context = context_for(self._device, context, x)
-        output = None if out is not None else allocate(x, shape)
+        output = given(out) if out is not None else allocate(x, shape, context)
         shared = None
         if self._shared_function is not None:
             shared = self._shared_function(x)
@@ -149,10 +149,10 @@ class MoeBlock:
             x,
             topk_ids,
             topk_weights,
-            out if output is None else output.target,
+            output.target,
             shared_output=shared,
         )
-        return out if output is None else output.array()
+        return output.array()
 
     def __repr__(self) -> str:
         """Shape, activation and kernel."""
@@ -200,8 +200,8 @@ def route(
     if top_k < 1:
         raise InvalidArgumentError(f"top_k: {top_k}, expected at least 1")
     context = context_for(device_of(logits), context, logits)
-    ids = allocate(logits, (*shape[:-1], top_k), "int32")
-    weights = allocate(logits, (*shape[:-1], top_k), "float32")
+    ids = allocate(logits, (*shape[:-1], top_k), context, "int32")
+    weights = allocate(logits, (*shape[:-1], top_k), context, "float32")
     _core.route(
         context,
         logits,

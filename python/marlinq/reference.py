@@ -17,7 +17,7 @@ BOUNDS = {
     "int16": 5e-5,
     "bfloat16": 4e-3,
     "int8": 1.5e-2,
-    "float16": 1e-3,
+    "float16": 4e-4,
 }
 """Largest relative error of a product on standard normal x, by the name of the arithmetic."""
 

@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gptq_writer import Array, make_layer, stack_arrays
-from marlinq.errors import InvalidArgumentError, UnsupportedError
+from marlinq import _core
+from marlinq.errors import InvalidArgumentError, OutOfMemoryError, UnsupportedError
 from support import normal
 
 try:
@@ -405,3 +406,48 @@ def test_tensors_that_are_not_contiguous_are_refused(name: str) -> None:
 def test_tensors_that_are_no_arrays_are_refused(name: str, value: Any) -> None:
     with pytest.raises(InvalidArgumentError, match=f"{name}: {type(value).__name__}, expected"):
         marlinq.load_gptq(**(LAYER.arrays() | {name: value}))
+
+
+def test_buffers_and_copies_of_a_context() -> None:
+    own = marlinq.Context("cpu", 1)
+    assert (own.stream, own.captured) == (0, False)
+    buffer = _core.DeviceBuffer(own, [3, 4], "float32")
+    assert (buffer.shape, buffer.__dlpack_device__()) == ((3, 4), (1, 0))
+    taken = np.from_dlpack(buffer)
+    assert not taken.any()
+    x = normal((3, 8), seed=14)[:, 2:6]
+    own.copy(x, buffer)
+    own.synchronise()
+    np.testing.assert_array_equal(taken, x)
+    back = np.zeros((3, 9), np.float32)
+    own.copy(buffer, back[:, 4:8])
+    np.testing.assert_array_equal(back[:, 4:8], x)
+    assert not back[:, :4].any()
+    with pytest.raises(InvalidArgumentError, match="from: 3 rows, expected at least 4"):
+        own.copy(buffer, np.zeros((4, 4), np.float32))
+    with pytest.raises(InvalidArgumentError, match="from: dtype float32, expected float16"):
+        own.copy(buffer, np.zeros((3, 4), np.float16))
+    with pytest.raises(InvalidArgumentError, match=r"shape: \[-1\], expected no negative extent"):
+        _core.DeviceBuffer(own, [-1], "float32")
+    with pytest.raises(InvalidArgumentError, match="dtype: float64, expected float32"):
+        _core.DeviceBuffer(own, [1], "float64")
+    with pytest.raises(OutOfMemoryError, match="cannot allocate"):
+        _core.DeviceBuffer(own, [1 << 31, 1 << 31], "float32")
+
+
+def test_forwards_are_timed_in_turn(linear: marlinq.Linear) -> None:
+    own = marlinq.Context("cpu", 1)
+    x, out = normal((5, 320), seed=15), np.zeros((5, 96), np.float32)
+    handles = [linear._handle, linear._handle]
+    assert _core.time_forwards(own, handles, x, out, first=1, count=3) > 0
+    np.testing.assert_array_equal(out, linear(x))
+    for layers, first, count in (([], 0, 1), (handles, -1, 1), (handles, 0, 0)):
+        with pytest.raises(InvalidArgumentError, match="expected at least 1 layer, first 0 and"):
+            _core.time_forwards(own, layers, x, out, first=first, count=count)
+
+
+def test_arrays_of_jax_are_not_written(linear: marlinq.Linear) -> None:
+    """A class of a module of that name stands in: JAX itself runs in the GPU tests."""
+    kind = type("ArrayImpl", (Bare,), {"__module__": "jaxlib._jax"})
+    with pytest.raises(InvalidArgumentError, match="out: arrays of JAX are immutable"):
+        linear(normal((5, 320), seed=16), out=kind(np.zeros((5, 96), np.float32)))

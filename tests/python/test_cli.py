@@ -53,6 +53,7 @@ def test_info(run: Any) -> None:
     result = run("info")
     assert (result.code, result.err) == (0, "")
     assert marlinq.__version__ in result.out
+    assert f"built {marlinq.info()['build']}" in result.out
     for backend in marlinq.info()["backends"]:
         assert f"backend {backend['name']}" in result.out
         for kernel in backend["kernels"]:
@@ -228,6 +229,7 @@ def test_bench_json(run: Any) -> None:
         (64, 256, 1, 8),
         (64, 256, 3, 8),
     ]
+    assert {row["device"] for row in rows} == {result.document["device"]} == {"cpu"}
     for row in rows:
         for name in ("seconds", "gb_per_second", "gflop_per_second", "numpy_seconds"):
             assert row[name] > 0
@@ -262,6 +264,7 @@ def test_bench_of_a_block(run: Any) -> None:
         (("bench", "--moe", "4,5,64,32"), "--moe: top_k 5 of 4 experts"),
         (("verify", MINILM, "--rows", "x"), "'x', expected an integer of at least 1"),
         (("verify", MINILM, "--device", "tpu"), "device: 'tpu', expected 'cpu'"),
+        (("bench", "--device", "tpu"), "device: 'tpu', expected 'cpu'"),
         (("inspect", MINILM, "--device", "tpu"), "device: 'tpu', expected 'cpu'"),
         (("verify",), "CHECKPOINT"),
         (("nonsense",), "nonsense"),

@@ -1,234 +1,372 @@
-"""The CUDA backend against float64, on every device of the machine; skipped where there is none."""
+"""The CUDA backend against float64; skipped where there is no device."""
 
-import threading
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import marlinq
 import numpy as np
 import pytest
-from gptq_writer import Layer, make_layer
-from marlinq.errors import DeviceError, InvalidArgumentError, UnsupportedError
-from support import assert_close
+from cuda_support import (
+    BOUNDS,
+    DEVICE,
+    TYPES,
+    DeviceLayer,
+    Reference,
+    guarded,
+    host,
+    load,
+    needs_device,
+    normal,
+    reference,
+    torch,
+    untouched,
+)
+from gptq_writer import Layer, make_layer, with_zeros, write_checkpoint
+from marlinq.cli import main
+from safetensors.numpy import load_file
+from support import DATA, assert_close
 
-torch = pytest.importorskip("torch")
+pytestmark = needs_device
 
-DEVICES = [
-    device
-    for backend in marlinq.info()["backends"]
-    if backend["name"] == "cuda"
-    for device in backend["devices"]
-]
-pytestmark = pytest.mark.skipif(not DEVICES, reason="no CUDA device")
-
-# Rounding of the output, and of the activations where a tensor core sums them; the reasons stand in
-# tests/tolerances.json.
-BOUNDS = {"float16": 4e-4, "bfloat16": 3e-3}
-TYPES = ["float16", "bfloat16"]
-
-
-def load(layer: Layer, device: str = "cuda", **options: Any) -> marlinq.Linear:
-    shape = {"bits": layer.bits, "group_size": layer.group_size}
-    return marlinq.load_gptq(**layer.arrays(), device=device, **shape, **options)
-
-
-def normal(m: int, k: int, dtype: str, device: str = "cuda", seed: int = 0) -> Any:
-    generator = torch.Generator(device=device).manual_seed(seed)
-    x = torch.randn((m, k), generator=generator, device=device)
-    return x.to(getattr(torch, dtype))
+SIZES = [1, 7, 32, 60, 64, 96, 192, 320, 416, 576, 704, 1408, 10944]
+ROWS = [0, 1, 7, 16, 17, 63, 64, 65, 257, 1000]
+CHECKPOINTS = sorted(path.parent.name for path in DATA.glob("*/expected.safetensors"))
 
 
-def check(y: Any, x: Any, layer: Layer, what: str) -> None:
-    """Against the definition in float64, on the device."""
-    dense = torch.from_numpy(layer.dense()).to(x.device)
-    wide = x.double()
-    expected = wide @ dense.T
-    if layer.bias is not None:
-        expected += torch.from_numpy(layer.bias).to(x.device)
-    difference = torch.linalg.norm(y.double() - expected)
-    bound = BOUNDS[str(x.dtype).removeprefix("torch.")]
-    if y.numel() >= 256:
-        assert difference <= bound * torch.linalg.norm(expected), what
-    else:  # few elements: against the size of what was summed
-        magnitude = torch.sqrt(torch.sum((wide**2) @ (dense**2).T))
-        assert difference <= 3 * bound * magnitude, what
-
-
-@pytest.mark.parametrize("n", [1, 7, 32, 60, 96, 192, 416, 1408])
-@pytest.mark.parametrize("k", [1, 7, 32, 60, 96, 192, 416, 1408, 10944])
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("k", SIZES)
 def test_shapes(n: int, k: int) -> None:
-    layer = make_layer(n, k, symmetric=False, seed=n + k)
-    linear = load(layer)
-    for m in (0, 1, 7, 16, 17, 63, 64, 65, 257, 1000):
-        for dtype in TYPES:
-            x = normal(m, k, dtype, seed=m)
-            store = torch.full((m + 2, n + 16), 7.0, dtype=x.dtype, device="cuda")
-            out = store[1 : m + 1, 8 : n + 8]
-            linear(x, out=out)
+    layer = DeviceLayer(n, k, seed=n + k)
+    linear = layer.load()
+    dense = layer.dense()
+    for dtype in TYPES:
+        x = normal(max(ROWS), k, dtype, seed=k)
+        expected = Reference(dense, None, x)
+        for m in ROWS:
+            store, out = guarded(m, n, x.dtype)
+            linear(x[:m], out=out)
             if m:
-                check(out, x, layer, f"n {n}, k {k}, m {m}, {dtype}")
-            store[1 : m + 1, 8 : n + 8] = 7
-            assert bool((store == 7).all()), "written outside the output"
+                expected.check(out, f"n {n}, k {k}")
+            assert untouched(store, out), f"n {n}, k {k}, m {m}: written outside the output"
+
+
+def unbalanced(layer: Layer, seed: int) -> Layer:
+    """Rows in groups of very different sizes, some of them empty."""
+    share = np.random.default_rng(seed).random(layer.k)
+    return replace(layer, groups=(share * share * len(layer.scales)).astype(np.int64))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("group_size", [-1, 16, 32, 64, 128, 256, 1024, 24, 7])
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("dtype", TYPES)
-def test_formats(bits: int, group_size: int, act_order: bool, dtype: str) -> None:
-    layer = make_layer(
-        160, 704, bits=bits, group_size=group_size, symmetric=group_size % 3 == 0,
-        act_order=act_order, bias=True, scale_dtype=("F16", "F32")[bits % 3 == 0], seed=bits,
-    )  # fmt: skip
-    linear = load(layer)
-    for m in (1, 16, 33, 70):
-        x = normal(m, 704, dtype, seed=m)
-        check(linear(x), x, layer, f"m {m}")
+@pytest.mark.parametrize("group_size", [-1, 7, 16, 24, 32, 64, 128, 256, 1024])
+@pytest.mark.parametrize("order", ["none", "shuffled", "unbalanced"])
+def test_formats(bits: int, group_size: int, order: str) -> None:
+    seeds = itertools.count(bits)
+    for symmetric, scale_dtype in itertools.product([False, True], ["F16", "BF16", "F32"]):
+        layer = make_layer(
+            160,
+            704,
+            bits=bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            act_order=order == "shuffled",
+            bias=not symmetric,
+            scale_dtype=scale_dtype,
+            seed=next(seeds),
+        )
+        if order == "unbalanced":
+            layer = unbalanced(layer, seed=next(seeds))
+        linear = load(layer)
+        assert linear.describe()["act_order"] == (not np.array_equal(layer.groups, natural(layer)))
+        for dtype in TYPES:
+            x = normal(70, 704, dtype, seed=next(seeds))
+            expected = reference(layer, x)
+            for m in (1, 16, 33, 70):
+                expected.check(linear(x[:m]), f"symmetric {symmetric}, scales {scale_dtype}")
+
+
+def natural(layer: Layer) -> Any:
+    rows = layer.k if layer.group_size == -1 else layer.group_size
+    return np.arange(layer.k) // rows
+
+
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
+def test_zero_points_of_every_value(layout: str) -> None:
+    """0 included, which the older convention stores as a borrow."""
+    layer = make_layer(96, 256, group_size=64, symmetric=False, seed=2)
+    zeros = np.arange(4 * 96).reshape(4, 96) % 16
+    layer = with_zeros(layer, zeros)
+    linear = marlinq.load_gptq(
+        **layer.arrays(layout), group_size=64, device=DEVICE, checkpoint_format=layout
+    )
+    x = normal(33, 256, "float16", seed=1)
+    reference(layer, x).check(linear(x))
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_stored_checkpoints(name: str) -> None:
+    """Every module against float64, and against what another program computed."""
+    checkpoint = marlinq.open(DATA / name)
+    stored = load_file(DATA / name / "expected.safetensors")
+    compared = 0
+    for info in checkpoint.modules():
+        linear = checkpoint.linear(info.name, device=DEVICE)
+        weight = checkpoint.reference(info.name)
+        dense = torch.from_numpy(weight.dequantize(np.float64)).to(DEVICE)
+        bias = (
+            None if weight.bias is None else torch.from_numpy(np.asarray(weight.bias, np.float64))
+        )
+        bias = None if bias is None else bias.to(DEVICE)
+        for dtype in TYPES:
+            x = normal(130, linear.in_features, dtype)
+            expected = Reference(dense, bias, x)
+            for m in (1, 5, 33, 130):
+                expected.check(linear(x[:m]), info.name)
+        for m in (1, 5, 33):
+            if f"{info.name}.x{m}" not in stored:
+                continue
+            wanted = stored[f"{info.name}.y{m}"]
+            result = linear(stored[f"{info.name}.x{m}"])
+            # The stored x is float32: rounding it adds an error like the output's own.
+            error = np.linalg.norm(result - wanted) / np.linalg.norm(wanted)
+            assert error <= 2 * BOUNDS["float16"], f"{info.name}, {m} rows: {error:.2e}"
+            compared += 1
+    names = {info.name for info in checkpoint.modules()}
+    wanted_products = [
+        key
+        for key in stored
+        if key.rpartition(".")[0] in names and key.rpartition(".")[2] in ("y1", "y5", "y33")
+    ]
+    assert compared == len(wanted_products)
 
 
 def test_types_of_outputs_and_inputs() -> None:
-    layer = make_layer(96, 256, seed=1)
-    linear = load(layer)
-    x = normal(5, 256, "float16")
-    wide = torch.empty((5, 96), device="cuda")
-    linear(x, out=wide)
-    torch.testing.assert_close(wide.half(), linear(x), rtol=0, atol=0)
-    exact = linear(x.float())
-    assert exact.dtype == torch.float32
-    torch.testing.assert_close(exact, wide, rtol=0, atol=0)
-    strided = torch.zeros((5, 512), dtype=torch.float16, device="cuda")[:, 3:259]
-    strided.copy_(x)
-    torch.testing.assert_close(linear(strided), linear(x), rtol=0, atol=0)
+    layer = DeviceLayer(96, 256, seed=1)
+    linear = layer.load()
+    for dtype in TYPES:
+        x = normal(70, 256, dtype)
+        for m in (1, 16, 70):
+            wide = torch.empty((m, 96), device=DEVICE)
+            linear(x[:m], out=wide)
+            # One rounding at the end: that of the float32 output is the other one.
+            assert torch.equal(wide.to(x.dtype), linear(x[:m]))
+    x = normal(70, 256, "float16")
+    for m in (1, 16, 70):
+        wide = torch.empty((m, 96), device=DEVICE)
+        linear(x[:m], out=wide)
+        exact = linear(x[:m].float())
+        assert exact.dtype == torch.float32
+        assert torch.equal(exact, wide)
+    # float32 inputs are rounded to float16, nearest even.
+    odd = normal(16, 256, "float32")
+    assert torch.equal(linear(odd), linear(odd.half().float()))
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("n", [96, 61])
+def test_strides_and_alignments(n: int, act_order: bool) -> None:
+    """Any row stride and any address that is a multiple of the element."""
+    layer = DeviceLayer(n, 320, act_order=act_order, bias=True, seed=4)
+    linear = layer.load()
+    for dtype in [*TYPES, "float32"]:
+        x = normal(33, 320, dtype, seed=1)
+        for stride, offset in ((328, 0), (336, 8), (321, 0), (327, 3), (320, 1), (324, 4)):
+            memory = torch.zeros(34 * stride + offset, dtype=x.dtype, device=DEVICE)
+            moved = memory[offset : offset + 33 * stride].view(33, stride)[:, :320]
+            moved.copy_(x)
+            for m in (1, 16, 33):
+                assert torch.equal(linear(moved[:m]), linear(x[:m])), (dtype, stride, offset, m)
+        for offset in (1, 2, 3, 8):
+            for m in (1, 16, 33):
+                store, out = guarded(m, n, x.dtype, offset)
+                linear(x[:m], out=out)
+                assert torch.equal(out, linear(x[:m])), (dtype, offset, m)
+                assert untouched(store, out), (dtype, offset, m)
+
+
+def test_shapes_of_x() -> None:
+    linear = DeviceLayer(96, 256, seed=1).load()
+    x = normal(24, 256, "float16")
+    y = linear(x)
+    assert torch.equal(linear(x.view(2, 3, 4, 256)), y.view(2, 3, 4, 96))
+    assert linear(x[0]).shape == (96,)
+    assert linear(x[:0]).shape == (0, 96)
+    assert linear(x.view(2, 12, 256)[:, :0]).shape == (2, 0, 96)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_large_values_stay_finite(dtype: str) -> None:
-    layer = make_layer(64, 53248, symmetric=False, seed=3)
-    x = normal(17, 53248, dtype) * 1e4
-    out = torch.empty((17, 64), device="cuda")
-    load(layer)(x, out=out)
-    assert bool(torch.isfinite(out).all())
-    check(out, x, layer, "k 53248")
+@pytest.mark.parametrize("act_order", [False, True])
+def test_large_values_stay_finite(dtype: str, act_order: bool) -> None:
+    layer = DeviceLayer(64, 53248, act_order=act_order, seed=3)
+    x = (normal(300, 53248, dtype) * 1e4).clamp(-6e4, 6e4)
+    expected = reference(layer, x)
+    linear = layer.load()
+    layer.scales /= 256  # a power of two: the same numbers, and results that float16 holds
+    small = layer.load()
+    for m in (1, 16, 17, 64, 300):
+        out = torch.empty((m, 64), device=DEVICE)
+        linear(x[:m], out=out)
+        assert bool(torch.isfinite(out).all())
+        expected.check(out)
+        narrow = small(x[:m])
+        assert bool(torch.isfinite(narrow).all())
+        expected.check(narrow.double() * 256)
 
 
-def test_bitwise_equal_runs_streams_and_threads() -> None:
-    linear = load(make_layer(320, 4096, symmetric=False, act_order=True, seed=4))
-    for m in (1, 16, 40, 300):
-        x = normal(m, 4096, "float16", seed=m)
-        first = linear(x)
-        for _ in range(20):
-            assert torch.equal(linear(x), first)
-        failures: list[int] = []
-
-        def work(index: int, x: Any = x, first: Any = first, failures: Any = failures) -> None:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.default_stream())
-            with torch.cuda.stream(stream):
-                results = [linear(x) for _ in range(10)]
-            stream.synchronize()
-            if not all(torch.equal(result, first) for result in results):
-                failures.append(index)
-
-        torch.cuda.synchronize()
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert failures == []
+def check_each_column(y: Any, layer: Layer, x: Any, what: object) -> None:
+    """Every column against its own numbers, so that a large one cannot hide a small one."""
+    dense = torch.from_numpy(layer.dense()).to(x.device)
+    wide = x.double()
+    difference = torch.linalg.norm(y.double() - wide @ dense.T, dim=0)
+    scale = torch.sqrt(torch.sum((wide**2) @ (dense**2).T, dim=0))
+    bound = 3 * BOUNDS[str(x.dtype).removeprefix("torch.")]
+    assert bool((difference <= bound * scale).all()), what
 
 
-@pytest.mark.parametrize("m", [1, 24, 130])
-def test_batch_invariance(m: int) -> None:
-    linear = load(make_layer(320, 1408, symmetric=False, seed=5), batch_invariant=True)
-    x = normal(m, 1408, "bfloat16", seed=m)
-    whole = linear(x)
-    for row in {0, m // 2, m - 1}:
-        assert torch.equal(linear(x[row : row + 1]), whole[row : row + 1])
-
-
-def test_graph_replays_with_new_inputs() -> None:
-    layer = make_layer(256, 1024, symmetric=False, act_order=True, seed=6)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("act_order", [False, True])
+def test_extreme_scales(dtype: str, act_order: bool) -> None:
+    """Zero, the smallest numbers of float16 and nearly the largest, in one layer."""
+    layer = make_layer(96, 512, symmetric=False, act_order=act_order, seed=11)
+    values = np.array([0.0, 1e-7, 6e4, 6e-5, 1.0], np.float16).astype(np.float64)
+    scales = values[np.arange(4 * 96).reshape(4, 96) % 5]
+    scales[:, :5] = values  # whole columns of each
+    layer = replace(layer, scales=scales)
     linear = load(layer)
-    x = normal(16, 1024, "float16")
-    out = torch.empty((16, 256), dtype=torch.float16, device="cuda")
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        context = marlinq.Context("cuda", stream=stream.cuda_stream)
-        linear(x, out=out, context=context)
-        before = context.scratch_allocations
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            linear(x, out=out, context=context)
-        assert context.scratch_allocations == before
-        for seed in range(1000):
-            x.copy_(normal(16, 1024, "float16", seed=seed % 7))
-            graph.replay()
-            if seed % 100 == 99:
-                stream.synchronize()
-                check(out, x, layer, f"replay {seed}")
-        # The scratch grows afterwards; the graph keeps what it was captured with.
-        larger = normal(64, 1024, "float16", seed=9)
-        check(linear(larger, context=context), larger, layer, "after the capture")
-        assert context.scratch_allocations == before + 1
-        graph.replay()
-        stream.synchronize()
-        check(out, x, layer, "after the growth")
+    x = normal(130, 512, dtype, seed=2)
+    for m in (1, 16, 17, 130):
+        out = torch.empty((m, 96), device=DEVICE)
+        linear(x[:m], out=out)
+        assert bool(torch.isfinite(out).all())
+        assert bool((out[:, 0] == 0).all())
+        check_each_column(out, layer, x[:m], f"m {m}")
 
 
-def test_a_capture_without_scratch_says_how_much() -> None:
-    linear = load(make_layer(64, 1024, act_order=True, seed=7))
-    stream = torch.cuda.Stream()
-    context = marlinq.Context("cuda", stream=stream.cuda_stream)
-    x = normal(8, 1024, "float16")
-    out = torch.empty((8, 64), dtype=torch.float16, device="cuda")
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    refusal = r"call pregrow_marlin_gather_scratch\(8192\) before"
-    with torch.cuda.graph(graph, stream=stream):
-        out.zero_()  # a graph must hold something
-        with pytest.raises(InvalidArgumentError, match=refusal):
-            linear(x, out=out, context=context)
-    context.pregrow_marlin_gather_scratch(8192)
-    allocations = context.scratch_allocations
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        linear(x, out=out, context=context)
-    assert context.scratch_allocations == allocations
-
-
-def test_refusals() -> None:
-    layer = make_layer(64, 128, seed=8)
+@pytest.mark.parametrize("scale_dtype", ["BF16", "F32"])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_scales_of_any_size_in_one_column(
+    scale_dtype: str, act_order: bool, symmetric: bool
+) -> None:
+    layer = make_layer(
+        70, 512, symmetric=symmetric, act_order=act_order, scale_dtype=scale_dtype, seed=12
+    )
+    factors = np.array([[1e30], [1e-35], [1e25], [1e-20]]) / (1 + np.arange(70) % 3)
+    factors[3, ::2] = 0  # half of the columns have nothing but the smallest beside the large ones
+    factors[1, ::7] = 1
+    scales = (layer.scales * factors).astype(np.float32).astype(np.float64)
+    if scale_dtype == "BF16":  # cut, not rounded: any numbers that bfloat16 holds will do
+        words = scales.astype(np.float32).view(np.uint32) & 0xFFFF0000
+        scales = words.view(np.float32).astype(np.float64)
+    layer = replace(layer, scales=scales)
     linear = load(layer)
-    with pytest.raises(InvalidArgumentError, match="x: on cpu, expected cuda:0"):
-        linear(torch.zeros((1, 128), dtype=torch.float16), out=torch.zeros((1, 64)))
-    with pytest.raises(InvalidArgumentError, match="out: dtype bfloat16, expected the input's"):
-        linear(
-            normal(1, 128, "float16"),
-            out=torch.empty((1, 64), dtype=torch.bfloat16, device="cuda"),
-        )
-    with pytest.raises(InvalidArgumentError, match="context: of backend 'cpu'"):
-        linear(normal(1, 128, "float16"), context=marlinq.Context("cpu"))
-    with pytest.raises(DeviceError, match="cuda:99"):
-        load(layer, device="cuda:99")
-    with pytest.raises(UnsupportedError, match="compute 'int16'"):
-        load(layer, compute="int16")
-    with pytest.raises(InvalidArgumentError, match="kernel: 'sm1', expected one of sm80"):
-        load(layer, kernel="sm1")
+    x = normal(130, 512, "float16", seed=3)
+    # Also without the rows of the large scales: what is left must not have been lost beside them.
+    quiet = x.clone()
+    quiet[:, torch.from_numpy(layer.groups % 2 == 0).to(DEVICE)] = 0
+    for rows, m in itertools.product((x, quiet), (1, 16, 17, 130)):
+        out = torch.empty((m, 70), device=DEVICE)
+        linear(rows[:m], out=out)
+        assert bool(torch.isfinite(out).all())
+        check_each_column(out, layer, rows[:m], f"m {m}")
 
 
-def test_numpy_matches_the_cpu_backend() -> None:
+def test_large_scales_alone(tmp_path: Path) -> None:
+    """One group of each size: 1e30 beside 1e-35 with nothing but zeros on the large rows."""
+    layer = make_layer(64, 256, symmetric=True, scale_dtype="F32", seed=13)
+    scales = layer.scales * np.array([[1e30], [1e-35]])
+    layer = replace(layer, scales=scales.astype(np.float32).astype(np.float64))
+    linear = marlinq.open(write_checkpoint(tmp_path, {"proj": layer})).linear("proj", device=DEVICE)
+    x = normal(64, 256, "bfloat16", seed=4)
+    x[:, :128] = 0
+    for m in (1, 16, 64):
+        out = torch.empty((m, 64), device=DEVICE)
+        linear(x[:m], out=out)
+        check_each_column(out, layer, x[:m], f"m {m}")
+        assert torch.equal(linear(x[:m]), out.bfloat16())  # the other half of its exponents
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_fused_modules(dtype: str, tmp_path: Path) -> None:
+    """Each with an order, a type of scales and a bias of its own, at widths off every tile."""
+    layers = [
+        make_layer(64, 384, symmetric=False, seed=1),
+        make_layer(31, 384, symmetric=True, act_order=True, bias=True, scale_dtype="F32", seed=2),
+        make_layer(96, 384, symmetric=False, act_order=True, scale_dtype="BF16", seed=3),
+        unbalanced(make_layer(33, 384, symmetric=False, bias=True, bias_dtype="F32", seed=4), 5),
+        make_layer(80, 384, symmetric=True, scale_dtype="BF16", seed=6),
+    ]
+    names = [f"part{i}" for i in range(len(layers))]
+    checkpoint = marlinq.open(write_checkpoint(tmp_path, dict(zip(names, layers, strict=True))))
+    linear = checkpoint.linear(names, device=DEVICE)
+    assert linear.describe()["fused"] == [64, 31, 96, 33, 80]
+    x = normal(130, 384, dtype, seed=7)
+    references = [reference(layer, x) for layer in layers]
+    for m in (1, 16, 17, 64, 130):
+        store, out = guarded(m, 304, x.dtype)
+        linear(x[:m], out=out)
+        first = 0
+        for layer, expected in zip(layers, references, strict=True):
+            expected.check(out[:, first : first + layer.n], f"columns from {first}")
+            first += layer.n
+        assert untouched(store, out)
+
+
+def test_the_same_as_the_cpu_backend() -> None:
     layer = make_layer(96, 320, bits=8, symmetric=False, act_order=True, bias=True, seed=10)
     x = normal(9, 320, "float16")
-    device = load(layer)(x, out=torch.empty((9, 96), device="cuda")).cpu().numpy()
-    host = load(layer, device="cpu")(x.float().cpu().numpy())
-    assert np.linalg.norm(device - host) <= BOUNDS["float16"] * np.linalg.norm(host)
-    assert_close(host, layer.expected(x.float().cpu().numpy()), 2e-6, "cpu")
+    device = host(load(layer)(x, out=torch.empty((9, 96), device=DEVICE)))
+    cpu = load(layer, device="cpu")(host(x))
+    assert np.linalg.norm(device - cpu) <= BOUNDS["float16"] * np.linalg.norm(cpu)
+    assert_close(cpu, layer.expected(host(x)), 2e-6, "cpu")
 
 
-@pytest.mark.skipif(len(DEVICES) < 2, reason="one CUDA device")
-def test_two_devices_in_one_process() -> None:
-    layer = make_layer(96, 320, seed=11)
-    for device in DEVICES[:2]:
-        linear = load(layer, device=device)
-        x = normal(4, 320, "float16", device=device)
-        check(linear(x), x, layer, device)
+def test_description() -> None:
+    layer = DeviceLayer(96, 320, group_size=64, act_order=True, bias=True, seed=1)
+    for invariant in (False, True):
+        told = layer.load(batch_invariant=invariant).describe()
+        assert told["backend"] == "cuda"
+        assert told["device"] == DEVICE
+        assert told["kernel"] == told["arch"] == "sm80"
+        assert told["compute"] == "float16"
+        assert told["batch_invariant"] is invariant
+        for m in (1, 16, 64, 512):
+            assert f"m {m}: " in told["schedule"]
+        assert (told["k"], told["n"], told["bits"], told["group_size"]) == (320, 96, 4, 64)
+        assert told["k_padded"] >= 320
+        assert told["n_padded"] >= 96
+        assert told["packed_bytes"] >= 320 * 96 // 2
+        assert told["act_order"]
+        assert told["bias"]
+    assert "cuda:0 sm80 float16" in repr(layer.load())
+
+
+def test_info() -> None:
+    backends = {backend["name"]: backend for backend in marlinq.info()["backends"]}
+    cuda = backends["cuda"]
+    assert cuda["devices"] == [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    assert torch.cuda.get_device_name(0) in cuda["hardware"]
+    assert [kernel["chosen"] for kernel in cuda["kernels"]].count(True) == 1
+    assert marlinq.info()["build"].startswith("with the CUDA backend: ")
+
+
+def test_verify_and_bench(capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = str(DATA / "llama2-w4-g128-actorder")
+    assert main(["verify", checkpoint, "--device", "cuda", "--json"]) == 0
+    verified = json.loads(capsys.readouterr().out)
+    assert verified["failed"] == 0
+    assert {module["backend"] for module in verified["modules"]} == {"cuda"}
+    short = ["--seconds", "0.01", "--rows", "1,17", "--device", "cuda", "--json", "--hot"]
+    assert main(["bench", "--shapes", "256x512", *short]) == 0
+    timed = json.loads(capsys.readouterr().out)
+    assert timed["device"] == DEVICE
+    assert [row["m"] for row in timed["results"]] == [1, 17]
+    for row in timed["results"]:
+        assert row["device"] == DEVICE
+        assert row["seconds"] > 0
+        assert row["numpy_seconds"] is None
+    assert main(["bench", checkpoint, *short]) == 0
+    assert main(["bench", "--moe", "4,2,64,32", *short]) == 2
+    assert "backend 'cuda' does not support load_gptq_stacked" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """What is installed: the C++ side for find_package, types, and nothing that the import need not."""
 
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -129,6 +130,54 @@ def test_license_and_metadata() -> None:
 def test_cmake_files_are_installed() -> None:
     assert (CMAKE_DIR / "marlinqConfig.cmake").is_file()
     assert (CMAKE_DIR / "marlinqConfigVersion.cmake").is_file()
+
+
+@needs_install
+def test_the_library_needs_no_cuda_library() -> None:
+    """A CUDA runtime, if any, is linked in, so that the package imports without a driver."""
+    ldd = shutil.which("ldd")
+    if ldd is None:
+        pytest.skip("there is no ldd")
+    package = Path(marlinq.__file__).parent
+    for library in [*package.glob("_core*.so"), *package.glob("lib/libmarlinq.so*")]:
+        finished = subprocess.run([ldd, str(library)], capture_output=True, text=True, check=True)
+        assert "not found" not in finished.stdout
+        assert not re.search(r"lib(cuda|nv|cublas)", finished.stdout), finished.stdout
+
+
+def test_a_build_with_cuda_lists_it_without_a_device() -> None:
+    """In a process that sees no device, whatever the machine has."""
+    script = "import marlinq, json; print(json.dumps(marlinq.info()))"
+    finished = subprocess.run(
+        run_python("-c", script),
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )
+    found = json.loads(finished.stdout)
+    cuda = [backend for backend in found["backends"] if backend["name"] == "cuda"]
+    assert bool(cuda) == found["build"].startswith("with the CUDA backend: ")
+    if not cuda:
+        pytest.skip(f"marlinq was built {found['build']}")
+    assert cuda[0]["devices"] == []
+    assert cuda[0]["hardware"].startswith("none")
+    assert [kernel["usable"] for kernel in cuda[0]["kernels"]] == [False]
+    script = (
+        "import marlinq\n"
+        "try:\n"
+        "    marlinq.Context('cuda')\n"
+        "except marlinq.errors.DeviceError as error:\n"
+        "    print(error)\n"
+    )
+    finished = subprocess.run(
+        run_python("-c", script),
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert finished.stdout.startswith("device 'cuda:0': ")
 
 
 @needs_install

@@ -1,5 +1,6 @@
 """Several Python threads at once, and the GIL."""
 
+import gc
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ import marlinq
 import numpy as np
 import pytest
 from gptq_writer import Array, make_layer, stack_arrays, write_checkpoint
+from marlinq import _context
 from marlinq.errors import InvalidArgumentError
 from support import normal
 
@@ -55,6 +57,26 @@ def test_threads_share_a_checkpoint(tmp_path: Path) -> None:
             pool.map(lambda name: fresh.linear(name)(x), names), expected, strict=True
         ):
             np.testing.assert_array_equal(result, wanted)
+
+
+def test_contexts_that_graphs_use_outlive_their_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stub:
+        def __init__(self, device: str, *, stream: int) -> None:
+            self.captured, self.stream = device == "cuda:1", stream
+
+    monkeypatch.setattr(_context._core, "Context", Stub)
+    kept = _context._outliving
+    before = list(kept)
+
+    def work() -> tuple[object, object]:
+        return _context.context_for("cuda"), _context.context_for("cuda:1")
+
+    with ThreadPoolExecutor(1) as pool:
+        plain, captured = pool.submit(work).result()
+    gc.collect()
+    assert kept == [*before, captured]
+    assert plain not in kept
+    kept.remove(captured)
 
 
 @contextmanager

@@ -34,12 +34,13 @@ concept Backend = std::is_empty_v<B> &&
 /// The capability that the handles need. QuantMarlinDefaults gives all of it.
 template <class B>
 concept BackendQuantMarlin =
-    Backend<B> &&
-    requires(typename B::Context& context, const GptqTensors& layer,
+    Backend<B> && std::default_initializable<typename B::Buffer> &&
+    std::movable<typename B::Buffer> &&
+    requires(typename B::Context& context, typename B::Buffer& buffer, const GptqTensors& layer,
              std::span<const GptqTensors> experts, const GptqSpec& spec, const LoadOptions& options,
              std::int64_t elements, const MoeBlockParts<B>& parts, const ConstMatrixView& in,
              const MatrixView& out, const RouteOptions& route_options,
-             std::span<const std::int32_t> expert_map) {
+             std::span<const std::int32_t> expert_map, DType dtype) {
       { B::load_gptq(context, layer, spec, options) } -> std::same_as<std::unique_ptr<Linear<B>>>;
       {
         B::load_gptq_stacked(context, experts, spec, options)
@@ -47,6 +48,11 @@ concept BackendQuantMarlin =
       { B::pregrow_marlin_gather_scratch(context, elements) } -> std::same_as<void>;
       { B::make_moe_block(context, parts) } -> std::same_as<std::unique_ptr<MoeBlock<B>>>;
       { B::route(context, in, route_options, out, out) } -> std::same_as<void>;
+      { B::allocate(context, dtype, elements) } -> std::same_as<typename B::Buffer>;
+      { buffer.data() } -> std::same_as<void*>;
+      { B::copy(context, in, out) } -> std::same_as<void>;
+      { B::synchronise(context) } -> std::same_as<void>;
+      { B::captured(context) } -> std::same_as<bool>;
     };
 
 /// Derive a backend from QuantMarlinDefaults<Itself> and declare the same static functions for what
@@ -84,6 +90,33 @@ struct QuantMarlinDefaults {
   static void route(Context&, const ConstMatrixView&, const RouteOptions&, const MatrixView&,
                     const MatrixView&) {
     unsupported("route");
+  }
+
+  /// Zeroed memory on the context's device. Throws out_of_memory.
+  template <class Context, class Backend = B>
+  static typename Backend::Buffer allocate(Context&, DType, std::int64_t) {
+    unsupported("allocate");
+  }
+
+  /// Appends a copy of all rows to the context's stream. Both matrices are of one size and dtype,
+  /// each in host memory or on the context's device; where one is in host memory, the copy is done
+  /// on return. Throws invalid_argument.
+  template <class Context>
+  static void copy(Context&, const ConstMatrixView&, const MatrixView&) {
+    unsupported("copy");
+  }
+
+  /// Returns when the work of the context's stream is done. Throws invalid_argument where it cannot
+  /// be waited for.
+  template <class Context>
+  static void synchronise(Context&) {
+    unsupported("synchronise");
+  }
+
+  /// Whether a CUDA graph uses memory of the context.
+  template <class Context>
+  static bool captured(Context&) noexcept {
+    return false;
   }
 
  private:

@@ -21,6 +21,7 @@
 namespace marlinq {
 
 namespace detail {
+class AnyBuffer;
 class AnyContext;
 class AnyLinear;
 class AnyExpertStack;
@@ -28,6 +29,20 @@ class AnyMoeBlock;
 }  // namespace detail
 
 class ContextHandle;
+
+/// Memory on a device, freed with its last handle.
+class MARLINQ_API BufferHandle {
+ public:
+  explicit BufferHandle(std::shared_ptr<detail::AnyBuffer> self) : self_(std::move(self)) {}
+
+  Device device() const noexcept;
+  DType dtype() const noexcept;
+  std::int64_t size() const noexcept;  // elements
+  void* data() const noexcept;
+
+ private:
+  std::shared_ptr<detail::AnyBuffer> self_;
+};
 
 /// A loaded linear layer; see Linear<B>.
 class MARLINQ_API LinearHandle {
@@ -42,6 +57,12 @@ class MARLINQ_API LinearHandle {
   /// As Linear<B>::forward. Throws invalid_argument also for a context of another backend.
   void forward(const ContextHandle& context, const ConstMatrixView& input, const MatrixView& output,
                std::int64_t m) const;
+
+  /// As forward, for views of which one or both are of host memory, whatever the layer's device:
+  /// copies them to buffers of the context and back. Waits for the context's stream, before and
+  /// after, so that it cannot be captured in a graph. On the CPU it is forward.
+  void forward_host(const ContextHandle& context, const ConstMatrixView& input,
+                    const MatrixView& output, std::int64_t m) const;
 
   const detail::AnyLinear& any() const noexcept { return *self_; }
 
@@ -101,14 +122,16 @@ struct MoeBlockSpec {
   std::vector<float> shared_gate;
 };
 
-/// Device, stream and scratch. Make one per thread with open_context().
+/// Device, stream and scratch. Make one per thread with open_context(). A context that took part in
+/// the capture of a CUDA graph owns memory that the graph uses, and has to outlive it.
 class MARLINQ_API ContextHandle {
  public:
   explicit ContextHandle(std::shared_ptr<detail::AnyContext> self) : self_(std::move(self)) {}
 
   std::string_view backend() const noexcept;
   Device device() const;
-  int threads() const;  // host threads that a forward uses
+  int threads() const;   // host threads that a forward uses
+  void* stream() const;  // a CUDA stream; null: the default stream, or none
 
   /// The loaders throw invalid_argument, unsupported or out_of_memory, and change nothing then.
   LinearHandle load_gptq(const GptqTensors& tensors, const GptqSpec& spec,
@@ -120,6 +143,17 @@ class MARLINQ_API ContextHandle {
   void pregrow_marlin_gather_scratch(std::int64_t required_elements) const;
   void route(const ConstMatrixView& logits, const RouteOptions& options, const MatrixView& ids,
              const MatrixView& weights) const;
+
+  /// Zeroed memory on the context's device. Throws out_of_memory.
+  BufferHandle allocate(DType dtype, std::int64_t size) const;
+  /// Appends a copy of all rows to the stream. Both matrices are of one size and dtype, each in host
+  /// memory or on the context's device; where one is in host memory, the copy is done on return.
+  void copy(const ConstMatrixView& from, const MatrixView& to) const;
+  /// Returns when the work of the context's stream is done. Throws invalid_argument while the stream
+  /// is being captured.
+  void synchronise() const;
+  /// Whether work of this context was captured in a CUDA graph, which it has to outlive then.
+  bool captured() const;
 
   /// How often this context's scratch has grown. A repeated size never changes it.
   std::int64_t scratch_allocations() const;

@@ -37,6 +37,10 @@ struct ContextOptions {
 /// runs it.
 MARLINQ_API ContextHandle open_context(Device device, const ContextOptions& options = {});
 
+/// Whether the library was built with the CUDA backend, by which compiler for which architectures, or
+/// why not; a line for people.
+MARLINQ_API std::string_view build_note() noexcept;
+
 /// The version of the library that is running.
 MARLINQ_API std::string_view version() noexcept;
 

@@ -178,30 +178,42 @@ class PyHostTensor {
   std::optional<py::buffer_info> view_;
 };
 
+DType dtype_of_buffer(const std::string& name) {
+  const std::optional<DType> parsed = parse_dtype(name);
+  if (!parsed)
+    refuse_argument(
+        concat("dtype: ", name, ", expected float32, float16, bfloat16, int32 or int64"));
+  return *parsed;
+}
+
+/// Gives an array the strides of contiguous memory. Returns its elements. Throws invalid_argument or
+/// out_of_memory.
+std::int64_t set_contiguous(BorrowedArray& array, std::vector<std::int64_t> shape) {
+  array.shape = std::move(shape);
+  array.strides.resize(array.shape.size());
+  std::int64_t step = 1;
+  for (std::size_t axis = array.shape.size(); axis-- > 0;) {
+    if (array.shape[axis] < 0)
+      refuse_argument(concat("shape: ", shape_text(array), ", expected no negative extent"));
+    array.strides[axis] = step;
+    if (__builtin_mul_overflow(step, array.shape[axis], &step)) {
+      throw Error(ErrorCode::kOutOfMemory,
+                  concat("cannot allocate an array of shape ", shape_text(array)));
+    }
+  }
+  return step;
+}
+
 /// Zeroed host memory that other libraries take over by DLPack.
 class PyBuffer {
  public:
   PyBuffer(std::vector<std::int64_t> shape, const std::string& dtype) {
-    const std::optional<DType> parsed = parse_dtype(dtype);
-    if (!parsed)
-      refuse_argument(
-          concat("dtype: ", dtype, ", expected float32, float16, bfloat16, int32 or int64"));
-    array_.dtype = *parsed;
-    array_.shape = std::move(shape);
-    array_.strides.resize(array_.shape.size());
-    std::int64_t step = 1;
-    for (std::size_t axis = array_.shape.size(); axis-- > 0;) {
-      if (array_.shape[axis] < 0)
-        refuse_argument(concat("shape: ", shape_text(array_), ", expected no negative extent"));
-      array_.strides[axis] = step;
-      if (__builtin_mul_overflow(step, array_.shape[axis], &step)) {
-        throw Error(ErrorCode::kOutOfMemory,
-                    concat("cannot allocate an array of shape ", shape_text(array_)));
-      }
-    }
+    array_.dtype = dtype_of_buffer(dtype);
+    const std::int64_t elements = set_contiguous(array_, std::move(shape));
     // Zeroed, so that rows which a call leaves alone are defined.
     array_.owner = std::shared_ptr<void>(
-        std::calloc(static_cast<std::size_t>(std::max<std::int64_t>(step, 1)), size_of(*parsed)),
+        std::calloc(static_cast<std::size_t>(std::max<std::int64_t>(elements, 1)),
+                    size_of(array_.dtype)),
         std::free);
     if (array_.owner == nullptr) {
       throw Error(ErrorCode::kOutOfMemory, concat("cannot allocate an array of shape ",
@@ -216,14 +228,60 @@ class PyBuffer {
   BorrowedArray array_;
 };
 
+/// The same on a context's device, written by the context's stream.
+class PyDeviceBuffer {
+ public:
+  PyDeviceBuffer(ContextHandle context, std::vector<std::int64_t> shape, const std::string& dtype)
+      : context_(std::move(context)) {
+    array_.dtype = dtype_of_buffer(dtype);
+    const std::int64_t elements = set_contiguous(array_, std::move(shape));
+    auto buffer = std::make_shared<BufferHandle>(context_.allocate(array_.dtype, elements));
+    array_.device = buffer->device();
+    array_.data = buffer->data();
+    array_.owner = std::move(buffer);
+  }
+
+  const BorrowedArray& array() const noexcept { return array_; }
+
+  py::typing::Tuple<py::int_, py::ellipsis> shape() const {
+    py::tuple shape(array_.shape.size());
+    for (std::size_t i = 0; i < array_.shape.size(); ++i) shape[i] = array_.shape[i];
+    return shape;
+  }
+
+  /// A consumer that names a stream, or leaves it open, may read at once.
+  py::object export_for(const py::object& stream) const {
+    constexpr int kNoWait = -1;
+    if (stream.is_none() || py::cast<std::int64_t>(stream) != kNoWait) {
+      const py::gil_scoped_release release;
+      context_.synchronise();
+    }
+    return export_dlpack(array_);
+  }
+
+ private:
+  ContextHandle context_;
+  BorrowedArray array_;
+};
+
 }  // namespace
 
-BorrowedArray borrow(py::handle object, std::string_view name) {
+BorrowedArray borrow(py::handle object, std::string_view name, std::int64_t stream) {
+  if (is_numpy(object)) return borrow_numpy(py::reinterpret_borrow<py::array>(object), name);
   if (py::isinstance<PyBuffer>(object)) return py::cast<const PyBuffer&>(object).array();
-  if (py::isinstance<py::array>(object))
-    return borrow_numpy(py::reinterpret_borrow<py::array>(object), name);
-  return import_dlpack(object, name);
+  if (py::isinstance<PyDeviceBuffer>(object)) {
+    return py::cast<const PyDeviceBuffer&>(object).array();
+  }
+  return import_dlpack(object, name, stream);
 }
+
+std::int64_t stream_of(const ContextHandle& context) {
+  // A null handle is the legacy default stream, which DLPack numbers otherwise.
+  const auto stream = static_cast<std::int64_t>(reinterpret_cast<std::intptr_t>(context.stream()));
+  return stream == 0 ? kLegacyDefaultStream : stream;
+}
+
+bool is_numpy(py::handle object) { return py::isinstance<py::array>(object); }
 
 ConstMatrixView as_matrix(const BorrowedArray& array, std::string_view name) {
   return matrix_view<ConstMatrixView>(array, name);
@@ -296,6 +354,30 @@ Raises:
       .def("__dlpack_device__", [](const PyBuffer&) {
         constexpr int kCpuDeviceType = 1;
         return std::pair<int, int>(kCpuDeviceType, 0);
+      });
+}
+
+void bind_device_buffer(py::module_& module) {
+  py::class_<PyDeviceBuffer>(
+      module, "DeviceBuffer",
+      R"(Zeroed memory on a context's device that other libraries take over by DLPack.
+
+Work of the context's stream is waited for when it is taken over.)")
+      .def(py::init<ContextHandle, std::vector<std::int64_t>, std::string>(), py::arg("context"),
+           py::arg("shape"), py::arg("dtype"))
+      .def_property_readonly("shape", &PyDeviceBuffer::shape)
+      .def(
+          "__dlpack__",
+          [](const PyDeviceBuffer& self, const py::object& stream, const py::object&,
+             const py::object&, const py::object&) { return self.export_for(stream); },
+          py::kw_only(), py::arg("stream") = py::none(), py::arg("max_version") = py::none(),
+          py::arg("dl_device") = py::none(), py::arg("copy") = py::none())
+      .def("__dlpack_device__", [](const PyDeviceBuffer& self) {
+        constexpr int kCpuDeviceType = 1;
+        constexpr int kCudaDeviceType = 2;
+        const Device device = self.array().device;
+        return std::pair<int, int>(
+            device.kind == DeviceKind::kCpu ? kCpuDeviceType : kCudaDeviceType, device.index);
       });
 }
 

@@ -9,12 +9,21 @@
 
 #include "bindings/dlpack.hpp"
 #include "marlinq/gptq.hpp"
+#include "marlinq/handle.hpp"
 #include "marlinq/types.hpp"
 
 namespace marlinq::bindings {
 
-/// A numpy array (ml_dtypes' bfloat16 included) or a DLPack object. Throws invalid_argument.
-BorrowedArray borrow(pybind11::handle object, std::string_view name);
+/// A numpy array (ml_dtypes' bfloat16 included), a buffer of ours or a DLPack object. Throws
+/// invalid_argument.
+BorrowedArray borrow(pybind11::handle object, std::string_view name,
+                     std::int64_t stream = kLegacyDefaultStream);
+
+/// The stream of a context for borrow().
+std::int64_t stream_of(const ContextHandle& context);
+
+/// Whether the object is a numpy array.
+bool is_numpy(pybind11::handle object);
 
 /// [..., cols] as a matrix; leading axes must collapse into one row stride. A vector is one row.
 ConstMatrixView as_matrix(const BorrowedArray& array, std::string_view name);
@@ -34,6 +43,8 @@ struct OwnedTensor {
 /// None is an absent tensor.
 OwnedTensor to_tensor(pybind11::handle object, std::string_view name);
 
+/// HostTensor and HostBuffer, and after Context is bound DeviceBuffer.
 void bind_arrays(pybind11::module_& module);
+void bind_device_buffer(pybind11::module_& module);
 
 }  // namespace marlinq::bindings

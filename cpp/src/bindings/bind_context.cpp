@@ -56,9 +56,9 @@ std::span<const T> typed_span(const ConstArrayView& view, DType dtype, const cha
 void route_with(const ContextHandle& context, const py::object& logits, const py::object& ids,
                 const py::object& weights, int top_k, const std::string& scoring, bool renormalise,
                 const py::object& correction_bias, int num_groups, int top_groups, float scale) {
-  const BorrowedArray in = borrow(logits, "logits");
-  const BorrowedArray out_ids = borrow(ids, "ids");
-  const BorrowedArray out_weights = borrow(weights, "weights");
+  const BorrowedArray in = borrow(logits, "logits", stream_of(context));
+  const BorrowedArray out_ids = borrow(ids, "ids", stream_of(context));
+  const BorrowedArray out_weights = borrow(weights, "weights", stream_of(context));
   RouteOptions options{.top_k = top_k,
                        .scoring = parse_scoring(scoring),
                        .renormalise = renormalise ? Renormalise::kYes : Renormalise::kNo,
@@ -76,6 +76,16 @@ void route_with(const ContextHandle& context, const py::object& logits, const py
   const MatrixView weights_view = as_output(out_weights, "weights");
   const py::gil_scoped_release release;
   context.route(logits_view, options, ids_view, weights_view);
+}
+
+void copy_between(const ContextHandle& context, const py::object& source,
+                  const py::object& target) {
+  const BorrowedArray from = borrow(source, "source", stream_of(context));
+  const BorrowedArray to = borrow(target, "target", stream_of(context));
+  const ConstMatrixView from_view = as_matrix(from, "source");
+  const MatrixView to_view = as_output(to, "target");
+  const py::gil_scoped_release release;
+  context.copy(from_view, to_view);
 }
 
 using Ids = py::array_t<std::int32_t>;
@@ -109,6 +119,8 @@ Args:
     threads: Host threads of a forward; 0 takes as many as the process may run on.
     stream: A CUDA stream as an integer, which must outlive the context; 0 is the default stream.
 
+A context whose forwards were captured in a CUDA graph owns memory that the graph uses, and must outlive it.
+
 Raises:
     UnsupportedError: If no backend of this build runs the device.
     DeviceError: If the device does not exist.)")
@@ -122,14 +134,27 @@ Raises:
       .def_property_readonly("backend",
                              [](const ContextHandle& self) { return std::string(self.backend()); })
       .def_property_readonly("threads", &ContextHandle::threads)
+      .def_property_readonly(
+          "stream",
+          [](const ContextHandle& self) { return reinterpret_cast<std::uintptr_t>(self.stream()); },
+          "The CUDA stream as an integer.")
       .def_property_readonly("scratch_allocations", &ContextHandle::scratch_allocations,
                              "How often the scratch has grown; a repeated size never changes it.")
       .def("pregrow_marlin_gather_scratch", &ContextHandle::pregrow_marlin_gather_scratch,
            py::arg("required_elements"),
-           "Grows the scratch to m_total * (widest matmul input) elements; only ever grows.");
+           "Grows the scratch to m_total * (widest matmul input) elements; only ever grows.")
+      .def_property_readonly("captured", &ContextHandle::captured,
+                             "Whether work of this context was captured in a CUDA graph.")
+      .def("copy", &copy_between, py::arg("source"), py::arg("target"),
+           "Copies [..., cols] to the same shape and dtype, each in host memory or on the device.")
+      .def("synchronise", &ContextHandle::synchronise, py::call_guard<py::gil_scoped_release>(),
+           "Waits for the work of the context's stream.");
 
   module.def("backends", &list_backends,
              "The backends of this build: name, devices, hardware, compute, kernels.");
+  module.def(
+      "build_note", [] { return std::string(build_note()); },
+      "Whether the CUDA backend was built, and by what or why not.");
   module.def("route", &route_with, py::arg("context"), py::arg("logits"), py::arg("ids"),
              py::arg("weights"), py::kw_only(), py::arg("top_k"), py::arg("scoring") = "softmax",
              py::arg("renormalise") = true, py::arg("correction_bias") = py::none(),

@@ -34,8 +34,8 @@ ExpertStackHandle load(const ContextHandle& context,
 
 void batched(const ExpertStackHandle& self, const ContextHandle& context, const py::object& x,
              const std::vector<Dispatch>& dispatches, const py::object& out) {
-  const BorrowedArray in = borrow(x, "x");
-  const BorrowedArray result = borrow(out, "out");
+  const BorrowedArray in = borrow(x, "x", stream_of(context));
+  const BorrowedArray result = borrow(out, "out", stream_of(context));
   const ConstMatrixView in_view = as_matrix(in, "x");
   const MatrixView out_view = as_output(result, "out");
   std::vector<ExpertDispatch> list;
@@ -52,11 +52,12 @@ void fused(const ExpertStackHandle& self, const ContextHandle& context, const py
            const py::object& sorted_token_ids, const py::object& expert_ids,
            const py::object& num_tokens_past_padded, const py::object& out, int block_size,
            int top_k, std::int64_t num_tokens, const py::object& topk_weights) {
-  const BorrowedArray in = borrow(x, "x");
-  const BorrowedArray result = borrow(out, "out");
-  const BorrowedArray ids = borrow(sorted_token_ids, "sorted_token_ids");
-  const BorrowedArray experts = borrow(expert_ids, "expert_ids");
-  const BorrowedArray past = borrow(num_tokens_past_padded, "num_tokens_past_padded");
+  const BorrowedArray in = borrow(x, "x", stream_of(context));
+  const BorrowedArray result = borrow(out, "out", stream_of(context));
+  const BorrowedArray ids = borrow(sorted_token_ids, "sorted_token_ids", stream_of(context));
+  const BorrowedArray experts = borrow(expert_ids, "expert_ids", stream_of(context));
+  const BorrowedArray past =
+      borrow(num_tokens_past_padded, "num_tokens_past_padded", stream_of(context));
   BorrowedArray weights;
   FusedTiles tiles{.sorted_token_ids = as_flat(ids, "sorted_token_ids"),
                    .expert_ids = as_flat(experts, "expert_ids"),
@@ -66,7 +67,7 @@ void fused(const ExpertStackHandle& self, const ContextHandle& context, const py
                    .num_tokens = num_tokens,
                    .topk_weights = std::nullopt};
   if (!topk_weights.is_none()) {
-    weights = borrow(topk_weights, "topk_weights");
+    weights = borrow(topk_weights, "topk_weights", stream_of(context));
     tiles.topk_weights = as_flat(weights, "topk_weights");
   }
   const ConstMatrixView in_view = as_matrix(in, "x");

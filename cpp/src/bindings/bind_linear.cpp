@@ -1,6 +1,7 @@
 // Module, Linear, load_gptq, validate.
 #include <pybind11/stl.h>
 
+#include <chrono>
 #include <string>
 #include <utility>
 
@@ -97,18 +98,65 @@ LinearHandle load(const ContextHandle& context, const std::vector<const PyModule
   return context.load_gptq(layer, spec, options);
 }
 
+void check_rows_of_output(const ConstMatrixView& in, const MatrixView& out) {
+  if (out.rows != in.rows) {
+    throw Error(ErrorCode::kInvalidArgument,
+                concat("out: ", out.rows, " rows, expected ", in.rows));
+  }
+}
+
+void check_copied(const BorrowedArray& array, bool numpy, const char* name, Device device) {
+  if (!numpy && array.device.kind == DeviceKind::kCpu) {
+    throw Error(ErrorCode::kInvalidArgument,
+                concat(name, ": on ", to_string(array.device), ", expected ", to_string(device),
+                       " or a numpy array"));
+  }
+}
+
 void forward(const LinearHandle& self, const ContextHandle& context, const py::object& x,
              const py::object& out) {
-  const BorrowedArray in = borrow(x, "x");
-  const BorrowedArray result = borrow(out, "out");
+  const BorrowedArray in = borrow(x, "x", stream_of(context));
+  const BorrowedArray result = borrow(out, "out", stream_of(context));
   const ConstMatrixView in_view = as_matrix(in, "x");
   const MatrixView out_view = as_output(result, "out");
-  if (out_view.rows != in_view.rows) {
-    throw Error(ErrorCode::kInvalidArgument,
-                concat("out: ", out_view.rows, " rows, expected ", in_view.rows));
+  check_rows_of_output(in_view, out_view);
+  // numpy knows of no device, so its arrays are copied. Arrays of libraries that do are expected to
+  // lie where the layer is.
+  const bool copies = is_numpy(x) || is_numpy(out);
+  if (copies && context.device().kind != DeviceKind::kCpu) {
+    check_copied(in, is_numpy(x), "x", context.device());
+    check_copied(result, is_numpy(out), "out", context.device());
   }
   const py::gil_scoped_release release;
-  self.forward(context, in_view, out_view, in_view.rows);
+  if (copies) {
+    self.forward_host(context, in_view, out_view, in_view.rows);
+  } else {
+    self.forward(context, in_view, out_view, in_view.rows);
+  }
+}
+
+double time_forwards(const ContextHandle& context, const std::vector<LinearHandle>& layers,
+                     const py::object& x, const py::object& out, std::int64_t first,
+                     std::int64_t count) {
+  if (layers.empty() || first < 0 || count < 1) {
+    throw Error(ErrorCode::kInvalidArgument,
+                concat("time_forwards: ", layers.size(), " layers, first ", first, ", count ",
+                       count, ", expected at least 1 layer, first 0 and count 1"));
+  }
+  const BorrowedArray in = borrow(x, "x", stream_of(context));
+  const BorrowedArray result = borrow(out, "out", stream_of(context));
+  const ConstMatrixView in_view = as_matrix(in, "x");
+  const MatrixView out_view = as_output(result, "out");
+  check_rows_of_output(in_view, out_view);
+  const py::gil_scoped_release release;
+  context.synchronise();
+  const auto start = std::chrono::steady_clock::now();
+  for (std::int64_t i = first; i < first + count; ++i) {
+    layers[static_cast<std::size_t>(i) % layers.size()].forward(context, in_view, out_view,
+                                                                in_view.rows);
+  }
+  context.synchronise();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 }  // namespace
@@ -189,8 +237,10 @@ Each tensor is a HostTensor or anything that HostTensor takes.)")
       .def_property_readonly("backend",
                              [](const LinearHandle& self) { return std::string(self.backend()); })
       .def("describe", [](const LinearHandle& self) { return to_dict(self.describe()); })
-      .def("forward", &forward, py::arg("context"), py::arg("x"), py::arg("out"),
-           "Writes x [..., K] times the weight into out [..., N].");
+      .def(
+          "forward", &forward, py::arg("context"), py::arg("x"), py::arg("out"),
+          "Writes x [..., K] times the weight into out [..., N]; numpy arrays may be of a layer on "
+          "any device.");
 
   module.def("load_gptq", &load, py::arg("context"), py::arg("modules"), py::kw_only(),
              py::arg("bits") = 4, py::arg("group_size") = 128, py::arg("k") = 0,
@@ -198,6 +248,10 @@ Each tensor is a HostTensor or anything that HostTensor takes.)")
              py::arg("symmetry") = "unknown", py::arg("compute") = "auto",
              py::arg("batch_invariant") = false, py::arg("kernel") = "",
              "Loads one layer; several modules are fused along N.");
+  module.def("time_forwards", &time_forwards, py::arg("context"), py::arg("layers"), py::arg("x"),
+             py::arg("out"), py::kw_only(), py::arg("first"), py::arg("count"),
+             "Seconds of `count` forwards without a wait between them, through the layers in turn "
+             "from `first` on.");
   module.def("validate", &check, py::arg("modules"), py::kw_only(), py::arg("bits") = 4,
              py::arg("group_size") = 128, py::arg("k") = 0, py::arg("zero_points") = "auto",
              py::arg("labelled") = "auto", py::arg("symmetry") = "unknown",

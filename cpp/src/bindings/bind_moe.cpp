@@ -57,17 +57,17 @@ MoeBlockHandle make_block(const ContextHandle& context, const ExpertStackHandle&
 void forward(const MoeBlockHandle& self, const ContextHandle& context, const py::object& x,
              const py::object& topk_ids, const py::object& topk_weights, const py::object& out,
              const py::object& shared_output) {
-  const BorrowedArray in = borrow(x, "x");
-  const BorrowedArray ids = borrow(topk_ids, "topk_ids");
-  const BorrowedArray weights = borrow(topk_weights, "topk_weights");
-  const BorrowedArray result = borrow(out, "out");
+  const BorrowedArray in = borrow(x, "x", stream_of(context));
+  const BorrowedArray ids = borrow(topk_ids, "topk_ids", stream_of(context));
+  const BorrowedArray weights = borrow(topk_weights, "topk_weights", stream_of(context));
+  const BorrowedArray result = borrow(out, "out", stream_of(context));
   BorrowedArray shared;
   MoeInput input{.x = as_matrix(in, "x"),
                  .topk_ids = as_matrix(ids, "topk_ids"),
                  .topk_weights = as_matrix(weights, "topk_weights"),
                  .shared_output = std::nullopt};
   if (!shared_output.is_none()) {
-    shared = borrow(shared_output, "shared_output");
+    shared = borrow(shared_output, "shared_output", stream_of(context));
     input.shared_output = as_matrix(shared, "shared_output");
   }
   const MatrixView out_view = as_output(result, "out");

@@ -87,21 +87,37 @@ Device device_of(DLDevice device, std::string_view name) {
       concat(name, ": DLPack device type ", device.device_type, ", expected a CPU or CUDA array"));
 }
 
-py::object take_capsule(py::handle object, std::string_view name) {
+enum class Library { kTorch, kCupy, kOther };
+
+/// The library of an object's class, or of a class that it derives from.
+Library library_of(py::handle object) {
+  for (const py::handle base : py::type::of(object).attr("__mro__")) {
+    const auto module = py::cast<std::string>(base.attr("__module__"));
+    const std::string_view root = std::string_view(module).substr(0, module.find('.'));
+    if (root == "torch") return Library::kTorch;
+    if (root == "cupy") return Library::kCupy;
+  }
+  return Library::kOther;
+}
+
+py::object take_capsule(py::handle object, std::string_view name, std::int64_t stream) {
   if (!py::hasattr(object, "__dlpack__")) {
     refuse_argument(concat(name, ": ", std::string(py::str(py::type::of(object).attr("__name__"))),
                            ", expected a numpy array or an object with __dlpack__"));
   }
   try {
+    // Arrays of torch and CuPy are used on the stream that is current for their library, so nothing
+    // has to wait. Any other producer makes our stream wait for its work.
+    const Library library = library_of(object);
+    // torch's __dlpack__ refuses tensors that are not on the current device; this does not.
+    if (library == Library::kTorch) {
+      return py::module_::import("torch.utils.dlpack").attr("to_dlpack")(object);
+    }
     const auto device = py::cast<std::pair<int, int>>(object.attr("__dlpack_device__")());
     if (device.first == kCpu || device.first == kCudaHost) return object.attr("__dlpack__")();
-    // Arrays of torch and CuPy are used on the stream that is current for their library, so nothing
-    // has to wait. Any other producer makes the legacy default stream wait for its work.
-    constexpr int kNoWait = -1;
-    constexpr int kLegacyDefaultStream = 1;
-    const auto library = py::cast<std::string>(py::type::of(object).attr("__module__"));
-    const bool current = library.starts_with("torch") || library.starts_with("cupy");
-    return object.attr("__dlpack__")(py::arg("stream") = current ? kNoWait : kLegacyDefaultStream);
+    constexpr std::int64_t kNoWait = -1;
+    return object.attr("__dlpack__")(py::arg("stream") =
+                                         library == Library::kCupy ? kNoWait : stream);
   } catch (py::error_already_set& error) {
     if (error.matches(PyExc_MemoryError) || !error.matches(PyExc_Exception)) throw;
     // torch refuses tensors that require grad, among others; its own words say why.
@@ -111,12 +127,12 @@ py::object take_capsule(py::handle object, std::string_view name) {
 
 }  // namespace
 
-BorrowedArray import_dlpack(py::handle object, std::string_view name) {
+BorrowedArray import_dlpack(py::handle object, std::string_view name, std::int64_t stream) {
   if (py::hasattr(object, "requires_grad") &&
       py::cast<bool>(py::bool_(object.attr("requires_grad")))) {
     refuse_argument(concat(name, ": the tensor requires grad, expected one without (detach() it)"));
   }
-  py::object capsule = take_capsule(object, name);
+  py::object capsule = take_capsule(object, name, stream);
   auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), kFresh));
   if (managed == nullptr) {
     PyErr_Clear();

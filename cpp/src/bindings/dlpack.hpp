@@ -25,9 +25,12 @@ struct BorrowedArray {
   std::shared_ptr<void> owner;
 };
 
-/// Takes an object's array through its __dlpack__(). `name` goes into messages. Throws
-/// invalid_argument.
-BorrowedArray import_dlpack(pybind11::handle object, std::string_view name);
+/// How DLPack calls CUDA's legacy default stream.
+inline constexpr std::int64_t kLegacyDefaultStream = 1;
+
+/// Takes an object's array through its __dlpack__(). Work on a device will be on `stream`, as DLPack
+/// numbers them. `name` goes into messages. Throws invalid_argument.
+BorrowedArray import_dlpack(pybind11::handle object, std::string_view name, std::int64_t stream);
 
 /// A "dltensor" capsule over memory that `owner` keeps alive.
 pybind11::capsule export_dlpack(const BorrowedArray& array);

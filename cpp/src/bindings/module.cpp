@@ -14,6 +14,7 @@ PYBIND11_MODULE(_core, module) {
   register_errors();
   bind_arrays(module);
   bind_context(module);
+  bind_device_buffer(module);
   bind_linear(module);
   bind_expert_stack(module);
   bind_moe(module);

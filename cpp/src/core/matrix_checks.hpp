@@ -64,6 +64,19 @@ inline void check_output(const MatrixView& view, std::string_view name, Device d
   check_matrix(view, name, device, min_rows, cols);
 }
 
+/// The two sides of a copy: of one size and dtype, each on `device` or in host memory.
+inline void check_copy(const ConstMatrixView& from, const MatrixView& to, Device device) {
+  const auto check = [device](const auto& view, std::string_view name, const auto& like) {
+    if (view.dtype != like.dtype) {
+      refuse_argument(
+          concat(name, ": dtype ", to_string(view.dtype), ", expected ", to_string(like.dtype)));
+    }
+    check_matrix(view, name, view.device == Device{} ? view.device : device, like.rows, like.cols);
+  };
+  check(from, "from", to);
+  check(to, "to", from);
+}
+
 inline void check_array(const ConstArrayView& view, std::string_view name, Device device,
                         DType dtype, std::int64_t min_size) {
   if (view.device != device) {

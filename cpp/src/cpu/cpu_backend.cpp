@@ -49,6 +49,21 @@ void CpuBackend::route(Context&, const ConstMatrixView& logits, const RouteOptio
   marlinq::route(logits, options, ids, weights);
 }
 
+CpuBackend::Buffer CpuBackend::allocate(Context&, DType dtype, std::int64_t size) {
+  Buffer buffer(dtype, size);
+  if (size > 0) std::memset(buffer.data(), 0, static_cast<std::size_t>(size) * size_of(dtype));
+  return buffer;
+}
+
+void CpuBackend::copy(Context&, const ConstMatrixView& from, const MatrixView& to) {
+  const auto size = static_cast<std::int64_t>(size_of(to.dtype));
+  for (std::int64_t row = 0; row < to.rows; ++row) {
+    std::memmove(static_cast<std::uint8_t*>(to.data) + row * to.row_stride * size,
+                 static_cast<const std::uint8_t*>(from.data) + row * from.row_stride * size,
+                 static_cast<std::size_t>(to.cols * size));
+  }
+}
+
 BackendInfo CpuBackend::info() {
   BackendInfo info{.name = std::string(kName),
                    .devices = {to_string(Device{})},

@@ -5,8 +5,8 @@ endif()
 # The runtime is linked statically, so that the library loads where there is no driver.
 find_package(CUDAToolkit REQUIRED)
 marlinq_add_backend(NAME cuda TYPE marlinq::CudaBackend HEADER marlinq/cuda/cuda_backend.hpp
-  SOURCES completion.cpp context.cpp copy_ring.cpp cuda_backend.cpp device_buffer.cpp dispatch.cpp gather.cu
-    raw_pieces.cpp upload.cpp)
+  SOURCES completion.cpp context.cpp copy_ring.cpp cuda_backend.cpp device_buffer.cpp dispatch.cpp gather.cu info.cpp
+    memory.cpp raw_pieces.cpp upload.cpp)
 target_link_libraries(marlinq_cuda PRIVATE CUDA::cudart_static)
 
 # Each architecture is an object library of its own; dispatch.cpp includes the list of their tables.

@@ -13,6 +13,7 @@
 #include "cuda/context.hpp"
 #include "cuda/cuda_check.hpp"
 #include "cuda/gather.hpp"
+#include "cuda/info.hpp"
 
 namespace marlinq {
 namespace cuda {
@@ -99,14 +100,15 @@ class CudaMarlinLinear final : public Linear<CudaBackend> {
 };
 
 Description describe_layer(const GptqWeights& weights, const DeviceWeight& packed,
-                           const ArchKernels& arch, Device device, BatchInvariance invariance) {
+                           const ArchKernels& arch, Device device, const DeviceLimits& limits,
+                           BatchInvariance invariance) {
   Description d;
   d.backend = CudaBackend::kName;
   d.device = to_string(device);
   d.arch = arch.name;
   d.kernel = arch.name;
   d.compute = "float16";
-  d.schedule = "by m";
+  d.schedule = schedule_text(packed, arch, limits, invariance);
   d.bits = weights.bits;
   d.group_size = weights.group_size;
   d.k = weights.k;
@@ -169,43 +171,10 @@ std::unique_ptr<Linear<CudaBackend>> CudaBackend::load_gptq(Context& context,
   cuda::ContextState& state = context.state();
   const cuda::ArchKernels& arch = cuda::choose_arch(options.kernel, state.limits.capability);
   cuda::DeviceWeight packed = cuda::load_layer(state, arch, tensors, spec, weights);
-  Description description =
-      cuda::describe_layer(weights, packed, arch, context.device(), options.batch_invariance);
+  Description description = cuda::describe_layer(weights, packed, arch, context.device(),
+                                                 state.limits, options.batch_invariance);
   return std::make_unique<cuda::CudaMarlinLinear>(std::move(packed), arch, std::move(description),
                                                   options.batch_invariance);
-}
-
-BackendInfo CudaBackend::info() {
-  BackendInfo info{.name = std::string(kName),
-                   .devices = {},
-                   .hardware = "no device",
-                   .kernels = {},
-                   .compute = {"auto"}};
-  int count = 0;
-  // Without a driver or a device there is nothing to list, and nothing wrong.
-  if (cudaGetDeviceCount(&count) != cudaSuccess) {
-    (void)cudaGetLastError();
-    count = 0;
-  }
-  int best = 0;
-  for (int device = 0; device < count; ++device) {
-    info.devices.push_back(to_string(Device{DeviceKind::kCuda, device}));
-    cudaDeviceProp properties;
-    MARLINQ_CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
-    info.hardware =
-        device == 0 ? std::string(properties.name) : concat(info.hardware, ", ", properties.name);
-    best = std::max(best, 10 * properties.major + properties.minor);
-  }
-  bool found = false;
-  for (const cuda::ArchKernels* arch : cuda::arch_kernels()) {
-    const bool usable = best >= arch->min_capability;
-    info.kernels.push_back({.name = arch->name,
-                            .requires_features = arch->requirement,
-                            .usable = usable,
-                            .chosen = usable && !found});
-    found = found || usable;
-  }
-  return info;
 }
 
 CudaBackend::Context CudaBackend::open(Device device, const ContextOptions& options) {

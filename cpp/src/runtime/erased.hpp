@@ -12,9 +12,19 @@
 #include "marlinq/backend.hpp"
 #include "marlinq/handle.hpp"
 #include "marlinq/registry.hpp"
+#include "runtime/host_staging.hpp"
 
 namespace marlinq {
 namespace detail {
+
+class AnyBuffer {
+ public:
+  virtual ~AnyBuffer() = default;
+  virtual Device device() const noexcept = 0;
+  virtual DType dtype() const noexcept = 0;
+  virtual std::int64_t size() const noexcept = 0;
+  virtual void* data() noexcept = 0;
+};
 
 class AnyContext {
  public:
@@ -22,6 +32,7 @@ class AnyContext {
   virtual std::string_view backend() const noexcept = 0;
   virtual Device device() const = 0;
   virtual int threads() const = 0;
+  virtual void* stream() const = 0;
   virtual std::int64_t scratch_allocations() const = 0;
   virtual LinearHandle load_gptq(const GptqTensors&, const GptqSpec&, const LoadOptions&) = 0;
   virtual ExpertStackHandle load_gptq_stacked(std::span<const GptqTensors>, const GptqSpec&,
@@ -30,6 +41,10 @@ class AnyContext {
   virtual void pregrow_marlin_gather_scratch(std::int64_t) = 0;
   virtual void route(const ConstMatrixView&, const RouteOptions&, const MatrixView&,
                      const MatrixView&) = 0;
+  virtual BufferHandle allocate(DType, std::int64_t) = 0;
+  virtual void copy(const ConstMatrixView&, const MatrixView&) = 0;
+  virtual void synchronise() = 0;
+  virtual bool captured() = 0;
 };
 
 class AnyLinear {
@@ -41,6 +56,8 @@ class AnyLinear {
   virtual Description describe() const = 0;
   virtual void forward(AnyContext&, const ConstMatrixView&, const MatrixView&,
                        std::int64_t) const = 0;
+  virtual void forward_host(AnyContext&, const ConstMatrixView&, const MatrixView&,
+                            std::int64_t) const = 0;
 };
 
 class AnyExpertStack {
@@ -99,6 +116,20 @@ auto guarded(F&& f) -> decltype(f()) {
 template <BackendQuantMarlin B>
 class ContextModel;
 
+template <BackendQuantMarlin B>
+class BufferModel final : public AnyBuffer {
+ public:
+  explicit BufferModel(typename B::Buffer buffer) : buffer_(std::move(buffer)) {}
+
+  Device device() const noexcept override { return buffer_.device(); }
+  DType dtype() const noexcept override { return buffer_.dtype(); }
+  std::int64_t size() const noexcept override { return buffer_.size(); }
+  void* data() noexcept override { return buffer_.data(); }
+
+ private:
+  typename B::Buffer buffer_;
+};
+
 /// The backend's own object behind an erased one. Throws invalid_argument for another backend's.
 template <template <class> class Model, class B, class Any>
 auto& cast(Any& any, std::string_view what) {
@@ -127,6 +158,16 @@ class LinearModel final : public AnyLinear {
     auto& model = cast<ContextModel, B>(context, "context");
     const ContextUse use(model.busy());
     linear_->forward(model.context(), input, output, m);
+  }
+  void forward_host(AnyContext& context, const ConstMatrixView& input, const MatrixView& output,
+                    std::int64_t m) const override {
+    auto& model = cast<ContextModel, B>(context, "context");
+    const ContextUse use(model.busy());
+    if (model.context().device().kind == DeviceKind::kCpu) {
+      linear_->forward(model.context(), input, output, m);
+    } else {
+      model.staging().forward(model.context(), *linear_, input, output, m);
+    }
   }
   const std::shared_ptr<const Linear<B>>& typed() const noexcept { return linear_; }
 
@@ -194,7 +235,16 @@ class ContextModel final : public AnyContext {
   std::string_view backend() const noexcept override { return B::kName; }
   Device device() const override { return context_.device(); }
   int threads() const override { return context_.threads(); }
-  std::int64_t scratch_allocations() const override { return context_.scratch_allocations(); }
+  void* stream() const override {
+    if constexpr (requires { context_.stream(); }) {
+      return context_.stream();
+    } else {
+      return nullptr;
+    }
+  }
+  std::int64_t scratch_allocations() const override {
+    return context_.scratch_allocations() + staging_.allocations();
+  }
 
   LinearHandle load_gptq(const GptqTensors& tensors, const GptqSpec& spec,
                          const LoadOptions& options) override {
@@ -237,12 +287,30 @@ class ContextModel final : public AnyContext {
     const ContextUse use(busy_);
     B::route(context_, logits, options, ids, weights);
   }
+  BufferHandle allocate(DType dtype, std::int64_t size) override {
+    const ContextUse use(busy_);
+    if (size < 0)
+      throw Error(ErrorCode::kInvalidArgument, concat("size: ", size, ", expected at least 0"));
+    return BufferHandle(std::make_shared<BufferModel<B>>(B::allocate(context_, dtype, size)));
+  }
+  void copy(const ConstMatrixView& from, const MatrixView& to) override {
+    const ContextUse use(busy_);
+    check_copy(from, to, context_.device());
+    if (to.rows > 0 && to.cols > 0) B::copy(context_, from, to);
+  }
+  void synchronise() override {
+    const ContextUse use(busy_);
+    B::synchronise(context_);
+  }
+  bool captured() override { return B::captured(context_); }
 
   typename B::Context& context() noexcept { return context_; }
+  HostStaging<B>& staging() noexcept { return staging_; }
   std::atomic_flag& busy() noexcept { return busy_; }
 
  private:
   typename B::Context context_;
+  HostStaging<B> staging_;
   std::atomic_flag busy_;
 };
 

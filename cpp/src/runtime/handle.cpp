@@ -7,6 +7,11 @@ namespace marlinq {
 
 using detail::guarded;
 
+Device BufferHandle::device() const noexcept { return self_->device(); }
+DType BufferHandle::dtype() const noexcept { return self_->dtype(); }
+std::int64_t BufferHandle::size() const noexcept { return self_->size(); }
+void* BufferHandle::data() const noexcept { return self_->data(); }
+
 std::string_view LinearHandle::backend() const noexcept { return self_->backend(); }
 std::int64_t LinearHandle::in_features() const noexcept { return self_->in_features(); }
 std::int64_t LinearHandle::out_features() const noexcept { return self_->out_features(); }
@@ -14,6 +19,10 @@ Description LinearHandle::describe() const { return self_->describe(); }
 void LinearHandle::forward(const ContextHandle& context, const ConstMatrixView& input,
                            const MatrixView& output, std::int64_t m) const {
   guarded([&] { self_->forward(context.any(), input, output, m); });
+}
+void LinearHandle::forward_host(const ContextHandle& context, const ConstMatrixView& input,
+                                const MatrixView& output, std::int64_t m) const {
+  guarded([&] { self_->forward_host(context.any(), input, output, m); });
 }
 
 std::string_view ExpertStackHandle::backend() const noexcept { return self_->backend(); }
@@ -44,6 +53,7 @@ void MoeBlockHandle::forward(const ContextHandle& context, const MoeInput& input
 std::string_view ContextHandle::backend() const noexcept { return self_->backend(); }
 Device ContextHandle::device() const { return self_->device(); }
 int ContextHandle::threads() const { return self_->threads(); }
+void* ContextHandle::stream() const { return self_->stream(); }
 std::int64_t ContextHandle::scratch_allocations() const { return self_->scratch_allocations(); }
 LinearHandle ContextHandle::load_gptq(const GptqTensors& tensors, const GptqSpec& spec,
                                       const LoadOptions& options) const {
@@ -64,5 +74,15 @@ void ContextHandle::route(const ConstMatrixView& logits, const RouteOptions& opt
                           const MatrixView& ids, const MatrixView& weights) const {
   guarded([&] { self_->route(logits, options, ids, weights); });
 }
+BufferHandle ContextHandle::allocate(DType dtype, std::int64_t size) const {
+  return guarded([&] { return self_->allocate(dtype, size); });
+}
+void ContextHandle::copy(const ConstMatrixView& from, const MatrixView& to) const {
+  guarded([&] { self_->copy(from, to); });
+}
+void ContextHandle::synchronise() const {
+  guarded([&] { self_->synchronise(); });
+}
+bool ContextHandle::captured() const { return self_->captured(); }
 
 }  // namespace marlinq

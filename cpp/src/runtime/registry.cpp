@@ -31,10 +31,12 @@ ContextHandle open_context(Device device, const ContextOptions& options) {
       return detail::guarded([&] { return entry.open(device, options); });
     known += (known.empty() ? "" : ", ") + std::string(entry.name);
   }
-  throw Error(ErrorCode::kUnsupported,
-              concat("device '", to_string(device),
-                     "': no backend of this build runs it (backends: ", known, ")"));
+  throw Error(ErrorCode::kUnsupported, concat("device '", to_string(device),
+                                              "': no backend of this build runs it (backends: ",
+                                              known, "; built ", build_note(), ")"));
 }
+
+std::string_view build_note() noexcept { return MARLINQ_BUILD_NOTE; }
 
 std::string_view version() noexcept { return MARLINQ_VERSION; }
 

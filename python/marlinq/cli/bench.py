@@ -34,9 +34,12 @@ _EXAMPLES = """\
   marlinq bench --shapes 4096x4096,14336x4096 --rows 1,16,128 --compute float32
   marlinq bench path/to/checkpoint --rows 1 --no-numpy
   marlinq bench --moe 128,8,2048,768 --rows 1,32
+  marlinq bench --device cuda --rows 1,16,256
 
 Times are medians of repeated bursts. Every call takes the next of several copies of the weight,
-enough of them to leave the last-level cache; --hot uses one. GB/s counts packed bytes.
+enough of them to leave the last-level cache; --hot uses one. GB/s counts packed bytes. A GPU gets
+float16 and a burst of calls without a wait between them, so that a kernel shorter than its launch
+takes as long as the launch, and at most 512 copies; numpy is not measured beside it.
 """
 _DEFAULT_SHAPES = "4096x4096,1024x4096,14336x4096,4096x14336"
 _SEED = 20240229
@@ -44,6 +47,8 @@ _BURST_SECONDS = 0.02
 _FEWEST_BURSTS = 5
 _ASSUMED_CACHE = 64 << 20
 _LEAST_COLD, _MOST_COLD = 64 << 20, 1 << 30  # bytes that the copies of a weight take together
+_COLD_ON_DEVICE = 256 << 20  # a few times the cache of a GPU
+_MOST_COPIES_ON_DEVICE = 512  # of small weights, which take longer to load than to measure
 
 
 @dataclass(frozen=True)
@@ -85,9 +90,10 @@ def _moe_shape(text: str) -> _MoeShape:
 
 def add_command(commands: Commands) -> None:
     """Adds the command to the parser."""
-    parser = new_command(commands, "bench", _run, "measure products on the CPU", _EXAMPLES)
+    parser = new_command(commands, "bench", _run, "measure products", _EXAMPLES)
     add_checkpoint_options(parser, optional=True)
     add_load_options(parser)
+    parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
     parser.add_argument(
         "--shapes",
         type=_shapes,
@@ -121,32 +127,43 @@ def _last_level_cache() -> int:
     return max(sizes)
 
 
-def _copies(nbytes: int, *, hot: bool) -> int:
+def _copies(nbytes: int, *, hot: bool, device: str = "cpu") -> int:
     if hot:
         return 1
+    if device != "cpu":
+        return max(1, min(-(-_COLD_ON_DEVICE // max(nbytes, 1)), _MOST_COPIES_ON_DEVICE))
     cold = min(max(2 * _last_level_cache(), _LEAST_COLD), _MOST_COLD)
     return max(1, -(-cold // max(nbytes, 1)))
 
 
-def _measure(calls: list[Callable[[], object]], seconds: float) -> float:
-    """Median seconds of one call, over bursts that go round all of them."""
+def _measure(burst: Callable[[int, int], float], seconds: float) -> float:
+    """Median seconds of one call; `burst(first, count)` times calls `first` to `first + count`."""
     position = 0
 
-    def burst(length: int) -> float:
+    def once(length: int) -> float:
         nonlocal position
-        start = time.perf_counter()
-        for _ in range(length):
-            calls[position]()
-            position = (position + 1) % len(calls)
-        return (time.perf_counter() - start) / length
+        position += length
+        return burst(position - length, length) / length
 
-    once = min(burst(1) for _ in range(3))
-    length = max(1, round(_BURST_SECONDS / max(once, 1e-9)))
+    shortest = min(once(1) for _ in range(3))
+    length = max(1, round(_BURST_SECONDS / max(shortest, 1e-9)))
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < _FEWEST_BURSTS or time.perf_counter() < end:
-        times.append(burst(length))
+        times.append(once(length))
     return statistics.median(times)
+
+
+def _round(calls: list[Callable[[], object]]) -> Callable[[int, int], float]:
+    """Bursts that go round all of the calls."""
+
+    def burst(first: int, count: int) -> float:
+        start = time.perf_counter()
+        for position in range(first, first + count):
+            calls[position % len(calls)]()
+        return time.perf_counter() - start
+
+    return burst
 
 
 def _random_weight(n: int, k: int, bits: int, group_size: int, seed: int) -> Weight:
@@ -217,9 +234,18 @@ def _matmul(x: Any, weight: Any) -> Callable[[], object]:
     return lambda: np.matmul(x, weight.T, out=out)
 
 
-def _forward(layer: Linear, x: Any, context: _core.Context) -> Callable[[], object]:
-    out = np.empty((len(x), layer.out_features), np.float32)
-    return lambda: layer(x, out=out, context=context)
+def _forwards(layers: list[Linear], x: Any, context: _core.Context) -> Callable[[int, int], float]:
+    """Bursts of forwards of x, which is copied to a GPU once and before."""
+    shape, handles = [len(x), layers[0].out_features], [layer._handle for layer in layers]
+    out: Any = np.empty(shape, np.float32)
+    if context.backend != "cpu":
+        x = x.astype(np.float16)
+        there = _core.DeviceBuffer(context, x.shape, "float16")
+        context.copy(x, there)
+        x, out = there, _core.DeviceBuffer(context, shape, "float16")
+    return lambda first, count: _core.time_forwards(
+        context, handles, x, out, first=first, count=count
+    )
 
 
 def _bench_case(
@@ -228,9 +254,10 @@ def _bench_case(
     layers = [case.load()]
     chosen = layers[0].describe()
     packed = chosen["packed_bytes"]
-    layers += [case.load() for _ in range(_copies(packed, hot=options.hot) - 1)]
+    copies = _copies(packed, hot=options.hot, device=context.device)
+    layers += [case.load() for _ in range(copies - 1)]
     matrices = []
-    if not options.no_numpy:
+    if not options.no_numpy and context.backend == "cpu":
         matrices = [case.reference.dequantize(np.float32)]
         copies = _copies(matrices[0].nbytes, hot=options.hot)
         matrices += [matrices[0].copy() for _ in range(copies - 1)]
@@ -238,10 +265,10 @@ def _bench_case(
     for m in options.rows:
         k, n = layers[0].in_features, layers[0].out_features
         x = np.random.default_rng(_SEED).standard_normal((m, k), np.float32)
-        seconds = _measure([_forward(layer, x, context) for layer in layers], options.seconds)
+        seconds = _measure(_forwards(layers, x, context), options.seconds)
         numpy = None
         if matrices:
-            numpy = _measure([_matmul(x, matrix) for matrix in matrices], options.seconds)
+            numpy = _measure(_round([_matmul(x, matrix) for matrix in matrices]), options.seconds)
         results.append(
             {
                 "name": case.name,
@@ -253,6 +280,7 @@ def _bench_case(
                 "act_order": chosen["act_order"],
                 "kernel": chosen["kernel"],
                 "compute": chosen["compute"],
+                "device": context.device,
                 "threads": context.threads,
                 "copies": len(layers),
                 "m": m,
@@ -313,7 +341,7 @@ def _bench_moe(options: argparse.Namespace, context: _core.Context) -> list[dict
         ) -> Callable[[], object]:
             return lambda: block(x, ids, shares, out=out, context=context)
 
-        seconds = _measure([call(block) for block in blocks], options.seconds)
+        seconds = _measure(_round([call(block) for block in blocks]), options.seconds)
         touched = packed * len(np.unique(ids)) // shape.experts
         flops = 2 * m * shape.top_k * 3 * shape.hidden * shape.inner
         results.append(
@@ -327,6 +355,7 @@ def _bench_moe(options: argparse.Namespace, context: _core.Context) -> list[dict
                 "act_order": False,
                 "kernel": parts["gate_up"]["kernel"],
                 "compute": parts["gate_up"]["compute"],
+                "device": context.device,
                 "threads": context.threads,
                 "copies": len(blocks),
                 "m": m,
@@ -371,7 +400,7 @@ def _run(options: argparse.Namespace) -> int:
         raise InvalidArgumentError(
             "--shapes and --moe are for random weights, not for a checkpoint"
         )
-    context = _core.Context("cpu", options.threads)
+    context = _core.Context(options.device, options.threads)
     check_load_options(options, context)
     results: list[dict[str, Any]] = []
     with warnings.catch_warnings():
@@ -386,9 +415,12 @@ def _run(options: argparse.Namespace) -> int:
                     advance(case.name)
                     results += _bench_case(case, options, context)
     if options.json:
-        print_json({"threads": context.threads, "results": results})
+        print_json({"device": context.device, "threads": context.threads, "results": results})
     else:
         _print(results)
         print_line("")
-        print_line(f"{context.threads} threads; ratio: numpy's time on float32 over marlinq's")
+        if context.backend == "cpu":
+            print_line(f"{context.threads} threads; ratio: numpy's time on float32 over marlinq's")
+        else:
+            print_line(f"{context.device}, float16, calls without a wait between them")
     return 0

@@ -23,6 +23,7 @@ def _run(options: argparse.Namespace) -> int:
         print_json(found)
         return 0
     print_line(f"marlinq {found['version']}, {found['threads']} host threads")
+    print_line(f"built {found['build']}")
     for backend in found["backends"]:
         print_line("")
         print_line(f"backend {backend['name']}: {backend['hardware']}")

@@ -61,8 +61,10 @@ TEST(RegistryTest, ADeviceOfNoBackendNamesThoseThereAre) {
   if (std::any_of(all.begin(), all.end(), [](const auto& info) { return info.name == "cuda"; })) {
     GTEST_SKIP() << "this build runs CUDA devices";
   }
-  expect_error(ErrorCode::kUnsupported, {"device 'cuda:2'", "no backend", "backends: cpu"},
-               [] { open_context({DeviceKind::kCuda, 2}); });
+  expect_error(
+      ErrorCode::kUnsupported,
+      {"device 'cuda:2'", "no backend", "backends: cpu", "built without the CUDA backend: "},
+      [] { open_context({DeviceKind::kCuda, 2}); });
 }
 
 // There is one CPU; a device that does not exist is an error, not the one that does.
@@ -70,6 +72,15 @@ TEST(RegistryTest, ADeviceThatDoesNotExist) {
   for (const int index : {1, -1, 1000}) {
     expect_error(ErrorCode::kDevice, {"cpu"}, [&] { open_context({DeviceKind::kCpu, index}); });
   }
+}
+
+TEST(RegistryTest, TheBuildTellsWhatItHas) {
+  const std::vector<BackendInfo> all = backends();
+  const bool cuda =
+      std::any_of(all.begin(), all.end(), [](const auto& info) { return info.name == "cuda"; });
+  EXPECT_TRUE(
+      build_note().starts_with(cuda ? "with the CUDA backend: " : "without the CUDA backend: "))
+      << build_note();
 }
 
 TEST(RegistryTest, Version) { EXPECT_EQ(version(), MARLINQ_VERSION); }

@@ -46,13 +46,18 @@ double bound_for(DType dtype, double compute) {
 
 ::testing::AssertionResult matches(const Matrix& output, const Product& expected, std::int64_t m,
                                    double compute) {
+  return matches_within(output, expected, m, bound_for(output.dtype(), compute));
+}
+
+::testing::AssertionResult matches_within(const Matrix& output, const Product& expected,
+                                          std::int64_t m, double bound) {
   if (!output.guards_intact(m)) {
     return ::testing::AssertionFailure() << "bytes outside the first " << m << " rows have changed";
   }
   double energy = 0;
   for (std::int64_t i = 0; i < m; ++i) energy += expected.energy[static_cast<std::size_t>(i)];
   const std::vector<double> y(expected.y.begin(), expected.y.begin() + m * expected.n);
-  return within(output.values(m), y, energy, expected.n, bound_for(output.dtype(), compute));
+  return within(output.values(m), y, energy, expected.n, bound);
 }
 
 void expect_error(ErrorCode code, std::initializer_list<std::string_view> parts, Call f) {

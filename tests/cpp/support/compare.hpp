@@ -41,6 +41,10 @@ class Call {
   void (*run_)(const void*);
 };
 
+/// The same with a bound for all of it, the rounding of the output included.
+::testing::AssertionResult matches_within(const Matrix& output, const Product& expected,
+                                          std::int64_t m, double bound);
+
 /// Calls f, which must throw an Error of `code` whose message holds every one of `parts`.
 void expect_error(ErrorCode code, std::initializer_list<std::string_view> parts, Call f);
 /// The same for invalid_argument.

@@ -124,6 +124,14 @@ class Matrix {
   ConstMatrixView view() const { return {data(), dtype_, {}, rows_, cols_, stride_}; }
   ConstMatrixView input() const { return view(); }
 
+  /// All bytes, guards included, and the view of a copy of them elsewhere.
+  void* storage() { return bytes_.data(); }
+  const void* storage() const { return bytes_.data(); }
+  std::int64_t storage_bytes() const { return static_cast<std::int64_t>(bytes_.size()); }
+  MatrixView view_at(void* copy, Device device) const {
+    return {static_cast<unsigned char*>(copy) + kGuardBytes, dtype_, device, rows_, cols_, stride_};
+  }
+
   double at(std::int64_t row, std::int64_t col) const;
   void set(std::int64_t row, std::int64_t col, double value);
   void fill_normal(Random& random, double deviation = 1.0);

@@ -19,6 +19,7 @@ struct NullBuffer {
   Device device() const { return {DeviceKind::kCuda, 3}; }
   DType dtype() const { return DType::kFloat32; }
   std::int64_t size() const { return 0; }
+  void* data() { return nullptr; }
 };
 
 struct NullBackend : QuantMarlinDefaults<NullBackend> {

@@ -83,6 +83,9 @@ struct MARLINQ_API CpuBackend : QuantMarlinDefaults<CpuBackend> {
       Context& context, const MoeBlockParts<CpuBackend>& parts);
   static void route(Context& context, const ConstMatrixView& logits, const RouteOptions& options,
                     const MatrixView& ids, const MatrixView& weights);
+  static Buffer allocate(Context& context, DType dtype, std::int64_t size);
+  static void copy(Context& context, const ConstMatrixView& from, const MatrixView& to);
+  static void synchronise(Context&) {}
 
   // For the registry.
   static BackendInfo info();

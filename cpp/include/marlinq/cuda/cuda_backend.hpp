@@ -76,6 +76,10 @@ struct MARLINQ_API CudaBackend : QuantMarlinDefaults<CudaBackend> {
                                                         const GptqSpec& spec,
                                                         const LoadOptions& options = {});
   static void pregrow_marlin_gather_scratch(Context& context, std::int64_t required_elements);
+  static Buffer allocate(Context& context, DType dtype, std::int64_t size);
+  static void copy(Context& context, const ConstMatrixView& from, const MatrixView& to);
+  static void synchronise(Context& context);
+  static bool captured(Context& context) noexcept;
 
   // For the registry.
   static BackendInfo info();

@@ -1,0 +1,181 @@
+// A handful of layers through handles, on memory that nothing else touches, for compute-sanitizer:
+// every allocation is as large as its matrix, inputs are written by the host alone, and everything
+// is freed at the end. Without a sanitizer it is a small test. Needs no GoogleTest.
+// Exit codes: 0 right, 1 wrong, 77 no device.
+#include <cuda_runtime_api.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "marlinq/error.hpp"
+#include "marlinq/handle.hpp"
+#include "marlinq/registry.hpp"
+#include "marlinq_tolerances.hpp"  // generated from tolerances.json
+#include "support/generators.hpp"
+#include "support/reference.hpp"
+
+namespace {
+
+using marlinq::DType;
+using marlinq::test::Layer;
+using marlinq::test::LayerOptions;
+using marlinq::test::Matrix;
+using marlinq::test::Order;
+using marlinq::test::Product;
+using marlinq::test::Zeros;
+
+constexpr int kNoDevice = 77;
+constexpr marlinq::Device kDevice = {marlinq::DeviceKind::kCuda, 0};
+
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(status));
+  std::exit(1);
+}
+
+/// Device memory of so many bytes.
+class Memory {
+ public:
+  explicit Memory(std::size_t bytes) { check(cudaMalloc(&data_, bytes), "cudaMalloc"); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() { (void)cudaFree(data_); }
+  void* data() const { return data_; }
+
+ private:
+  void* data_ = nullptr;
+};
+
+/// As support/compare.hpp judges: few elements against what was summed.
+double error_over_bound(const Matrix& out, const Product& expected, std::int64_t m, DType x) {
+  constexpr std::int64_t kSmall = 256;
+  double bound = x == DType::kBFloat16 ? marlinq::test::tolerances::kCudaBfloat16
+                                       : marlinq::test::tolerances::kCudaFloat16;
+  double error = 0;
+  double norm = 0;
+  for (std::int64_t i = 0; i < m; ++i) {
+    for (std::int64_t j = 0; j < expected.n; ++j) {
+      const double y = expected.y[static_cast<std::size_t>(i * expected.n + j)];
+      error += (out.at(i, j) - y) * (out.at(i, j) - y);
+      norm += y * y;
+    }
+  }
+  if (m * expected.n < kSmall) {
+    bound *= marlinq::test::tolerances::kSmallOutputFactor;
+    norm = 0;
+    for (std::int64_t i = 0; i < m; ++i) norm += expected.energy[static_cast<std::size_t>(i)];
+  }
+  return std::sqrt(error / norm) / bound;
+}
+
+/// Runs m rows with memory of just their size; `gap` columns between the rows of x stay unwritten.
+Matrix run(const marlinq::LinearHandle& linear, const marlinq::ContextHandle& context,
+           cudaStream_t stream, const Matrix& x, std::int64_t m, DType out_dtype,
+           std::int64_t gap) {
+  const auto size = static_cast<std::int64_t>(marlinq::size_of(x.dtype()));
+  const std::int64_t k = x.cols();
+  const std::int64_t n = linear.out_features();
+  const std::int64_t stride = k + gap;
+  const Memory there(static_cast<std::size_t>(((m - 1) * stride + k) * size));
+  check(cudaMemcpy2DAsync(there.data(), static_cast<std::size_t>(stride * size), x.data(),
+                          static_cast<std::size_t>(k * size), static_cast<std::size_t>(k * size),
+                          static_cast<std::size_t>(m), cudaMemcpyHostToDevice, stream),
+        "copy of x");
+  Matrix out(m, n, out_dtype);
+  const std::size_t out_bytes = static_cast<std::size_t>(m * n) * marlinq::size_of(out_dtype);
+  const Memory result(out_bytes);
+  linear.forward(context, {there.data(), x.dtype(), kDevice, m, k, stride},
+                 {result.data(), out_dtype, kDevice, m, n, n}, m);
+  check(cudaMemcpyAsync(out.data(), result.data(), out_bytes, cudaMemcpyDeviceToHost, stream),
+        "copy of out");
+  check(cudaStreamSynchronize(stream), "forward");
+  return out;
+}
+
+/// How many results of a layer are wrong.
+int run_layer(const LayerOptions& options, cudaStream_t stream,
+              const marlinq::ContextHandle& context) {
+  constexpr std::int64_t kRows = 130;
+  const Layer layer = marlinq::test::make_layer(options);
+  const marlinq::LinearHandle linear = context.load_gptq(layer.tensors(), layer.spec());
+  int wrong = 0;
+  double worst = 0;
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
+    const Matrix x = marlinq::test::random_matrix(kRows, options.k, dtype, options.seed + 100);
+    const Product expected = marlinq::test::multiply(x.values(), kRows, layer.dense());
+    for (const auto& [m, gap] :
+         {std::pair<std::int64_t, std::int64_t>{1, 0}, {16, 0}, {17, 8}, {64, 0}, {130, 3}}) {
+      const DType out_dtype = m == 17 ? DType::kFloat32 : dtype;
+      const Matrix out = run(linear, context, stream, x, m, out_dtype, gap);
+      const double error = error_over_bound(out, expected, m, dtype);
+      worst = std::fmax(worst, error);
+      if (!(error <= 1)) {
+        ++wrong;
+        std::printf("  m %lld, %s: %.2f times the bound\n", static_cast<long long>(m),
+                    std::string(to_string(dtype)).c_str(), error);
+      }
+    }
+  }
+  std::printf("%s %s: at most %.2f times the bound\n", wrong == 0 ? "ok   " : "WRONG",
+              describe(options).c_str(), worst);
+  return wrong;
+}
+
+int run_all() {
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  int wrong = 0;
+  {
+    const marlinq::ContextHandle context = marlinq::open_context(kDevice, {.stream = stream});
+    const std::vector<LayerOptions> layers = {
+        {.bits = 4, .k = 704, .n = 192, .seed = 1},
+        {.bits = 4,
+         .k = 704,
+         .n = 201,
+         .group_size = 64,
+         .zeros = Zeros::kAsymmetricV1,
+         .bias = DType::kFloat16,
+         .seed = 2},
+        {.bits = 4,
+         .k = 600,
+         .n = 130,
+         .group_size = 32,
+         .zeros = Zeros::kAsymmetricV2,
+         .order = Order::kUnbalanced,
+         .scales = DType::kBFloat16,
+         .seed = 3},
+        {.bits = 8, .k = 512, .n = 96, .group_size = -1, .bias = DType::kFloat32, .seed = 4},
+        {.bits = 8,
+         .k = 417,
+         .n = 67,
+         .group_size = 128,
+         .zeros = Zeros::kAsymmetricV1,
+         .order = Order::kActOrder,
+         .scales = DType::kFloat32,
+         .seed = 5},
+        {.bits = 3, .k = 96, .n = 33, .group_size = 16, .zeros = Zeros::kAsymmetricV1, .seed = 6}};
+    for (const LayerOptions& options : layers) wrong += run_layer(options, stream, context);
+  }
+  check(cudaStreamDestroy(stream), "cudaStreamDestroy");
+  return wrong;
+}
+
+}  // namespace
+
+int main() {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    std::printf("skipped: no CUDA device\n");
+    return kNoDevice;
+  }
+  try {
+    return run_all() == 0 ? 0 : 1;
+  } catch (const marlinq::Error& error) {
+    std::fprintf(stderr, "%s: %s\n", std::string(to_string(error.code())).c_str(), error.what());
+    return 1;
+  }
+}

@@ -1,0 +1,175 @@
+"""What the tests of the CUDA backend share: layers made on the device, with float64 beside them.
+
+Importing it skips the importing file, visibly, where there is no torch. Nothing here loops over
+elements: references of large layers are products of float64 on the GPU.
+"""
+
+from typing import Any
+
+import marlinq
+import numpy as np
+import pytest
+from gptq_writer import Layer
+from support import tolerance
+
+torch = pytest.importorskip("torch")
+
+DEVICES: list[str] = [
+    device
+    for backend in marlinq.info()["backends"]
+    if backend["name"] == "cuda"
+    for device in backend["devices"]
+]
+needs_device = pytest.mark.skipif(not DEVICES, reason="no CUDA device")
+needs_two_devices = pytest.mark.skipif(len(DEVICES) < 2, reason="fewer than two CUDA devices")
+
+DEVICE = "cuda:0"
+TYPES = ["float16", "bfloat16"]
+BOUNDS = {name: tolerance("cuda", name) for name in TYPES}
+_FEW = 256
+_FEW_FACTOR = tolerance("small_output", "factor")
+_SCALE_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+
+Tensor = Any
+
+
+def normal(m: int, k: int, dtype: str, device: str = DEVICE, seed: int = 0) -> Tensor:
+    """Standard normal rows on the device."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    x = torch.randn((m, k), generator=generator, device=device)
+    return x.to(getattr(torch, dtype))
+
+
+class DeviceLayer:
+    """A random layer of 2, 4 or 8 bits, quantised and packed on the device.
+
+    Packing is written from the format, with shifts and sums of whole arrays. Zero points are 1 and
+    more, which every writer stores alike.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        k: int,
+        *,
+        bits: int = 4,
+        group_size: int = 128,
+        symmetric: bool = False,
+        act_order: bool = False,
+        bias: bool = False,
+        scale_dtype: str = "F16",
+        seed: int = 0,
+        device: str = DEVICE,
+    ) -> None:
+        generator = torch.Generator(device=device).manual_seed(seed)
+        options = {"generator": generator, "device": device}
+        rows = k if group_size == -1 else group_size
+        count = -(-k // rows)
+        self.n, self.k, self.bits, self.group_size = n, k, bits, group_size
+        self.codes = torch.randint(0, 1 << bits, (k, n), dtype=torch.uint8, **options)
+        self.zeros = torch.full((count, n), 1 << (bits - 1), dtype=torch.uint8, device=device)
+        if not symmetric:
+            self.zeros = torch.randint(1, 1 << bits, (count, n), dtype=torch.uint8, **options)
+        kind = getattr(torch, _SCALE_DTYPES[scale_dtype])
+        self.scales = ((torch.rand((count, n), **options) + 0.5) / (1 << bits)).to(kind)
+        self.groups = torch.arange(k, device=device) // rows
+        if act_order:
+            self.groups = self.groups[torch.randperm(k, **options)]
+        self.bias = torch.randn(n, **options).half() if bias else None
+
+    def _pack(self, fields: Tensor) -> Tensor:
+        """Fields along the first axis, the first lowest, into int32 words."""
+        per_word = 32 // self.bits
+        count, columns = fields.shape
+        words = -(-count // per_word)
+        padded = torch.zeros((words * per_word, columns), dtype=torch.int64, device=fields.device)
+        padded[:count] = fields
+        shifts = torch.arange(per_word, device=fields.device) * self.bits
+        packed = (padded.view(words, per_word, columns) << shifts[None, :, None]).sum(1)
+        return torch.where(packed < 1 << 31, packed, packed - (1 << 32)).int()
+
+    def arrays(self) -> dict[str, Tensor]:
+        """The keyword arguments of `marlinq.load_gptq`, in host memory."""
+        tensors = {
+            "qweight": self._pack(self.codes),
+            "scales": self.scales,
+            "qzeros": self._pack((self.zeros - 1).T).T.contiguous(),
+            "g_idx": self.groups.int(),
+            "bias": self.bias,
+        }
+        return {name: t.cpu() for name, t in tensors.items() if t is not None}
+
+    def load(self, device: str = DEVICE, **options: Any) -> marlinq.Linear:
+        return marlinq.load_gptq(
+            **self.arrays(),
+            device=device,
+            bits=self.bits,
+            group_size=self.group_size,
+            k=self.k,
+            checkpoint_format="gptq",
+            **options,
+        )
+
+    def dense(self) -> Tensor:
+        """The matrix `[N, K]` in float64."""
+        centred = self.codes.double() - self.zeros[self.groups].double()
+        return (centred * self.scales[self.groups].double()).T
+
+
+class Reference:
+    """Products of a float64 matrix, for any number of the first rows of x."""
+
+    def __init__(self, dense: Tensor, bias: Tensor | None, x: Tensor) -> None:
+        wide = x.double()
+        self.y = wide @ dense.T
+        if bias is not None:
+            self.y += bias.double()
+        if len(dense) < _FEW:  # of few elements: what was summed, which cancels less than they do
+            self._energy = torch.cumsum(((wide[:_FEW] ** 2) @ (dense**2).T).sum(1), 0)
+        self._bound = BOUNDS[str(x.dtype).removeprefix("torch.")]
+
+    def error(self, y: Tensor) -> float:
+        """Of the first rows, over the bound: at most 1 passes. NaN is no number below 1."""
+        expected = self.y[: len(y)]
+        difference = torch.linalg.norm(y.double() - expected)
+        if y.numel() >= _FEW:
+            return float(difference / (self._bound * torch.linalg.norm(expected)))
+        scale = torch.sqrt(self._energy[len(y) - 1])
+        return float(difference / (_FEW_FACTOR * self._bound * scale))
+
+    def check(self, y: Tensor, what: object = "") -> None:
+        error = self.error(y)
+        assert error <= 1, f"{what}, m {len(y)}, {y.dtype}: {error:.3f} times the bound"
+
+
+def reference(layer: DeviceLayer | Layer, x: Tensor) -> Reference:
+    """The products of a layer, on the device of x."""
+    if isinstance(layer, DeviceLayer):
+        dense, bias = layer.dense().to(x.device), layer.bias
+    else:
+        dense = torch.from_numpy(layer.dense()).to(x.device)
+        bias = None if layer.bias is None else torch.from_numpy(layer.bias).to(x.device)
+    return Reference(dense, bias, x)
+
+
+def load(layer: Layer, device: str = DEVICE, **options: Any) -> marlinq.Linear:
+    """A layer of gptq_writer on the device."""
+    shape = {"bits": layer.bits, "group_size": layer.group_size, "k": layer.k}
+    return marlinq.load_gptq(**layer.arrays(), device=device, **shape, **options)
+
+
+def guarded(m: int, n: int, dtype: Any, offset: int = 8, device: str = DEVICE) -> tuple[Any, Any]:
+    """An output inside a larger matrix of sevens: (the matrix, the output)."""
+    store = torch.full((m + 2, n + offset + 8), 7.0, dtype=dtype, device=device)
+    return store, store[1 : m + 1, offset : offset + n]
+
+
+def untouched(store: Tensor, out: Tensor) -> bool:
+    """Whether only the output was written. Overwrites the output."""
+    out.fill_(7)
+    return bool((store == 7).all())
+
+
+def host(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """float32 numbers of a tensor of any type."""
+    return tensor.float().cpu().numpy()
