@@ -70,8 +70,9 @@ __global__ void reference(const std::uint32_t* qweight, const std::uint32_t* qze
              (column * bits % 32) &
          mask) +
         1;
-    const double w = (static_cast<int>(code) - static_cast<int>(zero)) *
-                     static_cast<double>(__half2float(scales[static_cast<std::size_t>(group) * n + column]));
+    const double w =
+        (static_cast<int>(code) - static_cast<int>(zero)) *
+        static_cast<double>(__half2float(scales[static_cast<std::size_t>(group) * n + column]));
     for (int j = 0; j < rows; ++j)
       sum[j] += w * static_cast<double>(float(x[static_cast<std::size_t>(j) * step * k + i]));
   }
@@ -107,24 +108,23 @@ class Bench {
                                       bits == 4 ? 0x77777777u : 0x7f7f7f7fu);
     if (!symmetric) {
       for (auto& word : qzeros) {
-        word ^= static_cast<std::uint32_t>(next_random(state)) & (bits == 4 ? 0x33333333u : 0x0f0f0f0fu);
+        word ^= static_cast<std::uint32_t>(next_random(state)) &
+                (bits == 4 ? 0x33333333u : 0x0f0f0f0fu);
       }
     }
     std::vector<std::uint16_t> scales(static_cast<std::size_t>(groups) * shape.n);
-    for (auto& scale : scales) scale = static_cast<std::uint16_t>(0x1c00 + next_random(state) % 0x800);
+    for (auto& scale : scales)
+      scale = static_cast<std::uint16_t>(0x1c00 + next_random(state) % 0x800);
     GptqModule layer;
     layer.name = "bench";
     const auto tensor = [](const void* data, std::size_t bytes, DType dtype, std::int64_t a,
-                           std::int64_t b) {
-      return HostTensor{data, bytes, dtype, {a, b}, 2};
-    };
-    layer.qweight = tensor(qweight.data(), qweight.size() * 4, DType::kInt32,
-                            shape.k * bits / 32, shape.n);
+                           std::int64_t b) { return HostTensor{data, bytes, dtype, {a, b}, 2}; };
+    layer.qweight =
+        tensor(qweight.data(), qweight.size() * 4, DType::kInt32, shape.k * bits / 32, shape.n);
     layer.qzeros =
         tensor(qzeros.data(), qzeros.size() * 4, DType::kInt32, groups, shape.n * bits / 32);
     layer.scales = tensor(scales.data(), scales.size() * 2, DType::kFloat16, groups, shape.n);
-    const GptqWeights weights =
-        validate(GptqTensors(layer), {.bits = bits, .group_size = 128});
+    const GptqWeights weights = validate(GptqTensors(layer), {.bits = bits, .group_size = 128});
     Uploader uploader(0);
     LayerUpload layer_upload(uploader, weights);
     weight_ = sm80::load(weights, layer_upload);
@@ -143,9 +143,9 @@ class Bench {
       const auto move = [&](auto*& pointer) {
         using P = std::remove_reference_t<decltype(pointer)>;
         if (pointer == nullptr) return;
-        pointer = reinterpret_cast<P>(
-            base + (reinterpret_cast<const unsigned char*>(pointer) -
-                    static_cast<const unsigned char*>(weight_.memory.data())));
+        pointer =
+            reinterpret_cast<P>(base + (reinterpret_cast<const unsigned char*>(pointer) -
+                                        static_cast<const unsigned char*>(weight_.memory.data())));
       };
       move(view.codes);
       move(view.groups);
@@ -153,7 +153,8 @@ class Bench {
       copies_.push_back(view);
       total += bytes;
     }
-    partials_ = CudaBuffer(0, DType::kFloat32, std::int64_t{2} * 3 * limits_.multiprocessors * 16384);
+    partials_ =
+        CudaBuffer(0, DType::kFloat32, std::int64_t{2} * 3 * limits_.multiprocessors * 16384);
     flags_ = CudaBuffer(0, DType::kInt32, 4096);
     MARLINQ_CUDA_CHECK(cudaMemset(flags_.data(), 0, 4096 * 4));
     MARLINQ_CUDA_CHECK(cudaMalloc(&sums_, 16));
@@ -207,8 +208,9 @@ class Bench {
         if (kernel.row_warps > 1 && m > 2048) continue;
         const int occupancy = kernel.blocks_together;
         const int blocks = occupancy * sms;
-        const std::int64_t tiles = static_cast<std::int64_t>((shape_.n + kernel.features - 1) / kernel.features) *
-                                   ((m + kernel.tokens - 1) / kernel.tokens);
+        const std::int64_t tiles =
+            static_cast<std::int64_t>((shape_.n + kernel.features - 1) / kernel.features) *
+            ((m + kernel.tokens - 1) / kernel.tokens);
         const int left = static_cast<int>(tiles % blocks);
         std::vector<int> tails = {left};
         if (left > 0) {
@@ -222,8 +224,7 @@ class Bench {
           if (plan.shared_bytes > (limits_.shared_bytes - 1024 * occupancy) / occupancy) continue;
           char name[64];
           std::snprintf(name, sizeof name, "tile%dx%dk%dw%d%s t%d/%d", kernel.features,
-                        kernel.tokens, kernel.row_warps, kernel.warps, "", tail,
-                        left);
+                        kernel.tokens, kernel.row_warps, kernel.warps, "", tail, left);
           measure(problem, plan, name, type);
         }
       }
@@ -288,7 +289,8 @@ class Bench {
     }
     std::sort(times.begin(), times.end());
     const double us = times[times.size() / 2] * 1e3 / launches;
-    std::printf("%dx%d,%s,%d,%s,%.2f,%.2e%s\n", shape_.n, shape_.k, type, problem.m, name, us, error,
+    std::printf("%dx%d,%s,%d,%s,%.2f,%.2e%s\n", shape_.n, shape_.k, type, problem.m, name, us,
+                error,
                 error < 6e-4 || (sizeof(T) == 2 && !std::is_same_v<T, __half> && error < 3.2e-3)
                     ? ""
                     : ",WRONG");
@@ -346,12 +348,12 @@ int main(int argc, char** argv) {
     }
   }
   if (shapes.empty()) {
-    shapes = {{4096, 4096}, {6144, 4096}, {28672, 4096}, {4096, 14336}, {10240, 8192},
-              {57344, 8192}, {8192, 28672}};
+    shapes = {{4096, 4096},  {6144, 4096},  {28672, 4096}, {4096, 14336},
+              {10240, 8192}, {57344, 8192}, {8192, 28672}};
   }
   try {
-    const std::string type = std::string(half ? "fp16" : "bf16") + (bits == 8 ? " w8" : "") +
-                             (symmetric ? "" : " asym");
+    const std::string type =
+        std::string(half ? "fp16" : "bf16") + (bits == 8 ? " w8" : "") + (symmetric ? "" : " asym");
     for (const Shape shape : shapes) {
       if (half) {
         Bench<__half> bench(shape, bits, symmetric);

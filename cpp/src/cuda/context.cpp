@@ -6,6 +6,7 @@
 #include "core/matrix_checks.hpp"
 #include "cuda/arch_table.hpp"
 #include "cuda/cuda_check.hpp"
+#include "cuda/handles.hpp"
 
 namespace marlinq::cuda {
 namespace {
@@ -98,10 +99,12 @@ CudaContext::CudaContext(int device, void* stream) : state_(std::make_unique<Con
   }
   state_->partials = CudaBuffer(device, DType::kFloat32, floats);
   state_->flags = CudaBuffer(device, DType::kInt32, flags);
+  // On a stream of its own: a context may be opened while another stream is captured.
   const RelaxedCapture relaxed;
+  const OwnedStream own;
   MARLINQ_CUDA_CHECK(
-      cudaMemset(state_->flags.data(), 0, static_cast<std::size_t>(flags) * 4));
-  MARLINQ_CUDA_CHECK(cudaDeviceSynchronize());
+      cudaMemsetAsync(state_->flags.data(), 0, static_cast<std::size_t>(flags) * 4, own.get()));
+  MARLINQ_CUDA_CHECK(cudaStreamSynchronize(own.get()));
 }
 
 CudaContext::CudaContext(CudaContext&&) noexcept = default;

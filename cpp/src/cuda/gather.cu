@@ -59,8 +59,8 @@ void launch(const dim3& grid, bool dependent, cudaStream_t stream, const void* x
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = dependent ? 1 : 0;
-  MARLINQ_CUDA_CHECK(cudaLaunchKernelEx(&config, gather<In, Out>, static_cast<const In*>(x), x_stride,
-                                        k, source, static_cast<Out*>(out), columns));
+  MARLINQ_CUDA_CHECK(cudaLaunchKernelEx(&config, gather<In, Out>, static_cast<const In*>(x),
+                                        x_stride, k, source, static_cast<Out*>(out), columns));
 }
 
 }  // namespace
@@ -73,7 +73,8 @@ void gather_rows(const void* x, FloatType x_type, std::int64_t x_stride, std::in
   for (std::int32_t first = 0; first < m; first += kMaxRows) {
     const dim3 grid((columns / kColumns + kThreads - 1) / kThreads, std::min(kMaxRows, m - first));
     const void* rows = static_cast<const unsigned char*>(x) + first * x_stride * size;
-    void* target = static_cast<unsigned char*>(out) + static_cast<std::int64_t>(first) * columns * 2;
+    void* target =
+        static_cast<unsigned char*>(out) + static_cast<std::int64_t>(first) * columns * 2;
     auto* s = static_cast<cudaStream_t>(stream);
     if (x_type == FloatType::kF32) {
       launch<float, __half>(grid, dependent_launch, s, rows, x_stride, k, source, target, columns);

@@ -14,7 +14,7 @@ struct WeightView {
   const unsigned char* groups = nullptr;  // scales and zero points
   const std::int32_t* chunk_groups = nullptr;
   std::int32_t chunk_shift = -1;  // at least 0: the group of a whole chunk is chunk >> chunk_shift
-  const float* bias = nullptr;  // null: none
+  const float* bias = nullptr;    // null: none
   // Input row of each packed row, -1 padding; null: the same row.
   const std::int32_t* source = nullptr;
   FloatType scale_type = FloatType::kF16;
@@ -52,9 +52,10 @@ struct SplitScratch {
 
 struct DeviceLimits {
   std::int32_t multiprocessors = 0;
-  std::int32_t shared_bytes = 0;         // of a block, at most
-  std::int32_t multiprocessor_shared_bytes = 0;  // of the blocks on one multiprocessor, 1 KiB each apart
-  std::int32_t capability = 0;    // 10 * major + minor
+  std::int32_t shared_bytes = 0;  // of a block, at most
+  std::int32_t multiprocessor_shared_bytes =
+      0;                        // of the blocks on one multiprocessor, 1 KiB each apart
+  std::int32_t capability = 0;  // 10 * major + minor
 };
 
 enum class KernelKind : std::uint8_t {

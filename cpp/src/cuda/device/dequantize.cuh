@@ -28,7 +28,7 @@ template <>
 struct ZeroPair<__half, 4> {
   uint32_t low, high;
   __device__ __forceinline__ void set(uint32_t feature, uint32_t feature_8) {
-    low = (0x6400u + feature) * 0x10001u;           // 1024 + z
+    low = (0x6400u + feature) * 0x10001u;          // 1024 + z
     high = (0xd400u + feature_8 * 16) * 0x10001u;  // -64 - z, for z up to 16
   }
 };

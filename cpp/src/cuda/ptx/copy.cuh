@@ -17,8 +17,9 @@ __device__ __forceinline__ void copy_async(uint32_t target, const void* source) 
 /// 16 bytes to shared memory where `on`; predicated, so that it costs no branch.
 __device__ __forceinline__ void copy_async_if(bool on, uint32_t target, const void* source) {
   asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p cp.async.cg.shared.global [%0], [%1], 16;\n}"
-      ::"r"(target), "l"(source), "r"(static_cast<int>(on))
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p cp.async.cg.shared.global [%0], [%1], 16;\n}" ::
+          "r"(target),
+      "l"(source), "r"(static_cast<int>(on))
       : "memory");
 }
 

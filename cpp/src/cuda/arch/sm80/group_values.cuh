@@ -27,7 +27,8 @@ struct GroupValues {
 
   /// From the records of the strips in shared memory, one after the other.
   __device__ __forceinline__ void load(uint32_t records, const WeightView& w) {
-    const uint32_t first = records + threadIdx.x % 32 / 4 * (w.scale_type == FloatType::kF32 ? 8 : 4);
+    const uint32_t first =
+        records + threadIdx.x % 32 / 4 * (w.scale_type == FloatType::kF32 ? 8 : 4);
     const int step = w.record_bytes;
     if (w.scale_type == FloatType::kF16) {
 #pragma unroll

@@ -9,18 +9,26 @@ namespace marlinq::cuda::sm80 {
 
 template <class T, int kBits>
 constexpr std::array<Instance, kInstanceCount> instance_list() {
+  // start, steps, tile, cut, part, block, uneven
+  constexpr TileCost k128x32x2{2.47, {0.658, 1.126, 1.377}, 1.41, 1.92, 0.13, 0.008, 0.75};
+  constexpr TileCost k128x32x4{4.56, {0.885}, 3.54, 1.80, 0.00, 0.000, 2.72};
+  constexpr TileCost k256x32x1{0.00, {0.661, 1.059, 1.325}, 0.00, 3.61, 0.54, 0.011, 0.13};
+  constexpr TileCost k256x32x3{3.52, {1.285}, 2.31, 2.29, 0.00, 0.017, 2.38};
+  constexpr TileCost k128x64x4{5.05, {1.350}, 3.61, 2.21, 0.00, 0.012, 3.62};
+  constexpr TileCost k256x64x1{1.66, {0.943, 1.450}, 3.01, 3.07, 0.56, 0.021, 0.69};
+  constexpr TileCost k256x64x2{4.95, {1.323}, 5.40, 2.77, 0.18, 0.023, 2.49};
   return {
       // token tiles, most warps, promotes
       strip_instance<T, kBits, 1, 16, true>(),
       strip_instance<T, kBits, 2, 16, false>(),
       // feature warps, token warps, row warps, token tiles of a warp
-      tile_instance<T, kBits, 2, 1, 2, 4>({.start = 2.47f, .step = {0.658f, 1.126f, 1.377f}, .tile = 1.41f, .cut = 1.92f, .part = 0.13f, .block = 0.008f, .uneven = 0.75f}),
-      tile_instance<T, kBits, 2, 1, 4, 4>({.start = 4.56f, .step = {0.885f, 0.0f, 0.0f}, .tile = 3.54f, .cut = 1.80f, .part = 0.0f, .block = 0.0f, .uneven = 2.72f}),
-      tile_instance<T, kBits, 4, 1, 1, 4>({.start = 0.0f, .step = {0.661f, 1.059f, 1.325f}, .tile = 0.0f, .cut = 3.61f, .part = 0.54f, .block = 0.011f, .uneven = 0.13f}),
-      tile_instance<T, kBits, 4, 1, 3, 4>({.start = 3.52f, .step = {1.285f, 0.0f, 0.0f}, .tile = 2.31f, .cut = 2.29f, .part = 0.0f, .block = 0.017f, .uneven = 2.38f}),
-      tile_instance<T, kBits, 2, 1, 4, 8>({.start = 5.05f, .step = {1.350f, 0.0f, 0.0f}, .tile = 3.61f, .cut = 2.21f, .part = 0.0f, .block = 0.012f, .uneven = 3.62f}),
-      tile_instance<T, kBits, 4, 1, 1, 8>({.start = 1.66f, .step = {0.943f, 1.450f, 0.0f}, .tile = 3.01f, .cut = 3.07f, .part = 0.56f, .block = 0.021f, .uneven = 0.69f}),
-      tile_instance<T, kBits, 4, 1, 2, 8>({.start = 4.95f, .step = {1.323f, 0.0f, 0.0f}, .tile = 5.40f, .cut = 2.77f, .part = 0.18f, .block = 0.023f, .uneven = 2.49f}),
+      tile_instance<T, kBits, 2, 1, 2, 4>(k128x32x2),
+      tile_instance<T, kBits, 2, 1, 4, 4>(k128x32x4),
+      tile_instance<T, kBits, 4, 1, 1, 4>(k256x32x1),
+      tile_instance<T, kBits, 4, 1, 3, 4>(k256x32x3),
+      tile_instance<T, kBits, 2, 1, 4, 8>(k128x64x4),
+      tile_instance<T, kBits, 4, 1, 1, 8>(k256x64x1),
+      tile_instance<T, kBits, 4, 1, 2, 8>(k256x64x2),
   };
 }
 

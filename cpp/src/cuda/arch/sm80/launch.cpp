@@ -53,10 +53,9 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t instance, std::int32
   const WeightView& w = problem.weight;
   const Instance& kernel =
       instances(problem.x_type, w.code_bits)[static_cast<std::size_t>(instance)];
-  const std::int64_t tiles =
-      ceil_div(w.n, kernel.features) * ceil_div(problem.m, kernel.tokens);
-  const std::int64_t stage = std::int64_t{kernel.row_warps} *
-                             slice_bytes(w, kernel.slice_bytes, kernel.features);
+  const std::int64_t tiles = ceil_div(w.n, kernel.features) * ceil_div(problem.m, kernel.tokens);
+  const std::int64_t stage =
+      std::int64_t{kernel.row_warps} * slice_bytes(w, kernel.slice_bytes, kernel.features);
   const std::int64_t ring = kernel.stages * stage;
   const auto waves = static_cast<std::int32_t>(tiles / blocks);
   const auto left = static_cast<std::int32_t>(tiles % blocks);
@@ -129,10 +128,9 @@ double tile_cost(const Instance& kernel, const GemmPlan& plan, std::int32_t chun
       std::min<std::int64_t>(together, ceil_div(schedule.tail_blocks, multiprocessors));
   time += run * cost.step[there - 1];
   if (schedule.tail_blocks > schedule.tail_tiles) {
-    const auto parts =
-        static_cast<double>(ceil_div(schedule.tail_blocks, schedule.tail_tiles) - 1);
-    time += cost.cut + parts * cost.part +
-            cost.block * (schedule.tail_blocks - schedule.tail_tiles);
+    const auto parts = static_cast<double>(ceil_div(schedule.tail_blocks, schedule.tail_tiles) - 1);
+    time +=
+        cost.cut + parts * cost.part + cost.block * (schedule.tail_blocks - schedule.tail_tiles);
     if (schedule.tail_blocks % schedule.tail_tiles != 0) time += cost.uneven;
   }
   return time;
@@ -141,8 +139,8 @@ double tile_cost(const Instance& kernel, const GemmPlan& plan, std::int32_t chun
 // The cheapest plan of a tile kernel among those that share the last tiles among few or all blocks.
 void consider_tiles(const GemmProblem& problem, std::int32_t instance, const DeviceLimits& limits,
                     bool may_cut, GemmPlan& best, double& least) {
-  const Instance& kernel = instances(problem.x_type, problem.weight.code_bits)
-      [static_cast<std::size_t>(instance)];
+  const Instance& kernel =
+      instances(problem.x_type, problem.weight.code_bits)[static_cast<std::size_t>(instance)];
   const std::int32_t chunks = problem.weight.chunks;
   GemmPlan plan = tile_plan(problem, instance, 1, 0);
   if (plan.shared_bytes > usable_shared(limits)) return;
@@ -150,12 +148,12 @@ void consider_tiles(const GemmProblem& problem, std::int32_t instance, const Dev
   const std::int32_t blocks = together * limits.multiprocessors;
   const std::int32_t left = tile_plan(problem, instance, blocks, 0).schedule.tail_tiles;
   // A run of less than this is not worth handing over.
-  const std::int64_t most = std::min<std::int64_t>(
-      blocks, std::int64_t{left} * chunks / (2 * kernel.row_warps));
+  const std::int64_t most =
+      std::min<std::int64_t>(blocks, std::int64_t{left} * chunks / (2 * kernel.row_warps));
   constexpr std::int32_t kMostBlocksOfTile = 8;
   for (std::int32_t share = 1; share <= kMostBlocksOfTile + 1; ++share) {
-    const auto tail = static_cast<std::int32_t>(
-        share <= kMostBlocksOfTile ? std::int64_t{left} * share : most);
+    const auto tail =
+        static_cast<std::int32_t>(share <= kMostBlocksOfTile ? std::int64_t{left} * share : most);
     if (share > 1 && (!may_cut || tail > most || tail <= left)) continue;
     plan = tile_plan(problem, instance, blocks, tail);
     const double cost = tile_cost(kernel, plan, chunks, together, limits.multiprocessors);
@@ -224,8 +222,8 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
 
 void launch(const GemmProblem& problem, const GemmPlan& plan, const SplitScratch& scratch,
             void* stream) {
-  const Instance& kernel = instances(problem.x_type, problem.weight.code_bits)
-      [static_cast<std::size_t>(plan.instance)];
+  const Instance& kernel =
+      instances(problem.x_type, problem.weight.code_bits)[static_cast<std::size_t>(plan.instance)];
   constexpr std::int64_t kXSize = 2;
   const std::int64_t y_size = problem.y_type == FloatType::kF32 ? 4 : 2;
   for (std::int64_t first = 0; first < problem.m; first += plan.tokens) {
@@ -239,8 +237,7 @@ void launch(const GemmProblem& problem, const GemmPlan& plan, const SplitScratch
 
 namespace {
 
-void scratch_need(const DeviceLimits& limits, std::int64_t& partial_floats,
-                  std::int32_t& flags) {
+void scratch_need(const DeviceLimits& limits, std::int64_t& partial_floats, std::int32_t& flags) {
   // A block leaves one part at most, and has one flag.
   partial_floats = 0;
   flags = 0;

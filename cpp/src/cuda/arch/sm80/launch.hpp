@@ -16,23 +16,23 @@ namespace marlinq::cuda::sm80 {
 /// these. Fitted to times of every plan for 12 shapes of 2048 to 57344 features at 24 to 8192 tokens
 /// (tests/bench/sm80_plans.cu); docs/performance.md says how well they fit.
 struct TileCost {
-  float start;
+  double start;
   // A chunk for each group of row warps, with one, two or three blocks on a multiprocessor.
-  float step[3];
-  float tile;    // the end of a whole tile
-  float cut;     // handing over the parts of a tile, ...
-  float part;    // ... for each part,
-  float block;   // ... and for each block that leaves one
-  float uneven;  // runs that cross from a tile into the next
+  double step[3];
+  double tile;    // the end of a whole tile
+  double cut;     // handing over the parts of a tile, ...
+  double part;    // ... for each part,
+  double block;   // ... and for each block that leaves one
+  double uneven;  // runs that cross from a tile into the next
 };
 
 /// One kernel: what it is for, what it takes, how to launch it.
 struct Instance {
   KernelKind kind;
-  std::int32_t tokens;    // of a block's tile; at most, for kStrip
-  std::int32_t features;  // of a block's tile; kTile
-  std::int32_t row_warps;  // groups of warps that share K; kTile
-  std::int32_t warps;      // of a block; at most, for kStrip
+  std::int32_t tokens;           // of a block's tile; at most, for kStrip
+  std::int32_t features;         // of a block's tile; kTile
+  std::int32_t row_warps;        // groups of warps that share K; kTile
+  std::int32_t warps;            // of a block; at most, for kStrip
   std::int32_t blocks_together;  // on a multiprocessor
   // Shared memory: a stage for each warp (kStrip, without codes and records) or a slice for each
   // group of row warps (kTile, without records). sum_bytes: a slot (kStrip); for sums, beside the ring
@@ -41,7 +41,7 @@ struct Instance {
   std::int32_t sum_bytes;
   bool sums_beside_ring;
   std::int32_t stages;  // of the ring: of each warp (kStrip), of the block (kTile)
-  TileCost cost;  // kTile
+  TileCost cost;        // kTile
   void (*launch)(const GemmProblem&, const GemmPlan&, const SplitScratch&, cudaStream_t);
 };
 

@@ -17,8 +17,8 @@ constexpr std::int64_t kStageAlignment = 128;
 /// A slice of a tile kernel: x and codes, and the records of each block of features.
 inline std::int32_t slice_bytes(const WeightView& w, std::int32_t without_records,
                                 std::int32_t features) {
-  const std::int64_t records = std::int64_t{features / Layout::kStripFeatures} *
-                               w.groups_per_chunk * w.record_bytes;
+  const std::int64_t records =
+      std::int64_t{features / Layout::kStripFeatures} * w.groups_per_chunk * w.record_bytes;
   return static_cast<std::int32_t>(round_up(without_records + records, kStageAlignment));
 }
 

@@ -21,15 +21,15 @@ struct Divider {
   Divider() = default;
   explicit Divider(std::int32_t d) : divisor(d) {
     while (shift < 31 && (std::uint32_t{1} << shift) < static_cast<std::uint32_t>(d)) ++shift;
-    factor = static_cast<std::uint32_t>(
-        ((std::uint64_t{1} << shift) - static_cast<std::uint32_t>(d)) * (std::uint64_t{1} << 32) /
-            static_cast<std::uint32_t>(d) +
-        1);
+    factor =
+        static_cast<std::uint32_t>(((std::uint64_t{1} << shift) - static_cast<std::uint32_t>(d)) *
+                                       (std::uint64_t{1} << 32) / static_cast<std::uint32_t>(d) +
+                                   1);
   }
 
   MARLINQ_HOST_DEVICE std::int32_t divide(std::int32_t n) const {
-    const auto high = static_cast<std::uint32_t>(
-        (std::uint64_t{factor} * static_cast<std::uint32_t>(n)) >> 32);
+    const auto high =
+        static_cast<std::uint32_t>((std::uint64_t{factor} * static_cast<std::uint32_t>(n)) >> 32);
     return static_cast<std::int32_t>((high + static_cast<std::uint32_t>(n)) >> shift);
   }
 };
@@ -86,9 +86,9 @@ struct TileCuts {
     const std::int32_t range = chunks.divide(chunk);
     const std::int32_t within = chunk - range * chunks.divisor;
     const std::int32_t in_larger = runs.rest * (runs.least + 1);
-    return range * blocks.divisor +
-           (within < in_larger ? larger_run.divide(within)
-                               : runs.rest + smaller_run.divide(within - in_larger));
+    return range * blocks.divisor + (within < in_larger
+                                         ? larger_run.divide(within)
+                                         : runs.rest + smaller_run.divide(within - in_larger));
   }
 };
 

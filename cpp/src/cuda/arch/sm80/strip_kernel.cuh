@@ -85,7 +85,8 @@ struct StripShare {
   // By 4 to 7, without a division: exact for values below 2^23.
   __device__ __forceinline__ static int divide_up(int value, int by) {
     const int quotient =
-        static_cast<int>(ptx::divide_roughly(static_cast<float>(value), static_cast<float>(by))) - 1;
+        static_cast<int>(ptx::divide_roughly(static_cast<float>(value), static_cast<float>(by))) -
+        1;
     const int rest = value - quotient * by;
     return quotient + (rest > 2 * by ? 3 : (rest > by ? 2 : (rest > 0 ? 1 : 0)));
   }
@@ -119,7 +120,8 @@ class StripLoop {
     record_strip_ = static_cast<int>(ptx::divide_roughly(static_cast<float>(lane_) + 0.5f,
                                                          static_cast<float>(w_.record_bytes / 16)));
     shared_ = shared;
-    missing_chunk_ = p_.x_columns % Layout::kChunkRows == 0 ? -1 : p_.x_columns / Layout::kChunkRows;
+    missing_chunk_ =
+        p_.x_columns % Layout::kChunkRows == 0 ? -1 : p_.x_columns / Layout::kChunkRows;
     ring_ = ptx::shared_address(shared) + warp_ * S::kStages * params.stage_bytes;
     ring_end_ = ring_ + S::kStages * params.stage_bytes;
   }
@@ -176,8 +178,7 @@ class StripLoop {
         const int warp = __ffs(warps) - 1;
         const float* slot =
             (later >> warp & 1) != 0 ? slots_ + group * S::kSlotFloats : own_slot(warp);
-        const float2 part =
-            *reinterpret_cast<const float2*>(slot + token * S::kSlotRow + place);
+        const float2 part = *reinterpret_cast<const float2*>(slot + token * S::kSlotRow + place);
         sum.x += part.x;
         sum.y += part.y;
       }
@@ -260,12 +261,12 @@ class StripLoop {
                   within * S::kStripBytes + lane_ * 16;
     fill_record_ = record_strip_ < fill_width_;
     const int strip = first + record_strip_;
-    fill_records_ = w_.groups +
-                    (static_cast<int64_t>(strip / Layout::kBlockStrips) * w_.num_groups *
-                         Layout::kBlockStrips +
-                     strip % Layout::kBlockStrips) *
-                        w_.record_bytes +
-                    lane_ * 16 - record_strip_ * w_.record_bytes;
+    fill_records_ =
+        w_.groups +
+        (static_cast<int64_t>(strip / Layout::kBlockStrips) * w_.num_groups * Layout::kBlockStrips +
+         strip % Layout::kBlockStrips) *
+            w_.record_bytes +
+        lane_ * 16 - record_strip_ * w_.record_bytes;
     fill_x_ = static_cast<const T*>(p_.x) + lane_ / 8 * p_.x_stride + lane_ % 8 * 8 +
               static_cast<int64_t>(chunk) * Layout::kChunkRows;
   }
@@ -310,9 +311,7 @@ class StripLoop {
     return Layout::kBlockStrips * w_.record_bytes;
   }
   // A stage: x, the group records, the codes.
-  __device__ __forceinline__ static uint32_t records(uint32_t stage) {
-    return stage + S::kXBytes;
-  }
+  __device__ __forceinline__ static uint32_t records(uint32_t stage) { return stage + S::kXBytes; }
   __device__ __forceinline__ uint32_t codes(uint32_t stage) const {
     return stage + params_.codes_place + lane_ * 16;
   }
@@ -334,13 +333,11 @@ class StripLoop {
       }
     }
     const int group = load_chunk_groups(w_, fill_chunk_).first();
-    ptx::copy_async_if(on && fill_record_, records(slot) + lane_ * 16,
-                       record_source(group));
+    ptx::copy_async_if(on && fill_record_, records(slot) + lane_ * 16, record_source(group));
   }
 
   __device__ __forceinline__ void fill_x(uint32_t slot, bool on) const {
-    const bool there =
-        on && fill_chunk_ * Layout::kChunkRows + lane_ % 8 * 8 < p_.x_columns;
+    const bool there = on && fill_chunk_ * Layout::kChunkRows + lane_ % 8 * 8 < p_.x_columns;
     const uint32_t target = slot + x_piece_place(lane_ / 8, lane_ % 8);
 #pragma unroll
     for (int i = 0; i < S::kTokens / 4; ++i) {

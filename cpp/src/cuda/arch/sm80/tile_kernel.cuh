@@ -73,8 +73,10 @@ struct TileShape {
   // Two groups of row warps exchange half of their sums beside the ring, where there is room; more of
   // them use the ring.
   static constexpr bool kExchanges =
-      kRowWarps == 2 && kStages * kRowWarps * kSliceBytes + kTileFloats * 4 <= 200 * 1024 / kBlocksTogether;
-  static constexpr int kSumBytes = kExchanges ? kTileFloats * 4 : (kRowWarps > 1 ? kRowWarps * kTileFloats * 4 : 0);
+      kRowWarps == 2 &&
+      kStages * kRowWarps * kSliceBytes + kTileFloats * 4 <= 200 * 1024 / kBlocksTogether;
+  static constexpr int kSumBytes =
+      kExchanges ? kTileFloats * 4 : (kRowWarps > 1 ? kRowWarps * kTileFloats * 4 : 0);
   // The ring goes on into the next segment while the last one is stored.
   static constexpr bool kStreams = kRowWarps == 1 || kExchanges;
   static_assert(kTokenTiles % 2 == 0);
@@ -122,8 +124,8 @@ class TileLoop {
     ring_ = ptx::shared_address(shared) + row_warp_ * params.slice_bytes;
     ring_end_ = ring_ + S::kStages * stage_bytes_;
     codes_place_ = S::kXBytes + feature_warp_ * S::kBlockBytes + lane_ * 16;
-    x_place_ = x_piece_place(
-        token_warp_ * S::kTokenTiles * 8 + lane_ / 16 * 8 + lane_ % 8, lane_ / 8 % 2);
+    x_place_ =
+        x_piece_place(token_warp_ * S::kTokenTiles * 8 + lane_ / 16 * 8 + lane_ % 8, lane_ / 8 % 2);
     const int thread = threadIdx.x % S::kGroupThreads;
     fill_x_place_ = x_piece_place(thread / 8, thread % 8);
     // The loop is to hold these in registers, not to work them out for every chunk.
@@ -179,8 +181,7 @@ class TileLoop {
     const int within = tile - band * params_.band.divisor;
     const bool whole = left >= params_.schedule.token_band;
     at.feature_tile = params_.band_widths[whole ? 0 : 1].divide(within);
-    at.token_tile =
-        first + within - at.feature_tile * (whole ? params_.schedule.token_band : left);
+    at.token_tile = first + within - at.feature_tile * (whole ? params_.schedule.token_band : left);
   }
 
   // The segments of a block: its whole tiles, then its run of tail tiles, the last of them first.
@@ -242,9 +243,9 @@ class TileLoop {
     const int64_t codes = (static_cast<int64_t>(block) * w_.chunks + fill_chunk_) * S::kBlockBytes +
                           token_warp_ * (S::kStrips / S::kTokenWarps * S::kStripBytes);
     fill_codes_ = static_cast<uint32_t>(codes / 16) + lane_;
-    fill_records_ = static_cast<uint32_t>(static_cast<int64_t>(block) * w_.num_groups *
-                                          group_bytes() / 16) +
-                    lane_;
+    fill_records_ =
+        static_cast<uint32_t>(static_cast<int64_t>(block) * w_.num_groups * group_bytes() / 16) +
+        lane_;
     const int thread = threadIdx.x % S::kGroupThreads;
     const int row = at.token_tile * S::kTokens + thread / 8;
     fill_x_ = static_cast<uint32_t>((row * p_.x_stride + fill_chunk_ * Layout::kChunkRows) / 8) +
@@ -485,7 +486,8 @@ class TileLoop {
   // products hide it.
   template <Change kChange>
   __device__ __forceinline__ void multiply_steps(uint32_t slice, const ChunkGroups& groups,
-                                                 const float (&quotient)[S::kStrips][2], bool fills) {
+                                                 const float (&quotient)[S::kStrips][2],
+                                                 bool fills) {
     constexpr int kPieceSteps = Layout::kChunkSteps / S::kPieces;
     constexpr int kPairs = S::kTokenTiles / 2;
     const uint32_t codes = slice + codes_place_;
@@ -570,7 +572,9 @@ class TileLoop {
   __device__ __forceinline__ bool is_unit(int i) const {
     return S::kUnits % S::kRowWarps == 0 || own_unit(i) < S::kUnits;
   }
-  __device__ __forceinline__ float (&own(int i))[4] { return sum_[i / S::kTokenTiles][i % S::kTokenTiles]; }
+  __device__ __forceinline__ float (&own(int i))[4] {
+    return sum_[i / S::kTokenTiles][i % S::kTokenTiles];
+  }
 
   // Sums as they are handed over: float4 [group warp][unit][lane].
   __device__ __forceinline__ int place_in_tile(int unit) const {
@@ -700,7 +704,8 @@ class TileLoop {
           const float4* part = part_of_block(is_part ? last - i - j : last) + u0 * 32;
 #pragma unroll
           for (int u = 0; u < kUnitsAtOnce; ++u) {
-            value[j][u] = is_part && is_unit(u0 + u) ? __ldcg(part + u * 32) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            value[j][u] = is_part && is_unit(u0 + u) ? __ldcg(part + u * 32)
+                                                     : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
           }
         }
 #pragma unroll
@@ -796,7 +801,7 @@ class TileLoop {
   int stage_bytes_;
   int lane_, row_warp_, group_warp_, feature_warp_, token_warp_;
   int codes_place_, x_place_, fill_x_place_;  // of this lane, in a slice
-  bool last_fill_;  // after the segment that is filled there is none
+  bool last_fill_;                            // after the segment that is filled there is none
   // Where the next copies of this warp come from.
   int fill_segment_, fill_left_, fill_chunk_, fill_rows_, fill_group_ = 0;
   bool fill_x_on_ = true;
