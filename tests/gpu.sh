@@ -42,16 +42,7 @@ not_run() {
   summary+=("NOT RUN: $1")
 }
 
-install() {
-  rm -rf "$site"
-  python3 -m pip install -q --no-build-isolation --no-deps --target "$site" \
-    --config-settings=cmake.define.MARLINQ_BUILD_CUDA=ON \
-    "--config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=$archs" \
-    --config-settings=cmake.define.CMAKE_CUDA_FLAGS=-lineinfo --config-settings=build-dir="$work/wheel" .
-  python3 -m marlinq info
-  python3 -c "import marlinq; assert 'cuda:0' in marlinq.info()['devices'], 'no CUDA device'"
-}
-
+# Looks for GoogleTest.
 googletest() {
   mkdir -p "$work/find" &&
     printf '%s\n' 'cmake_minimum_required(VERSION 3.26)' 'project(find CXX)' 'find_package(GTest REQUIRED)' \
@@ -59,11 +50,21 @@ googletest() {
     cmake -S "$work/find" -B "$work/find/build" -G Ninja >/dev/null 2>&1
 }
 
+# The package, and in the same build what else is compiled against its sources.
+install() {
+  rm -rf "$site"
+  python3 -m pip install -q --no-build-isolation --no-deps --target "$site" \
+    --config-settings=cmake.define.MARLINQ_BUILD_CUDA=ON \
+    --config-settings=cmake.define.MARLINQ_BUILD_BENCH=ON \
+    "--config-settings=cmake.define.MARLINQ_BUILD_TESTS=$cpp_tests" \
+    "--config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=$archs" \
+    --config-settings=cmake.define.CMAKE_CUDA_FLAGS=-lineinfo --config-settings=build-dir="$work/build" .
+  python3 -m marlinq info
+  python3 -c "import marlinq; assert 'cuda:0' in marlinq.info()['devices'], 'no CUDA device'"
+}
+
 cpp_tests() {
-  cmake -S . -B "$work/tests" -G Ninja -DMARLINQ_BUILD_TESTS=ON -DMARLINQ_BUILD_CUDA=ON \
-    "-DCMAKE_CUDA_ARCHITECTURES=$archs"
-  cmake --build "$work/tests"
-  ctest --test-dir "$work/tests" -L gpu --output-on-failure --no-tests=error
+  ctest --test-dir "$work/build" -L gpu --output-on-failure --no-tests=error
 }
 
 # Builds a project of ours against what was installed.
@@ -88,19 +89,23 @@ sanitize() {
   timeout 150 "$sanitizer" --tool "$1" --error-exitcode 1 "${@:2}" "$work/sanitize/test_cuda_sanitize"
 }
 
-bench() {
-  local arguments=(bench --device cuda --rows 1,16,64,256 --seconds 0.1)
+# RESULTS/NAME has what a command prints.
+keep() {
+  local name=$1
+  shift
   if [ -n "${RESULTS:-}" ]; then
     mkdir -p "$RESULTS"
-    python3 -m marlinq "${arguments[@]}" --json | tee "$RESULTS/bench.json"
+    "$@" | tee "$RESULTS/$name"
   else
-    python3 -m marlinq "${arguments[@]}"
+    "$@"
   fi
 }
 
+cpp_tests=OFF
+if googletest; then cpp_tests=ON; fi
 part "build for $archs" install
 part "Python tests" python3 -m pytest -q -p no:cacheprovider tests/python/test_cuda*.py "$@"
-if googletest; then
+if [ $cpp_tests = ON ]; then
   part "C++ tests" cpp_tests
 else
   not_run "C++ tests: GoogleTest was not found; CMAKE_PREFIX_PATH may name where it is"
@@ -114,7 +119,9 @@ else
   not_run "memcheck, racecheck, synccheck, initcheck: there is no compute-sanitizer"
   failed=1
 fi
-part "bench" bench
+part "bench" keep bench.json python3 -m marlinq bench --device cuda --rows 1,16,64,256 --seconds 0.1 --json
+part "loading" keep load.json "$work/build/tests/bench/load_layers"
+part "plans" keep plans.csv "$work/build/tests/bench/sm80_plans" fp16 4096x4096 m=1,16,64,1024
 
 printf '\n=== summary, %s s\n' "$SECONDS"
 printf '%s\n' "${summary[@]}"

@@ -1,5 +1,8 @@
-// Times every plan of the sm_80 kernels on one GPU, and checks each against float64 first.
-// Usage: sm80_plans [fp16|bf16] [bits] [sym|asym] [NxK ...] [m=1,16,...] [only=begin of plan names]; one line of CSV a plan.
+// Times every plan of the sm_80 kernels on one GPU, and "auto" and "invariant", which plan() would take,
+// and checks each against float64 first: one line of CSV a plan, with its time in us and its error.
+// The cost model of plan() is fitted to these lines.
+//
+// Usage: sm80_plans [fp16 | bf16] [8] [asym] [NxK ...] [m=1,16,...] [only=begin of plan names]
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -192,20 +195,14 @@ class Bench {
         if (m > kernel.tokens || (m <= 8 && kernel.tokens > 8)) continue;
         for (const int warps : {4, 8, 12, 16}) {
           if (warps > kernel.warps) continue;
-          for (const bool half : {false, true}) {
-            GemmPlan plan = sm80::strip_plan(problem, i, sms, warps);
-            if (half && plan.shared_bytes >= usable / 2) continue;
-            if (half) plan.shared_bytes = usable / 2 + 1024;
-            if (plan.shared_bytes > usable) continue;
-            char name[64];
-            std::snprintf(name, sizeof name, "strip%d w%d%s", kernel.tokens, warps,
-                          half ? " half" : "");
-            measure(problem, plan, name, type);
-          }
+          const GemmPlan plan = sm80::strip_plan(problem, i, sms, warps);
+          if (plan.shared_bytes > usable) continue;
+          char name[64];
+          std::snprintf(name, sizeof name, "strip%d w%d", kernel.tokens, warps);
+          measure(problem, plan, name, type);
         }
       } else {
         if (m <= kernel.tokens / 8 || (kernel.tokens == 32 && m > 256)) continue;
-        if (kernel.row_warps > 1 && m > 2048) continue;
         const int occupancy = kernel.blocks_together;
         const int blocks = occupancy * sms;
         const std::int64_t tiles =
@@ -223,8 +220,8 @@ class Bench {
           const GemmPlan plan = sm80::tile_plan(problem, i, blocks, tail);
           if (plan.shared_bytes > (limits_.shared_bytes - 1024 * occupancy) / occupancy) continue;
           char name[64];
-          std::snprintf(name, sizeof name, "tile%dx%dk%dw%d%s t%d/%d", kernel.features,
-                        kernel.tokens, kernel.row_warps, kernel.warps, "", tail, left);
+          std::snprintf(name, sizeof name, "tile%dx%dk%dw%d t%d/%d", kernel.features, kernel.tokens,
+                        kernel.row_warps, kernel.warps, tail, left);
           measure(problem, plan, name, type);
         }
       }

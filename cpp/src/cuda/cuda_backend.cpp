@@ -81,8 +81,20 @@ class CudaMarlinLinear final : public Linear<CudaBackend> {
       problem.x_stride = columns;
       problem.x_columns = columns;
     }
-    const GemmPlan plan = arch_.plan(problem, state.limits, invariance_);
-    arch_.launch(problem, plan, state.split_scratch(), state.stream);
+    // Kernels count 16-byte pieces of x in 32 bits.
+    constexpr std::int64_t kMostElements = std::int64_t{8} << 32;
+    constexpr std::int64_t kRowMultiple = 512;
+    const std::int64_t most = std::clamp(
+        kMostElements / std::max<std::int64_t>(problem.x_stride, 1) / kRowMultiple * kRowMultiple,
+        kRowMultiple, std::int64_t{1} << 24);
+    for (std::int64_t first = 0; first < m; first += most) {
+      GemmProblem part = problem;
+      part.x = static_cast<const unsigned char*>(problem.x) + first * problem.x_stride * 2;
+      part.y = static_cast<unsigned char*>(problem.y) + first * problem.y_stride * y_size;
+      part.m = static_cast<std::int32_t>(std::min(most, m - first));
+      arch_.launch(part, arch_.plan(part, state.limits, invariance_), state.split_scratch(),
+                   state.stream);
+    }
   }
 
   // Kernels copy 16 bytes of x at a time, in the order of the packed rows.

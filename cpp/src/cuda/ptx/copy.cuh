@@ -23,16 +23,6 @@ __device__ __forceinline__ void copy_async_if(bool on, uint32_t target, const vo
       : "memory");
 }
 
-/// The same, with `bytes` from `source` and zeros after them.
-__device__ __forceinline__ void copy_async_zfill_if(bool on, uint32_t target, const void* source,
-                                                    int bytes) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n"
-      "@p cp.async.cg.shared.global [%0], [%1], 16, %2;\n}" ::"r"(target),
-      "l"(source), "r"(bytes), "r"(static_cast<int>(on))
-      : "memory");
-}
-
 __device__ __forceinline__ void copy_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -61,15 +51,6 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
                : "r"(address)
                : "memory");
   return value;
-}
-
-/// Where `on`; r stays as it is elsewhere.
-__device__ __forceinline__ void load_shared_16_if(bool on, uint32_t (&r)[4], uint32_t address) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-      : "+r"(r[0]), "+r"(r[1]), "+r"(r[2]), "+r"(r[3])
-      : "r"(address), "r"(static_cast<int>(on))
-      : "memory");
 }
 
 __device__ __forceinline__ void store_shared_16(uint32_t address, uint4 value) {

@@ -45,11 +45,10 @@ void launch_kernel(void (*kernel)(Params), const Params& params, const GemmPlan&
   MARLINQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params));
 }
 
-/// A tile kernel of the shape TileShape<T, kBits, feature warps, token warps, row warps, token
-/// tiles>.
-template <class T, int kBits, int kFeatureWarps, int kTokenWarps, int kRowWarps, int kTokenTiles>
+/// A tile kernel of the shape TileShape<T, kBits, feature warps, row warps, token tiles>.
+template <class T, int kBits, int kFeatureWarps, int kRowWarps, int kTokenTiles>
 constexpr Instance tile_instance(const TileCost& cost) {
-  using S = TileShape<T, kBits, kFeatureWarps, kTokenWarps, kRowWarps, kTokenTiles>;
+  using S = TileShape<T, kBits, kFeatureWarps, kRowWarps, kTokenTiles>;
   return {.kind = KernelKind::kTile,
           .tokens = S::kTokens,
           .features = S::kFeatures,

@@ -21,14 +21,14 @@ constexpr std::array<Instance, kInstanceCount> instance_list() {
       // token tiles, most warps, promotes
       strip_instance<T, kBits, 1, 16, true>(),
       strip_instance<T, kBits, 2, 16, false>(),
-      // feature warps, token warps, row warps, token tiles of a warp
-      tile_instance<T, kBits, 2, 1, 2, 4>(k128x32x2),
-      tile_instance<T, kBits, 2, 1, 4, 4>(k128x32x4),
-      tile_instance<T, kBits, 4, 1, 1, 4>(k256x32x1),
-      tile_instance<T, kBits, 4, 1, 3, 4>(k256x32x3),
-      tile_instance<T, kBits, 2, 1, 4, 8>(k128x64x4),
-      tile_instance<T, kBits, 4, 1, 1, 8>(k256x64x1),
-      tile_instance<T, kBits, 4, 1, 2, 8>(k256x64x2),
+      // feature warps, row warps, token tiles of a warp
+      tile_instance<T, kBits, 2, 2, 4>(k128x32x2),
+      tile_instance<T, kBits, 2, 4, 4>(k128x32x4),
+      tile_instance<T, kBits, 4, 1, 4>(k256x32x1),
+      tile_instance<T, kBits, 4, 3, 4>(k256x32x3),
+      tile_instance<T, kBits, 2, 4, 8>(k128x64x4),
+      tile_instance<T, kBits, 4, 1, 8>(k256x64x1),
+      tile_instance<T, kBits, 4, 2, 8>(k256x64x2),
   };
 }
 

@@ -28,11 +28,6 @@ __device__ __forceinline__ void store_output(const GemmProblem& p, int token, in
   }
 }
 
-__device__ __forceinline__ void store_output_if(const GemmProblem& p, int token, int feature,
-                                                float value) {
-  if (token < p.m && feature < p.weight.n) store_output(p, token, feature, value);
-}
-
 /// Two features, where they are there, of which the first is even.
 __device__ __forceinline__ void store_output_pair(const GemmProblem& p, int token, int feature,
                                                   float2 value) {

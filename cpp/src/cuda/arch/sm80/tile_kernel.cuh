@@ -41,21 +41,18 @@
 
 namespace marlinq::cuda::sm80 {
 
-template <class T_, int kBits_, int kFeatureWarps_, int kTokenWarps_, int kRowWarps_,
-          int kTokenTiles_>
+template <class T_, int kBits_, int kFeatureWarps_, int kRowWarps_, int kTokenTiles_>
 struct TileShape {
   using T = T_;
   static constexpr int kBits = kBits_;
   static constexpr int kFeatureWarps = kFeatureWarps_;
-  static constexpr int kTokenWarps = kTokenWarps_;
   static constexpr int kRowWarps = kRowWarps_;
   static constexpr int kTokenTiles = kTokenTiles_;  // of a warp
   static constexpr int kStrips = Layout::kBlockStrips;
-  static constexpr int kGroupWarps = kFeatureWarps * kTokenWarps;  // that share a slice
-  static constexpr int kGroupThreads = kGroupWarps * 32;
+  static constexpr int kGroupThreads = kFeatureWarps * 32;  // that share a slice
   static constexpr int kThreads = kGroupThreads * kRowWarps;
   static constexpr int kFeatures = kFeatureWarps * Layout::kBlockFeatures;
-  static constexpr int kTokens = kTokenWarps * kTokenTiles * 8;
+  static constexpr int kTokens = kTokenTiles * 8;
   static constexpr int kTileFloats = kFeatures * kTokens;
   // Blocks that share a multiprocessor: what registers allow.
   static constexpr int kBlocksTogether = kThreads > 128 ? 1 : (kTokenTiles > 4 ? 2 : 3);
@@ -80,7 +77,6 @@ struct TileShape {
   // The ring goes on into the next segment while the last one is stored.
   static constexpr bool kStreams = kRowWarps == 1 || kExchanges;
   static_assert(kTokenTiles % 2 == 0);
-  static_assert(kStrips % kTokenWarps == 0);
 };
 
 struct TileParams {
@@ -116,16 +112,13 @@ class TileLoop {
       : params_(params), p_(params.problem), w_(params.problem.weight), shared_(shared) {
     const int warp = threadIdx.x / 32;
     lane_ = threadIdx.x % 32;
-    row_warp_ = warp / S::kGroupWarps;
-    group_warp_ = warp % S::kGroupWarps;
-    feature_warp_ = group_warp_ / S::kTokenWarps;
-    token_warp_ = group_warp_ % S::kTokenWarps;
+    row_warp_ = warp / S::kFeatureWarps;
+    feature_warp_ = warp % S::kFeatureWarps;
     stage_bytes_ = S::kRowWarps * params.slice_bytes;
     ring_ = ptx::shared_address(shared) + row_warp_ * params.slice_bytes;
     ring_end_ = ring_ + S::kStages * stage_bytes_;
     codes_place_ = S::kXBytes + feature_warp_ * S::kBlockBytes + lane_ * 16;
-    x_place_ =
-        x_piece_place(token_warp_ * S::kTokenTiles * 8 + lane_ / 16 * 8 + lane_ % 8, lane_ / 8 % 2);
+    x_place_ = x_piece_place(lane_ / 16 * 8 + lane_ % 8, lane_ / 8 % 2);
     const int thread = threadIdx.x % S::kGroupThreads;
     fill_x_place_ = x_piece_place(thread / 8, thread % 8);
     // The loop is to hold these in registers, not to work them out for every chunk.
@@ -240,8 +233,7 @@ class TileLoop {
     fill_chunk_ = first_chunk(at);
     const int last_block = (w_.n + Layout::kBlockFeatures - 1) / Layout::kBlockFeatures - 1;
     const int block = min(at.feature_tile * S::kFeatureWarps + feature_warp_, last_block);
-    const int64_t codes = (static_cast<int64_t>(block) * w_.chunks + fill_chunk_) * S::kBlockBytes +
-                          token_warp_ * (S::kStrips / S::kTokenWarps * S::kStripBytes);
+    const int64_t codes = (static_cast<int64_t>(block) * w_.chunks + fill_chunk_) * S::kBlockBytes;
     fill_codes_ = static_cast<uint32_t>(codes / 16) + lane_;
     fill_records_ =
         static_cast<uint32_t>(static_cast<int64_t>(block) * w_.num_groups * group_bytes() / 16) +
@@ -347,16 +339,15 @@ class TileLoop {
   }
 
   __device__ __forceinline__ void fill_weights(uint32_t slot, bool on) const {
-    constexpr int kStripsHere = S::kStrips / S::kTokenWarps;
-    const uint32_t target = slot + codes_place_ + token_warp_ * (kStripsHere * S::kStripBytes);
+    const uint32_t target = slot + codes_place_;
     const uint4* source = piece_at(w_.codes, fill_codes_);
 #pragma unroll
-    for (int piece = 0; piece < kStripsHere * S::kPieces; ++piece) {
+    for (int piece = 0; piece < S::kStrips * S::kPieces; ++piece) {
       ptx::copy_async_if(on, target + piece * 512, source + piece * 32);
     }
     const int group = w_.chunk_shift >= 0 ? fill_chunk_ >> w_.chunk_shift : fill_group_;
-    ptx::copy_async_if(on && token_warp_ == 0 && lane_ * 16 < group_bytes(),
-                       records(slot) + lane_ * 16, record_source(group));
+    ptx::copy_async_if(on && lane_ * 16 < group_bytes(), records(slot) + lane_ * 16,
+                       record_source(group));
   }
 
   __device__ __forceinline__ void fill_x(uint32_t slot, bool on) const {
@@ -376,7 +367,7 @@ class TileLoop {
   __device__ __forceinline__ void fill_rest(uint32_t slot) {
     const ChunkGroups groups = load_chunk_groups(w_, fill_chunk_);
     fill_group_ = groups.first();
-    if (groups.changes() && token_warp_ == 0 && lane_ * 16 < group_bytes()) {
+    if (groups.changes() && lane_ * 16 < group_bytes()) {
 #pragma unroll 1
       for (int i = 1; i < groups.count(); ++i) {
         ptx::copy_async(records(slot) + i * group_bytes() + lane_ * 16,
@@ -576,9 +567,9 @@ class TileLoop {
     return sum_[i / S::kTokenTiles][i % S::kTokenTiles];
   }
 
-  // Sums as they are handed over: float4 [group warp][unit][lane].
+  // Sums as they are handed over: float4 [feature warp][unit][lane].
   __device__ __forceinline__ int place_in_tile(int unit) const {
-    return (group_warp_ * S::kUnits + unit) * 32 + lane_;
+    return (feature_warp_ * S::kUnits + unit) * 32 + lane_;
   }
 
   __device__ __forceinline__ void finish(const TilePosition& at) {
@@ -603,7 +594,7 @@ class TileLoop {
   __device__ __forceinline__ void exchange_sums() {
     constexpr int kGivenFloats = S::kTileFloats / 2;
     auto* sums = reinterpret_cast<float4*>(shared_ + S::kStages * stage_bytes_) +
-                 (group_warp_ * S::kOwnUnits * 32 + lane_);
+                 (feature_warp_ * S::kOwnUnits * 32 + lane_);
     __syncthreads();  // what was given in the segment before is read
     auto* given = sums + row_warp_ * (kGivenFloats / 4);
     if (row_warp_ == 0) {
@@ -721,7 +712,7 @@ class TileLoop {
   __device__ __forceinline__ void store(const TilePosition& at) {
     const int feature =
         (at.feature_tile * S::kFeatureWarps + feature_warp_) * Layout::kBlockFeatures;
-    const int token = at.token_tile * S::kTokens + token_warp_ * S::kTokenTiles * 8;
+    const int token = at.token_tile * S::kTokens;
     if (w_.bias != nullptr) add_bias(feature);
     if (params_.pairs) {
       store_pairs(token, feature);
@@ -799,7 +790,7 @@ class TileLoop {
   unsigned char* shared_;
   uint32_t ring_, ring_end_, fill_slot_;
   int stage_bytes_;
-  int lane_, row_warp_, group_warp_, feature_warp_, token_warp_;
+  int lane_, row_warp_, feature_warp_;
   int codes_place_, x_place_, fill_x_place_;  // of this lane, in a slice
   bool last_fill_;                            // after the segment that is filled there is none
   // Where the next copies of this warp come from.
