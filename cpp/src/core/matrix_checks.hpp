@@ -2,6 +2,7 @@
 // everywhere.
 #pragma once
 
+#include <cstdint>
 #include <limits>
 #include <string_view>
 

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <concepts>
+#include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <utility>
 

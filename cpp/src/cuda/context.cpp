@@ -1,6 +1,7 @@
 #include "cuda/context.hpp"
 
 #include <algorithm>
+#include <cstdint>
 #include <utility>
 
 #include "core/matrix_checks.hpp"

@@ -1,8 +1,10 @@
 #include "cuda/copy_ring.hpp"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <system_error>
+#include <thread>
 #include <utility>
 
 #include "core/integers.hpp"

@@ -2,6 +2,7 @@
 #include "marlinq/cuda/cuda_backend.hpp"
 
 #include <algorithm>
+#include <cstdint>
 #include <string>
 #include <utility>
 

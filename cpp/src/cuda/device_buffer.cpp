@@ -1,4 +1,5 @@
 // Device memory.
+#include <cstdint>
 #include <utility>
 
 #include "cuda/cuda_check.hpp"

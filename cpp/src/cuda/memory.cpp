@@ -1,5 +1,6 @@
 // Device memory for users of a context: allocation, copies from and to the host, and waiting.
 #include <algorithm>
+#include <cstdint>
 
 #include "core/concat.hpp"
 #include "core/refuse.hpp"

@@ -1,6 +1,7 @@
 #include "cuda/raw_pieces.hpp"
 
 #include <algorithm>
+#include <cstdint>
 
 #include "core/codes.hpp"
 #include "core/integers.hpp"

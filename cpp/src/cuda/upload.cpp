@@ -1,6 +1,7 @@
 #include "cuda/upload.hpp"
 
 #include <algorithm>
+#include <cstdint>
 
 #include "core/integers.hpp"
 

@@ -1,7 +1,9 @@
 #include "cuda/packed_layer.hpp"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
+#include <optional>
 #include <set>
 #include <utility>
 

@@ -2,6 +2,7 @@
 // usable.
 #include <gtest/gtest.h>
 
+#include <cstdint>
 #include <memory>
 #include <new>
 #include <optional>

@@ -1,6 +1,8 @@
 // A host matrix on the device of a context, through handles alone, so that it knows of no backend.
 #pragma once
 
+#include <cstdint>
+
 #include "marlinq/handle.hpp"
 #include "support/generators.hpp"
 

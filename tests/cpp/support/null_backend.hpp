@@ -1,6 +1,8 @@
 // A backend that overrides nothing: all of its operations are the defaults of the trait.
 #pragma once
 
+#include <cstdint>
+
 #include "marlinq/backend.hpp"
 #include "marlinq/registry.hpp"
 

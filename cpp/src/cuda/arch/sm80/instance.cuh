@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 
 #include "cuda/arch/sm80/launch.hpp"
 #include "cuda/arch/sm80/plan.hpp"

@@ -1,6 +1,7 @@
 #include "cuda/arch/sm80/pack_plan.hpp"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <utility>
 
