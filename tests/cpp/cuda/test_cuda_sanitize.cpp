@@ -4,6 +4,7 @@
 // Exit codes: 0 right, 1 wrong, 77 no device.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -97,22 +98,86 @@ Matrix run(const marlinq::LinearHandle& linear, const marlinq::ContextHandle& co
   return out;
 }
 
+struct Rows {
+  std::int64_t m = 1;
+  std::int64_t gap = 0;
+};
+
+struct Case {
+  LayerOptions layer;
+  std::vector<Rows> rows = {{1, 0}, {16, 0}, {17, 8}, {64, 0}, {130, 3}};
+  std::vector<DType> dtypes = {DType::kFloat16, DType::kBFloat16};
+  std::int64_t checked = 130;  // of the rows, at most: the reference takes its time
+};
+
+/// Layers of every format, and layers that make each kernel for many tokens run on a GPU with 132
+/// multiprocessors, with and without tiles that are cut between blocks.
+std::vector<Case> cases() {
+  const auto large = [](std::int64_t n, std::int64_t k, std::vector<Rows> rows,
+                        std::uint64_t seed) {
+    return Case{.layer = {.bits = 4, .k = k, .n = n, .seed = seed},
+                .rows = std::move(rows),
+                .dtypes = {DType::kFloat16},
+                .checked = 8};
+  };
+  return {
+      {.layer = {.bits = 4, .k = 704, .n = 192, .seed = 1}},
+      {.layer = {.bits = 4,
+                 .k = 704,
+                 .n = 201,
+                 .group_size = 64,
+                 .zeros = Zeros::kAsymmetricV1,
+                 .bias = DType::kFloat16,
+                 .seed = 2}},
+      {.layer = {.bits = 4,
+                 .k = 600,
+                 .n = 130,
+                 .group_size = 32,
+                 .zeros = Zeros::kAsymmetricV2,
+                 .order = Order::kUnbalanced,
+                 .scales = DType::kBFloat16,
+                 .seed = 3}},
+      {.layer =
+           {.bits = 8, .k = 512, .n = 96, .group_size = -1, .bias = DType::kFloat32, .seed = 4}},
+      {.layer = {.bits = 8,
+                 .k = 417,
+                 .n = 67,
+                 .group_size = 128,
+                 .zeros = Zeros::kAsymmetricV1,
+                 .order = Order::kActOrder,
+                 .scales = DType::kFloat32,
+                 .seed = 5}},
+      {.layer = {.bits = 3,
+                 .k = 96,
+                 .n = 33,
+                 .group_size = 16,
+                 .zeros = Zeros::kAsymmetricV1,
+                 .seed = 6}},
+      large(6144, 1024, {{257, 0}, {520, 0}}, 7),
+      large(6144, 2048, {{96, 0}, {130, 0}}, 8),
+      large(1024, 4096, {{257, 0}}, 9),
+      large(1024, 2048, {{130, 0}}, 10),
+      large(4096, 1024, {{520, 0}}, 11),
+  };
+}
+
 /// How many results of a layer are wrong.
-int run_layer(const LayerOptions& options, cudaStream_t stream,
-              const marlinq::ContextHandle& context) {
-  constexpr std::int64_t kRows = 130;
+int run_layer(const Case& which, cudaStream_t stream, const marlinq::ContextHandle& context) {
+  const LayerOptions& options = which.layer;
   const Layer layer = marlinq::test::make_layer(options);
   const marlinq::LinearHandle linear = context.load_gptq(layer.tensors(), layer.spec());
+  std::int64_t most = 0;
+  for (const Rows& rows : which.rows) most = std::max(most, rows.m);
+  const std::int64_t checked = std::min(most, which.checked);
   int wrong = 0;
   double worst = 0;
-  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
-    const Matrix x = marlinq::test::random_matrix(kRows, options.k, dtype, options.seed + 100);
-    const Product expected = marlinq::test::multiply(x.values(), kRows, layer.dense());
-    for (const auto& [m, gap] :
-         {std::pair<std::int64_t, std::int64_t>{1, 0}, {16, 0}, {17, 8}, {64, 0}, {130, 3}}) {
+  for (const DType dtype : which.dtypes) {
+    const Matrix x = marlinq::test::random_matrix(most, options.k, dtype, options.seed + 100);
+    const Product expected = marlinq::test::multiply(x.values(), checked, layer.dense());
+    for (const auto& [m, gap] : which.rows) {
       const DType out_dtype = m == 17 ? DType::kFloat32 : dtype;
       const Matrix out = run(linear, context, stream, x, m, out_dtype, gap);
-      const double error = error_over_bound(out, expected, m, dtype);
+      const double error = error_over_bound(out, expected, std::min(m, checked), dtype);
       worst = std::fmax(worst, error);
       if (!(error <= 1)) {
         ++wrong;
@@ -132,34 +197,7 @@ int run_all() {
   int wrong = 0;
   {
     const marlinq::ContextHandle context = marlinq::open_context(kDevice, {.stream = stream});
-    const std::vector<LayerOptions> layers = {
-        {.bits = 4, .k = 704, .n = 192, .seed = 1},
-        {.bits = 4,
-         .k = 704,
-         .n = 201,
-         .group_size = 64,
-         .zeros = Zeros::kAsymmetricV1,
-         .bias = DType::kFloat16,
-         .seed = 2},
-        {.bits = 4,
-         .k = 600,
-         .n = 130,
-         .group_size = 32,
-         .zeros = Zeros::kAsymmetricV2,
-         .order = Order::kUnbalanced,
-         .scales = DType::kBFloat16,
-         .seed = 3},
-        {.bits = 8, .k = 512, .n = 96, .group_size = -1, .bias = DType::kFloat32, .seed = 4},
-        {.bits = 8,
-         .k = 417,
-         .n = 67,
-         .group_size = 128,
-         .zeros = Zeros::kAsymmetricV1,
-         .order = Order::kActOrder,
-         .scales = DType::kFloat32,
-         .seed = 5},
-        {.bits = 3, .k = 96, .n = 33, .group_size = 16, .zeros = Zeros::kAsymmetricV1, .seed = 6}};
-    for (const LayerOptions& options : layers) wrong += run_layer(options, stream, context);
+    for (const Case& which : cases()) wrong += run_layer(which, stream, context);
   }
   check(cudaStreamDestroy(stream), "cudaStreamDestroy");
   return wrong;

@@ -139,6 +139,9 @@ class TileLoop {
       load_segment(at, segment);
       clear();
       stage = multiply_chunks(stage, first_chunk(at), chunks_of(at));
+      // All warps meet as often as those with most chunks: racecheck counts barriers, and takes the
+      // next one of the block for another one else.
+      for (int i = chunks_of(at); S::kRowWarps > 1 && i < at.length; ++i) meet_group();
       // Where the segment lies is worked out again: registers are short in the loop.
       ptx::forget_origin(segment);
       load_segment(at, segment);
