@@ -113,52 +113,51 @@ struct Case {
 /// Layers of every format, and layers that make each kernel for many tokens run on a GPU with 132
 /// multiprocessors, with and without tiles that are cut between blocks.
 std::vector<Case> cases() {
-  const auto large = [](std::int64_t n, std::int64_t k, std::vector<Rows> rows,
-                        std::uint64_t seed) {
-    return Case{.layer = {.bits = 4, .k = k, .n = n, .seed = seed},
-                .rows = std::move(rows),
-                .dtypes = {DType::kFloat16},
-                .checked = 8};
+  std::vector<Case> all;
+  const std::vector<LayerOptions> formats = {
+      {.bits = 4, .k = 704, .n = 192, .seed = 1},
+      {.bits = 4,
+       .k = 704,
+       .n = 201,
+       .group_size = 64,
+       .zeros = Zeros::kAsymmetricV1,
+       .bias = DType::kFloat16,
+       .seed = 2},
+      {.bits = 4,
+       .k = 600,
+       .n = 130,
+       .group_size = 32,
+       .zeros = Zeros::kAsymmetricV2,
+       .order = Order::kUnbalanced,
+       .scales = DType::kBFloat16,
+       .seed = 3},
+      {.bits = 8, .k = 512, .n = 96, .group_size = -1, .bias = DType::kFloat32, .seed = 4},
+      {.bits = 8,
+       .k = 417,
+       .n = 67,
+       .group_size = 128,
+       .zeros = Zeros::kAsymmetricV1,
+       .order = Order::kActOrder,
+       .scales = DType::kFloat32,
+       .seed = 5},
+      {.bits = 3, .k = 96, .n = 33, .group_size = 16, .zeros = Zeros::kAsymmetricV1, .seed = 6}};
+  for (const LayerOptions& layer : formats) all.emplace_back().layer = layer;
+  const auto add_large = [&all](std::int64_t n, std::int64_t k, std::vector<Rows> rows) {
+    Case& large = all.emplace_back();
+    large.layer.bits = 4;
+    large.layer.k = k;
+    large.layer.n = n;
+    large.layer.seed = all.size();
+    large.rows = std::move(rows);
+    large.dtypes = {DType::kFloat16};
+    large.checked = 8;
   };
-  return {
-      {.layer = {.bits = 4, .k = 704, .n = 192, .seed = 1}},
-      {.layer = {.bits = 4,
-                 .k = 704,
-                 .n = 201,
-                 .group_size = 64,
-                 .zeros = Zeros::kAsymmetricV1,
-                 .bias = DType::kFloat16,
-                 .seed = 2}},
-      {.layer = {.bits = 4,
-                 .k = 600,
-                 .n = 130,
-                 .group_size = 32,
-                 .zeros = Zeros::kAsymmetricV2,
-                 .order = Order::kUnbalanced,
-                 .scales = DType::kBFloat16,
-                 .seed = 3}},
-      {.layer =
-           {.bits = 8, .k = 512, .n = 96, .group_size = -1, .bias = DType::kFloat32, .seed = 4}},
-      {.layer = {.bits = 8,
-                 .k = 417,
-                 .n = 67,
-                 .group_size = 128,
-                 .zeros = Zeros::kAsymmetricV1,
-                 .order = Order::kActOrder,
-                 .scales = DType::kFloat32,
-                 .seed = 5}},
-      {.layer = {.bits = 3,
-                 .k = 96,
-                 .n = 33,
-                 .group_size = 16,
-                 .zeros = Zeros::kAsymmetricV1,
-                 .seed = 6}},
-      large(6144, 1024, {{257, 0}, {520, 0}}, 7),
-      large(6144, 2048, {{96, 0}, {130, 0}}, 8),
-      large(1024, 4096, {{257, 0}}, 9),
-      large(1024, 2048, {{130, 0}}, 10),
-      large(4096, 1024, {{520, 0}}, 11),
-  };
+  add_large(6144, 1024, {{257, 0}, {520, 0}});
+  add_large(6144, 2048, {{96, 0}, {130, 0}});
+  add_large(1024, 4096, {{257, 0}});
+  add_large(1024, 2048, {{130, 0}});
+  add_large(4096, 1024, {{520, 0}});
+  return all;
 }
 
 /// How many results of a layer are wrong.
