@@ -19,31 +19,37 @@ def _pack(values: torch.Tensor) -> torch.Tensor:
 
 
 class Marlinq:
-    """Layers of marlinq, with zero points of 8 or other ones."""
+    """Layers of marlinq: with zero points of 8 or other ones, and with rows of the weight in any order."""
 
     version = "marlinq " + marlinq.__version__
     dtypes = ("fp16", "bf16")
 
-    def __init__(self, kernel: str | None = None, *, asymmetric: bool = False) -> None:
+    def __init__(self, kernel: str | None = None, *, asymmetric: bool = False, act_order: bool = False) -> None:
         self.kernel = kernel
         self.asymmetric = asymmetric
-        self.name = "marlinq" + (f"-{kernel}" if kernel else "") + ("-asym" if asymmetric else "")
+        self.act_order = act_order
+        self.name = "-".join(
+            ["marlinq", *([kernel] if kernel else []), *["asym"] * asymmetric, *["act-order"] * act_order]
+        )
 
     def prepare(self, N, K, q, s, dtype, nc):
         groups = s.shape[0]
         zeros = torch.full((groups, N), 8, dtype=torch.uint8, device=q.device)
+        group_of_row = torch.arange(K, device=q.device) // (K // groups)
+        generator = torch.Generator(device=q.device).manual_seed(7)
         if self.asymmetric:
-            generator = torch.Generator(device=q.device).manual_seed(7)
             zeros = torch.randint(4, 12, (groups, N), dtype=torch.uint8, device=q.device, generator=generator)
-            self.own_ref = lambda x: (
-                x.float() @ ((q.float() - zeros.float().repeat_interleave(K // groups, 0))
-                             * s.float().repeat_interleave(K // groups, 0))
-            )
+        if self.act_order:
+            group_of_row = group_of_row[torch.randperm(K, device=q.device, generator=generator)]
+        if self.asymmetric or self.act_order:
+            self.own_ref = lambda x: x.float() @ ((q.float() - zeros[group_of_row].float()) * s[group_of_row].float())
         tensors = {
             "qweight": _pack(q).cpu(),
             "scales": s.cpu(),
             "qzeros": _pack(zeros.t().contiguous()).t().contiguous().cpu(),
         }
+        if self.act_order:
+            tensors["g_idx"] = group_of_row.int().cpu()
         options = {"bits": 4, "group_size": K // groups, "checkpoint_format": "gptq_v2", "device": "cuda:0"}
         return [marlinq.load_gptq(**tensors, **options, kernel=self.kernel) for _ in range(nc)]
 
@@ -52,4 +58,5 @@ PEERS = {
     "marlinq": lambda _: [Marlinq()],
     "marlinq-sm80": lambda _: [Marlinq("sm80")],
     "marlinq-sm80-asym": lambda _: [Marlinq("sm80", asymmetric=True)],
+    "marlinq-sm80-act-order": lambda _: [Marlinq("sm80", act_order=True)],
 }
