@@ -1,34 +1,58 @@
 // The kernels that every pair of activation type and code width has.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <array>
 
 #include "cuda/arch/sm80/instance.cuh"
 
 namespace marlinq::cuda::sm80 {
 
+// What the kernels cost with activations of T, fitted to the lines of tests/bench/sm80_plans of an H200
+// (seven layers of Llama models, m = 32 to 2048).
+template <class T>
+struct TileCosts;
+
+// In the order of TileCost: start, steps, tile, cut, part, block, uneven.
+template <>
+struct TileCosts<__half> {
+  static constexpr TileCost k128x32x2{3.36, {0.657, 0.977, 1.333}, 1.47, 0.43, 0.22, 0.009, 1.95};
+  static constexpr TileCost k128x32x4{4.57, {0.936}, 2.89, 1.31, 0.00, 0.004, 3.29};
+  static constexpr TileCost k256x32x1{2.98, {0.596, 1.052, 1.341}, 0.00, 1.83, 0.54, 0.004, 1.06};
+  static constexpr TileCost k256x32x3{4.60, {1.258}, 5.27, 0.97, 0.28, 0.005, 3.77};
+  static constexpr TileCost k128x64x4{6.00, {1.328}, 4.88, 1.35, 0.00, 0.011, 4.64};
+  static constexpr TileCost k256x64x1{3.19, {0.912, 1.459}, 2.62, 2.73, 0.54, 0.011, 2.25};
+  static constexpr TileCost k256x64x2{5.58, {1.320}, 4.12, 1.80, 0.37, 0.012, 1.65};
+};
+
+template <>
+struct TileCosts<__nv_bfloat16> {
+  static constexpr TileCost k128x32x2{3.29, {0.691, 1.016, 1.406}, 1.32, 0.54, 0.20, 0.010, 1.77};
+  static constexpr TileCost k128x32x4{4.17, {1.027}, 3.10, 0.93, 0.00, 0.008, 3.25};
+  static constexpr TileCost k256x32x1{0.00, {0.642, 1.045, 1.383}, 0.00, 4.17, 0.50, 0.007, 1.02};
+  static constexpr TileCost k256x32x3{4.33, {1.292}, 3.78, 1.19, 0.27, 0.006, 3.83};
+  static constexpr TileCost k128x64x4{6.09, {1.348}, 5.01, 1.30, 0.00, 0.011, 4.87};
+  static constexpr TileCost k256x64x1{3.66, {0.963, 1.503}, 3.23, 2.70, 0.41, 0.014, 2.38};
+  static constexpr TileCost k256x64x2{7.97, {1.398}, 4.92, 1.29, 0.30, 0.003, 1.20};
+};
+
 template <class T, int kBits>
 constexpr std::array<Instance, kInstanceCount> instance_list() {
-  // start, steps, tile, cut, part, block, uneven
-  constexpr TileCost k128x32x2{2.47, {0.658, 1.126, 1.377}, 1.41, 1.92, 0.13, 0.008, 0.75};
-  constexpr TileCost k128x32x4{4.56, {0.885}, 3.54, 1.80, 0.00, 0.000, 2.72};
-  constexpr TileCost k256x32x1{0.00, {0.661, 1.059, 1.325}, 0.00, 3.61, 0.54, 0.011, 0.13};
-  constexpr TileCost k256x32x3{3.52, {1.285}, 2.31, 2.29, 0.00, 0.017, 2.38};
-  constexpr TileCost k128x64x4{5.05, {1.350}, 3.61, 2.21, 0.00, 0.012, 3.62};
-  constexpr TileCost k256x64x1{1.66, {0.943, 1.450}, 3.01, 3.07, 0.56, 0.021, 0.69};
-  constexpr TileCost k256x64x2{4.95, {1.323}, 5.40, 2.77, 0.18, 0.023, 2.49};
+  using Costs = TileCosts<T>;
   return {
       // token tiles, most warps, promotes
       strip_instance<T, kBits, 1, 16, true>(),
       strip_instance<T, kBits, 2, 16, false>(),
       // feature warps, row warps, token tiles of a warp
-      tile_instance<T, kBits, 2, 2, 4>(k128x32x2),
-      tile_instance<T, kBits, 2, 4, 4>(k128x32x4),
-      tile_instance<T, kBits, 4, 1, 4>(k256x32x1),
-      tile_instance<T, kBits, 4, 3, 4>(k256x32x3),
-      tile_instance<T, kBits, 2, 4, 8>(k128x64x4),
-      tile_instance<T, kBits, 4, 1, 8>(k256x64x1),
-      tile_instance<T, kBits, 4, 2, 8>(k256x64x2),
+      tile_instance<T, kBits, 2, 2, 4>(Costs::k128x32x2),
+      tile_instance<T, kBits, 2, 4, 4>(Costs::k128x32x4),
+      tile_instance<T, kBits, 4, 1, 4>(Costs::k256x32x1),
+      tile_instance<T, kBits, 4, 3, 4>(Costs::k256x32x3),
+      tile_instance<T, kBits, 2, 4, 8>(Costs::k128x64x4),
+      tile_instance<T, kBits, 4, 1, 8>(Costs::k256x64x1),
+      tile_instance<T, kBits, 4, 2, 8>(Costs::k256x64x2),
   };
 }
 

@@ -101,9 +101,8 @@ GemmPlan plan_strips(const GemmProblem& problem, std::int32_t instance,
   std::int32_t warps = kernel.warps;
   if (kernel.tokens == 8 && items < 3 * warps) warps = items >= 8 ? 8 : 4;
   GemmPlan best = strip_plan(problem, instance, limits.multiprocessors, warps);
-  for (; warps > 1 && best.shared_bytes > usable_shared(limits);) {
-    warps -= warps > 4 ? 4 : 1;
-    best = strip_plan(problem, instance, limits.multiprocessors, warps);
+  while (warps > 1 && best.shared_bytes > usable_shared(limits)) {
+    best = strip_plan(problem, instance, limits.multiprocessors, --warps);
   }
   return best;
 }
