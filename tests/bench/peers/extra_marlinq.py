@@ -9,6 +9,7 @@ import torch
 
 import marlinq
 
+MOST_ROWS = 8192
 
 def _pack(values: torch.Tensor) -> torch.Tensor:
     """Eight codes an int32 along the first dimension, the first in the lowest bits."""
@@ -51,7 +52,19 @@ class Marlinq:
         if self.act_order:
             tensors["g_idx"] = group_of_row.int().cpu()
         options = {"bits": 4, "group_size": K // groups, "checkpoint_format": "gptq_v2", "device": "cuda:0"}
-        return [marlinq.load_gptq(**tensors, **options, kernel=self.kernel) for _ in range(nc)]
+        layers = [marlinq.load_gptq(**tensors, **options, kernel=self.kernel) for _ in range(nc)]
+        if self.act_order:
+            _grow_scratch_of_captures(layers[0], dtype)
+        return layers
+
+
+def _grow_scratch_of_captures(layer: marlinq.Linear, dtype: torch.dtype) -> None:
+    """Runs the most rows once on the stream that torch captures on, where scratch cannot grow later."""
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device="cuda")
+    with torch.cuda.stream(torch.cuda.graph.default_capture_stream):
+        layer(torch.zeros(MOST_ROWS, layer.in_features, dtype=dtype, device="cuda"))
+    torch.cuda.synchronize()
 
 
 PEERS = {
