@@ -1,19 +1,47 @@
 #include "cuda/copy_ring.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
+#include <span>
 #include <system_error>
 #include <thread>
 #include <utility>
 
+#include "core/concat.hpp"
 #include "core/integers.hpp"
 #include "cuda/cuda_check.hpp"
 
 namespace marlinq::cuda {
 namespace {
 
-constexpr std::size_t kSlotsAtOnce = 4;  // of one allocation
+// What follows one another on the device is one range, but for the gaps of alignment.
+constexpr std::int64_t kGap = 256;
+
+void pause() noexcept {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+// Waits until done(), but not for long. Whoever sleeps wakes up 50 to 100 us late, which is longer
+// than it takes from one piece of a load to the next.
+template <class Done>
+void wait_awake(const Done& done) {
+  constexpr auto kLongest = std::chrono::microseconds(200);
+  constexpr int kLooks = 32;  // about a microsecond
+  const auto end = std::chrono::steady_clock::now() + kLongest;
+  while (std::chrono::steady_clock::now() < end) {
+    for (int look = 0; look < kLooks; ++look) {
+      if (done()) return;
+      pause();
+    }
+    std::this_thread::yield();  // there may be more threads than cores
+  }
+}
 
 // Bytes [begin, end) of what the rows are on the device. Bytes between rows of a batch stay as they
 // are.
@@ -45,7 +73,8 @@ CopyRing::~CopyRing() {
   job_came_.notify_all();
   for (std::thread& thread : threads_) thread.join();
   const RelaxedCapture relaxed;
-  for (const Slot& slot : slots_) (void)cudaEventSynchronize(slot.read.get());
+  if (own_) own_->wait();
+  for (const Copier& copier : copiers_) copier.wait();
 }
 
 void CopyRing::open(Batch& batch) {
@@ -58,8 +87,6 @@ void CopyRing::open(Batch& batch) {
 void CopyRing::start(Batch& batch) {
   std::vector<Job> jobs;
   for (std::size_t first = 0; first < batch.rows.size();) {
-    // What follows one another on the device is one range, but for the gaps of alignment.
-    constexpr std::int64_t kGap = 256;
     std::size_t last = first;
     std::int64_t end = batch.rows[first].offset + batch.rows[first].bytes();
     while (last + 1 < batch.rows.size() && batch.rows[last + 1].offset - end < kGap) {
@@ -67,35 +94,44 @@ void CopyRing::start(Batch& batch) {
       end = batch.rows[last].offset + batch.rows[last].bytes();
     }
     const std::int64_t begin = batch.rows[first].offset;
-    const std::int64_t count = ceil_div(end - begin, sizes_.slot_bytes);
-    const std::int64_t step = round_up(ceil_div(end - begin, count), kGap);
+    const std::int64_t step = job_bytes(end - begin);
     for (std::int64_t at = begin; at < end; at += step) {
       jobs.push_back({.batch = &batch, .begin = at, .end = std::min(end, at + step)});
     }
     first = last + 1;
   }
-  if (threads_.empty()) start_threads();
+  constexpr std::size_t kWorthThreads = 3;
+  if (jobs.size() >= kWorthThreads) start_threads();
   {
     const std::lock_guard lock(mutex_);
     jobs_.insert(jobs_.end(), jobs.begin(), jobs.end());
+    jobs_left_ = jobs_.size();
     batch.pending += static_cast<std::int64_t>(jobs.size());
   }
   job_came_.notify_all();
 }
 
+// As even as can be, and at least one for each thread, so that all of them help with a small range.
+// Not below 256 KB: to ask for a copy would cost more than another thread gains.
+std::int64_t CopyRing::job_bytes(std::int64_t bytes) const noexcept {
+  constexpr std::int64_t kLeast = std::int64_t{256} << 10;
+  const std::int64_t copiers = std::int64_t{sizes_.threads} + 1;
+  const std::int64_t jobs =
+      std::max(ceil_div(bytes, sizes_.slot_bytes), std::min(copiers, bytes / kLeast));
+  return round_up(ceil_div(bytes, jobs), kGap);
+}
+
 void CopyRing::wait(Batch& batch) {
-  std::unique_lock lock(mutex_);
   while (batch.pending > 0) {
-    if (jobs_.empty()) {
-      batch_ended_.wait(lock);
-      continue;
-    }
-    const Job job = jobs_.front();
-    jobs_.pop_front();
-    lock.unlock();
-    run(job);
-    lock.lock();
+    Copier& copier = own();
+    const std::optional<Job> job = take_job();
+    if (!job) break;
+    run(*job, copier);
   }
+  const auto ended = [&batch] { return batch.pending == 0; };
+  wait_awake(ended);
+  std::unique_lock lock(mutex_);
+  batch_ended_.wait(lock, ended);
   if (batch.error) std::rethrow_exception(batch.error);
 }
 
@@ -103,13 +139,14 @@ void CopyRing::cancel(Batch& batch) noexcept {
   std::unique_lock lock(mutex_);
   batch.pending -= static_cast<std::int64_t>(
       std::erase_if(jobs_, [&batch](const Job& job) { return job.batch == &batch; }));
+  jobs_left_ = jobs_.size();
   batch_ended_.wait(lock, [&batch] { return batch.pending == 0; });
 }
 
 void CopyRing::put(void* target, const void* source, std::int64_t bytes, cudaStream_t stream) {
   for (std::int64_t at = 0; at < bytes; at += sizes_.slot_bytes) {
     const std::int64_t count = std::min(sizes_.slot_bytes, bytes - at);
-    Slot& slot = take_slot();
+    Slot& slot = own().next_slot();
     std::memcpy(slot.memory, static_cast<const unsigned char*>(source) + at,
                 static_cast<std::size_t>(count));
     send(slot, static_cast<unsigned char*>(target) + at, count, stream);
@@ -124,39 +161,78 @@ void CopyRing::send(Slot& slot, unsigned char* target, std::int64_t bytes, cudaS
     // Nothing else tells when the slot has been read.
     if (status != cudaSuccess) (void)cudaStreamSynchronize(stream);
   }
-  give_back(slot);
   MARLINQ_CUDA_CHECK(status);
 }
 
+CopyRing::PinnedMemory CopyRing::pin(std::size_t copiers) const {
+  void* memory = nullptr;
+  const cudaError_t status =
+      cudaHostAlloc(&memory, static_cast<std::size_t>(bytes_of(copiers)), cudaHostAllocDefault);
+  if (status == cudaErrorMemoryAllocation) {
+    (void)cudaGetLastError();
+    return nullptr;
+  }
+  MARLINQ_CUDA_CHECK(status);
+  return PinnedMemory(static_cast<unsigned char*>(memory));
+}
+
+CopyRing::Copier& CopyRing::own() {
+  if (own_) return *own_;
+  if (own_memory_ == nullptr) own_memory_ = pin(1);
+  if (own_memory_ == nullptr) {
+    throw Error(ErrorCode::kOutOfMemory,
+                concat("cannot allocate ", bytes_of(1), " bytes of pinned host memory"));
+  }
+  return own_.emplace(own_memory_.get(), sizes_.slot_bytes);
+}
+
 void CopyRing::start_threads() {
-  const unsigned count = std::min(sizes_.threads, std::thread::hardware_concurrency() / 2);
+  if (threads_asked_for_) return;
+  (void)own();  // first: nothing works without
+  std::size_t count = sizes_.threads;
+  while (count > 0 && (threads_memory_ = pin(count)) == nullptr) count /= 2;
+  copiers_.clear();
+  copiers_.reserve(count);
+  while (copiers_.size() < count) {
+    copiers_.emplace_back(threads_memory_.get() + bytes_of(copiers_.size()), sizes_.slot_bytes);
+  }
+  threads_asked_for_ = true;
   threads_.reserve(count);
   try {
-    while (threads_.size() < count) threads_.emplace_back([this] { work(); });
+    for (Copier& copier : copiers_) threads_.emplace_back([this, &copier] { work(copier); });
   } catch (const std::system_error&) {
     // Those that there are do, or the caller's alone.
   }
 }
 
-void CopyRing::work() noexcept {
+void CopyRing::work(Copier& copier) noexcept {
   if (cudaSetDevice(device_) != cudaSuccess) return;
   const RelaxedCapture relaxed;
-  std::unique_lock lock(mutex_);
   for (;;) {
+    if (const std::optional<Job> job = take_job()) {
+      run(*job, copier);
+      continue;
+    }
+    wait_awake([this] { return jobs_left_ > 0; });
+    std::unique_lock lock(mutex_);
     job_came_.wait(lock, [this] { return stopping_ || !jobs_.empty(); });
     if (stopping_) return;
-    const Job job = jobs_.front();
-    jobs_.pop_front();
-    lock.unlock();
-    run(job);
-    lock.lock();
   }
 }
 
-void CopyRing::run(const Job& job) noexcept {
+std::optional<CopyRing::Job> CopyRing::take_job() {
+  const std::lock_guard lock(mutex_);
+  if (jobs_.empty()) return std::nullopt;
+  const Job job = jobs_.front();
+  jobs_.pop_front();
+  jobs_left_ = jobs_.size();
+  return job;
+}
+
+void CopyRing::run(const Job& job, Copier& copier) noexcept {
   std::exception_ptr error;
   try {
-    copy(job);
+    copy(job, copier);
   } catch (...) {
     error = std::current_exception();
   }
@@ -165,66 +241,29 @@ void CopyRing::run(const Job& job) noexcept {
   if (--job.batch->pending == 0) batch_ended_.notify_all();
 }
 
-void CopyRing::copy(const Job& job) {
-  Slot& slot = take_slot();
+void CopyRing::copy(const Job& job, Copier& copier) {
+  Slot& slot = copier.next_slot();
   gather(job.batch->rows, job.begin, job.end, slot.memory);
-  try {
-    open(*job.batch);
-  } catch (...) {
-    give_back(slot);
-    throw;
-  }
+  open(*job.batch);
   send(slot, job.batch->target + job.begin, job.end - job.begin, stream_);
 }
 
-CopyRing::Slot& CopyRing::take_slot() {
-  std::unique_lock lock(mutex_);
-  for (;;) {
-    if (!free_.empty()) {
-      Slot* slot = free_.front();
-      const cudaError_t status = cudaEventQuery(slot->read.get());
-      if (status != cudaErrorNotReady) MARLINQ_CUDA_CHECK(status);
-      const bool ready = status == cudaSuccess;
-      if (!ready) (void)cudaGetLastError();  // not ready is no error
-      if (ready || !grow()) {
-        free_.pop_front();
-        lock.unlock();
-        const cudaError_t waited = ready ? status : cudaEventSynchronize(slot->read.get());
-        if (waited != cudaSuccess) give_back(*slot);
-        MARLINQ_CUDA_CHECK(waited);
-        return *slot;
-      }
-    }
-    if (free_.empty() && !grow()) slot_came_.wait(lock);
+CopyRing::Copier::Copier(unsigned char* memory, std::int64_t slot_bytes) {
+  for (Slot& slot : slots_) {
+    slot.memory = memory;
+    memory += slot_bytes;
   }
 }
 
-void CopyRing::give_back(Slot& slot) noexcept {
-  const std::lock_guard lock(mutex_);
-  free_.push_back(&slot);
-  slot_came_.notify_one();
+CopyRing::Slot& CopyRing::Copier::next_slot() {
+  Slot& slot = slots_[next_];
+  MARLINQ_CUDA_CHECK(cudaEventSynchronize(slot.read.get()));
+  next_ = (next_ + 1) % slots_.size();
+  return slot;
 }
 
-bool CopyRing::grow() {
-  if (limited_ || slots_.size() + kSlotsAtOnce > sizes_.slots) return false;
-  void* memory = nullptr;
-  const std::size_t bytes = kSlotsAtOnce * static_cast<std::size_t>(sizes_.slot_bytes);
-  const cudaError_t status = cudaHostAlloc(&memory, bytes, cudaHostAllocDefault);
-  if (status == cudaErrorMemoryAllocation) {
-    (void)cudaGetLastError();
-    limited_ = !slots_.empty();
-    if (limited_) return false;
-    throw Error(ErrorCode::kOutOfMemory,
-                concat("cannot allocate ", bytes, " bytes of pinned host memory"));
-  }
-  MARLINQ_CUDA_CHECK(status);
-  memory_.emplace_back(static_cast<unsigned char*>(memory));
-  for (std::size_t i = 0; i < kSlotsAtOnce; ++i) {
-    slots_.emplace_back().memory =
-        memory_.back().get() + static_cast<std::int64_t>(i) * sizes_.slot_bytes;
-    free_.push_front(&slots_.back());
-  }
-  return true;
+void CopyRing::Copier::wait() const noexcept {
+  for (const Slot& slot : slots_) (void)cudaEventSynchronize(slot.read.get());
 }
 
 }  // namespace marlinq::cuda

@@ -4,13 +4,16 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+#include <array>
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
 #include <exception>
 #include <memory>
 #include <mutex>
-#include <span>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -20,16 +23,18 @@
 namespace marlinq::cuda {
 
 struct RingSizes {
-  /// 10 us of the bus, which hides what it costs to ask for a copy, and 50 us of a core, which is how
-  /// long the first bytes take to come.
-  std::int64_t slot_bytes = std::int64_t{512} << 10;
-  std::size_t slots = 32;  // at most; 300 us of the bus
-  /// At most. With the caller's own, 8 cores copy faster than any bus takes.
-  unsigned threads = 7;
+  /// 100 us of a core, beside which it is little what a copy costs to ask for and to wait for. The
+  /// two slots of a core stay in its cache.
+  std::int64_t slot_bytes = std::int64_t{1} << 20;
+  /// With the caller's own, 8 cores copy nearly as fast as any bus takes. No more than half of what
+  /// the machine runs at once.
+  unsigned threads = std::min(7U, std::thread::hardware_concurrency() / 2);
 };
 
-/// Pinned memory comes as it is needed, and threads with the first batch: no more than half of what
-/// the machine runs at once. Both go with the ring. One thread calls the functions.
+/// Every thread has pinned slots of its own and shares nothing but the list of jobs. Pinned memory
+/// comes when it is needed: the caller's first, that of the threads and they themselves with the
+/// first batch which is worth it; where it runs short there are fewer threads, or none. All go with
+/// the ring. One thread calls the functions.
 class CopyRing {
  public:
   /// Copies that were started together.
@@ -42,8 +47,8 @@ class CopyRing {
     friend class CopyRing;
     std::mutex opening;
     bool opened = false;
-    std::int64_t pending = 0;  // jobs; this and what follows: under the ring's mutex
-    std::exception_ptr error;
+    std::atomic<std::int64_t> pending{0};  // jobs; changes under the ring's mutex
+    std::exception_ptr error;              // under the ring's mutex
   };
 
   /// For `stream` of the current device.
@@ -72,7 +77,21 @@ class CopyRing {
  private:
   struct Slot {
     unsigned char* memory = nullptr;
-    OwnedEvent read{cudaEventBlockingSync};  // by the bus, the last time
+    OwnedEvent read;  // by the bus, the last time
+  };
+
+  // The slots of one thread, used in turn: it fills one while the bus reads the other.
+  class Copier {
+   public:
+    static constexpr std::int64_t kSlots = 2;
+    Copier(unsigned char* memory, std::int64_t slot_bytes);
+    // Waits until the slot may be filled.
+    Slot& next_slot();
+    void wait() const noexcept;
+
+   private:
+    std::array<Slot, kSlots> slots_;
+    std::size_t next_ = 0;
   };
 
   // Bytes [begin, end) of a batch's target.
@@ -85,16 +104,21 @@ class CopyRing {
   struct PinnedDeleter {
     void operator()(unsigned char* memory) const noexcept { (void)cudaFreeHost(memory); }
   };
+  using PinnedMemory = std::unique_ptr<unsigned char, PinnedDeleter>;
 
+  std::int64_t bytes_of(std::size_t copiers) const noexcept {
+    return static_cast<std::int64_t>(copiers) * Copier::kSlots * sizes_.slot_bytes;
+  }
+  // Null where there is no such memory.
+  PinnedMemory pin(std::size_t copiers) const;
+  Copier& own();
   void start_threads();
-  void work() noexcept;
-  void run(const Job& job) noexcept;
-  void copy(const Job& job);
-  Slot& take_slot();
-  // Ends the use of the slot.
+  std::int64_t job_bytes(std::int64_t bytes) const noexcept;
+  void work(Copier& copier) noexcept;
+  std::optional<Job> take_job();
+  void run(const Job& job, Copier& copier) noexcept;
+  void copy(const Job& job, Copier& copier);
   void send(Slot& slot, unsigned char* target, std::int64_t bytes, cudaStream_t stream);
-  void give_back(Slot& slot) noexcept;
-  bool grow();
 
   int device_;
   cudaStream_t stream_;
@@ -103,13 +127,15 @@ class CopyRing {
   std::mutex mutex_;
   std::condition_variable job_came_;
   std::condition_variable batch_ended_;
-  std::condition_variable slot_came_;
   std::deque<Job> jobs_;
-  std::vector<std::unique_ptr<unsigned char, PinnedDeleter>> memory_;
-  std::deque<Slot> slots_;
-  std::deque<Slot*> free_;  // the longest unused first
-  bool limited_ = false;    // no more pinned memory is to be had
+  std::atomic<std::size_t> jobs_left_{0};  // jobs_.size()
   bool stopping_ = false;
+
+  PinnedMemory own_memory_;
+  PinnedMemory threads_memory_;
+  std::optional<Copier> own_;
+  std::vector<Copier> copiers_;  // of the threads
+  bool threads_asked_for_ = false;
   std::vector<std::thread> threads_;
 };
 

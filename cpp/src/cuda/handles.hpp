@@ -11,10 +11,7 @@ namespace marlinq::cuda {
 
 class OwnedEvent {
  public:
-  /// cudaEventBlockingSync: whoever waits for it sleeps.
-  explicit OwnedEvent(unsigned flags = 0) {
-    MARLINQ_CUDA_CHECK(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming | flags));
-  }
+  OwnedEvent() { MARLINQ_CUDA_CHECK(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming)); }
   OwnedEvent(OwnedEvent&& other) noexcept : event_(std::exchange(other.event_, nullptr)) {}
   OwnedEvent& operator=(OwnedEvent&& other) noexcept {
     std::swap(event_, other.event_);

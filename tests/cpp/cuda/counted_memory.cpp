@@ -21,9 +21,14 @@ struct Allocations {
   std::int64_t pinned_bytes = 0;
   int until_failure = 0;
   int until_device_failure = 0;
+  std::int64_t pinned_limit = 0;
 
   static bool counts_down(int& left) { return left > 0 && --left == 0; }
-  bool pinned_fails() { return counts_down(until_failure); }
+  bool pinned_fails(std::size_t more) {
+    const bool full =
+        pinned_limit != 0 && pinned_bytes + static_cast<std::int64_t>(more) > pinned_limit;
+    return counts_down(until_failure) || full;
+  }
   bool device_fails() { return counts_down(until_failure) || counts_down(until_device_failure); }
 };
 
@@ -57,6 +62,10 @@ void DeviceMemory::fail_allocation(int n) {
 void DeviceMemory::fail_device_allocation(int n) {
   const std::lock_guard lock(all().mutex);
   all().until_device_failure = n;
+}
+void DeviceMemory::limit_pinned(std::int64_t bytes) {
+  const std::lock_guard lock(all().mutex);
+  all().pinned_limit = bytes;
 }
 
 }  // namespace marlinq::test
@@ -99,7 +108,7 @@ cudaError_t __wrap_cudaFree(void* memory) {
 cudaError_t __wrap_cudaHostAlloc(void** memory, std::size_t bytes, unsigned flags) {
   {
     const std::lock_guard lock(all().mutex);
-    if (all().pinned_fails()) return cudaErrorMemoryAllocation;
+    if (all().pinned_fails(bytes)) return cudaErrorMemoryAllocation;
   }
   const cudaError_t status = __real_cudaHostAlloc(memory, bytes, flags);
   if (status != cudaSuccess) return status;

@@ -15,6 +15,8 @@ struct DeviceMemory {
   static void fail_allocation(int n);
   /// The same, of a device alone.
   static void fail_device_allocation(int n);
+  /// Pinned memory that may be allocated at once, from now on. 0: any.
+  static void limit_pinned(std::int64_t bytes);
 };
 
 }  // namespace marlinq::test

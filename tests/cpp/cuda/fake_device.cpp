@@ -36,6 +36,7 @@ struct Device {
   std::int64_t peak = 0;
   std::int64_t limit = kNoLimit;
   std::int64_t pinned_bytes = 0;
+  std::int64_t pinned_limit = kNoLimit;
   int allocations_until_failure = 0;
   int device_allocations_until_failure = 0;
   int calls_until_failure = 0;
@@ -214,6 +215,10 @@ void DeviceMemory::fail_device_allocation(int n) {
   const std::lock_guard lock(device().mutex);
   device().device_allocations_until_failure = n;
 }
+void DeviceMemory::limit_pinned(std::int64_t bytes) {
+  const std::lock_guard lock(device().mutex);
+  device().pinned_limit = bytes == 0 ? kNoLimit : bytes;
+}
 
 }  // namespace marlinq::test
 
@@ -292,11 +297,15 @@ cudaError_t cudaHostAlloc(void** memory, std::size_t bytes, unsigned) {
   const std::lock_guard lock(device().mutex);
   expect_relaxed("cudaHostAlloc");
   if (fails()) return device().failure;
-  if (counts_down(device().allocations_until_failure)) return cudaErrorMemoryAllocation;
+  const auto size = static_cast<std::int64_t>(bytes);
+  if (counts_down(device().allocations_until_failure) ||
+      device().pinned_bytes + size > device().pinned_limit) {
+    return cudaErrorMemoryAllocation;
+  }
   auto* at = static_cast<unsigned char*>(::operator new(bytes, std::align_val_t(256)));
   std::memset(at, 0xCD, bytes);
-  device().pinned_memory[at] = static_cast<std::int64_t>(bytes);
-  device().pinned_bytes += static_cast<std::int64_t>(bytes);
+  device().pinned_memory[at] = size;
+  device().pinned_bytes += size;
   *memory = at;
   return cudaSuccess;
 }

@@ -41,9 +41,7 @@ class FakeDeviceTest : public ::testing::Test {
   }
 
   static UploadSizes sizes() {
-    return {.least_piece = 2048,
-            .most_piece = 4096,
-            .ring = {.slot_bytes = 512, .slots = 8, .threads = 3}};
+    return {.least_piece = 2048, .most_piece = 4096, .ring = {.slot_bytes = 512, .threads = 3}};
   }
 
   static DeviceWeight load(Uploader& uploader, const PackCase& one) {

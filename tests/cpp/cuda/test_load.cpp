@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -174,9 +175,7 @@ Bytes bytes_of(const DeviceWeight& weight) {
 
 // Small layers in many pieces and jobs.
 UploadSizes small_sizes() {
-  return {.least_piece = 2048,
-          .most_piece = 4096,
-          .ring = {.slot_bytes = 512, .slots = 8, .threads = 3}};
+  return {.least_piece = 2048, .most_piece = 4096, .ring = {.slot_bytes = 512, .threads = 3}};
 }
 
 class LoadTest : public ::testing::Test {
@@ -255,10 +254,30 @@ TEST_F(LoadTest, LargeLayersFromAnySource) {
 TEST_F(LoadTest, WithoutThreads) {
   UploadSizes sizes = small_sizes();
   sizes.ring.threads = 0;
-  sizes.ring.slots = 4;
   Uploader uploader(0, sizes);
   for (std::size_t i = 0; i < cases().size(); i += 5) {
     ASSERT_TRUE(same(bytes_of(load(uploader, cases()[i])), expected(i))) << cases()[i].what;
+  }
+}
+
+// Threads which have nothing to do go to sleep, and come back.
+TEST_F(LoadTest, LoadsFarApart) {
+  Uploader uploader(0, small_sizes());
+  for (std::size_t i = 0; i < cases().size(); i += 4) {
+    const DeviceWeight weight = load(uploader, cases()[i]);
+    ASSERT_TRUE(same(bytes_of(weight), expected(i))) << cases()[i].what;
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  }
+}
+
+TEST_F(LoadTest, OnePieceTakesAllSlotsManyTimes) {
+  const PackCase one = test::large_pack_cases().front();
+  const Bytes wanted = test::packed_by_definition(one.parts);
+  for (const unsigned threads : {0U, 1U, 3U}) {
+    Uploader uploader(0, {.ring = {.slot_bytes = 1024, .threads = threads}});
+    for (const Source source : {Source::kPageable, Source::kMisaligned}) {
+      ASSERT_TRUE(same(bytes_of(load(uploader, one, source)), wanted)) << threads;
+    }
   }
 }
 
@@ -390,7 +409,7 @@ TEST_F(LoadTest, OutOfMemoryAnywhereLeavesTheUploaderUsable) {
   for (const bool fresh : {true, false}) {
     bool failed = true;
     for (int n = 1; failed; ++n) {
-      Uploader uploader(0);
+      Uploader uploader(0, {.ring = {.threads = 3}});
       if (!fresh) (void)load(uploader, cases()[0]);
       const std::int64_t before = DeviceMemory::bytes();
       Tensors tensors(one, Source::kPageable);
@@ -401,8 +420,10 @@ TEST_F(LoadTest, OutOfMemoryAnywhereLeavesTheUploaderUsable) {
         LayerUpload upload(uploader, weights);
         check_values(tensors.layer(), one.spec(), weights);
         const DeviceWeight packed = cuda::sm80::load(weights, upload);
-        EXPECT_TRUE(same(bytes_of(packed), wanted)) << n;  // pinned memory was short, but not gone
-        failed = n < 3;  // staging, pinned memory, the layer itself: more follow at most
+        EXPECT_TRUE(same(bytes_of(packed), wanted)) << n;
+        // Staging, pinned memory of the caller's and of the threads', which may be short, and the
+        // layer itself.
+        failed = n < 4;
       } catch (const Error& error) {
         failed = true;
         EXPECT_EQ(error.code(), ErrorCode::kOutOfMemory) << error.what();
@@ -415,6 +436,47 @@ TEST_F(LoadTest, OutOfMemoryAnywhereLeavesTheUploaderUsable) {
       EXPECT_TRUE(same(bytes_of(load(uploader, one)), wanted)) << n;
       ASSERT_LT(n, 100);
     }
+  }
+}
+
+TEST_F(LoadTest, PinnedMemoryIsEnoughForTheCallerAlone) {
+  constexpr std::int64_t kOfAThread = 2 * 512;
+  for (const std::int64_t threads : {0, 1, 2, 3}) {
+    Uploader uploader(0, small_sizes());
+    DeviceMemory::limit_pinned(pinned_before_ + kOfAThread - 1);
+    test::expect_error(ErrorCode::kOutOfMemory,
+                       {"cannot allocate 1024 bytes of pinned host memory"},
+                       [&] { (void)load(uploader, cases()[0]); });
+    DeviceMemory::limit_pinned(pinned_before_ + (threads + 1) * kOfAThread);
+    for (std::size_t i = 0; i < cases().size(); i += 5) {
+      ASSERT_TRUE(same(bytes_of(load(uploader, cases()[i])), expected(i))) << cases()[i].what;
+    }
+    // Half as many where there is not enough for all.
+    EXPECT_EQ(DeviceMemory::pinned_bytes() - pinned_before_,
+              ((threads == 2 ? 1 : threads) + 1) * kOfAThread);
+    DeviceMemory::limit_pinned(0);
+    EXPECT_TRUE(same(bytes_of(load(uploader, cases()[1])), expected(1)));
+  }
+}
+
+// Threads are at any point of a copy when it is given up, and the tensors go at once.
+TEST_F(LoadTest, AnUploadThatIsGivenUpReadsNothingMore) {
+  const PackCase one = test::large_pack_cases().front();
+  const Bytes wanted = test::packed_by_definition(one.parts);
+  UploadSizes sizes;
+  sizes.ring = {.slot_bytes = 4096, .threads = 3};
+  Uploader uploader(0, sizes);
+  for (int round = 0; round < 20; ++round) {
+    Tensors tensors(one, Source::kPageable);
+    const GptqWeights weights = check_structure(tensors.layer(), one.spec());
+    {
+      LayerUpload upload(uploader, weights);
+      std::this_thread::sleep_for(std::chrono::microseconds(50 * round));
+      if (round % 4 == 3) (void)upload.next();
+    }
+    tensors.take_away();
+    if (round % 5 != 0) continue;
+    ASSERT_TRUE(same(bytes_of(load(uploader, one)), wanted)) << round;
   }
 }
 
