@@ -1,5 +1,6 @@
 // Every check of a GPTQ layer, and the decision which zero-point convention its file follows.
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -34,7 +35,8 @@ std::string shape_of(const HostTensor& tensor) {
 // The largest magnitude in an array of floats, and the least that is not 0, as bits without the
 // sign: their order is that of the numbers, with infinities and NaNs on top. `least_below` is less
 // by 1, so that a magnitude of 0 counts as the largest. Signed, and at most as wide as the numbers
-// themselves, so that every instruction set compares many at once.
+// themselves, so that every instruction set compares many at once; in lanes, so that compilers do
+// that without being asked to try hard.
 template <class Bits>
 struct Magnitudes {
   static constexpr Bits kMask = std::numeric_limits<Bits>::max();
@@ -45,16 +47,27 @@ struct Magnitudes {
 template <class Bits>
 Magnitudes<Bits> magnitudes(const std::uint8_t* data, std::int64_t count) {
   constexpr Bits kMask = Magnitudes<Bits>::kMask;
-  Magnitudes<Bits> result;
-  for (std::int64_t i = 0; i < count; ++i) {
-    Bits bits = 0;
-    std::memcpy(&bits, data + i * static_cast<std::int64_t>(sizeof bits), sizeof bits);
-    const auto size = static_cast<Bits>(bits & kMask);
-    const auto below = static_cast<Bits>((static_cast<std::uint32_t>(size) - 1U) & kMask);
-    result.most = std::max(result.most, size);
-    result.least_below = std::min(result.least_below, below);
-  }
-  return result;
+  constexpr std::int64_t kLanes = 64 / sizeof(Bits);
+  std::array<Bits, kLanes> most;
+  std::array<Bits, kLanes> least_below;
+  most.fill(0);
+  least_below.fill(kMask);
+  const auto look = [&](std::int64_t first, std::int64_t lanes) {
+    for (std::int64_t lane = 0; lane < lanes; ++lane) {
+      const auto at = static_cast<std::size_t>(lane);
+      Bits bits = 0;
+      std::memcpy(&bits, data + (first + lane) * std::int64_t{sizeof bits}, sizeof bits);
+      const auto size = static_cast<Bits>(bits & kMask);
+      const auto below = static_cast<Bits>((static_cast<std::uint32_t>(size) - 1U) & kMask);
+      most[at] = std::max(most[at], size);
+      least_below[at] = std::min(least_below[at], below);
+    }
+  };
+  std::int64_t first = 0;
+  for (; first + kLanes <= count; first += kLanes) look(first, kLanes);
+  look(first, count - first);
+  return {.most = *std::max_element(most.begin(), most.end()),
+          .least_below = *std::min_element(least_below.begin(), least_below.end())};
 }
 
 struct FloatRange {
@@ -231,26 +244,35 @@ class ModuleChecker {
                    std::int64_t groups) const {
     if (module_.g_idx.present()) expect_shape(module_.g_idx, "g_idx", "[k]", {k});
     checked.group_of_row.resize(static_cast<std::size_t>(k));
-    for (std::int64_t plain = 0; plain < groups; ++plain) {
+    const auto count = static_cast<std::int32_t>(groups);
+    std::int32_t moved = 0;
+    std::int32_t wrong = 0;
+    for (std::int32_t plain = 0; plain < count; ++plain) {
       const std::int64_t first = plain * group_size;
       const std::int64_t end = std::min(k, first + group_size);
       std::int32_t* const target = checked.group_of_row.data();
       if (!module_.g_idx.present()) {
-        std::fill(target + first, target + end, static_cast<std::int32_t>(plain));
+        std::fill(target + first, target + end, plain);
         continue;
       }
       for (std::int64_t row = first; row < end; ++row) {
-        const std::int64_t stored = read_integer(module_.g_idx.data, DType::kInt32, row);
-        const std::int64_t group = stored < 0 ? stored + groups : stored;
-        if (group < 0 || group >= groups) {
-          refuse_argument(concat(tensor_name("g_idx"), ": element [", row, "] is ", stored,
-                                 ", expected ", -groups, " to ", groups - 1, " for ", groups,
-                                 " groups"));
-        }
-        target[row] = static_cast<std::int32_t>(group);
-        checked.act_order = checked.act_order || group != plain;
+        const std::int32_t stored = group_at(row);
+        const std::int32_t group = stored < 0 ? stored + count : stored;
+        target[row] = group;
+        moved |= group ^ plain;
+        wrong |= group | (count - 1 - group);  // negative if either is
       }
     }
+    checked.act_order = moved != 0;
+    if (wrong >= 0) return;
+    std::int64_t row = 0;
+    while (group_at(row) >= -groups && group_at(row) < groups) ++row;
+    refuse_argument(concat(tensor_name("g_idx"), ": element [", row, "] is ", group_at(row),
+                           ", expected ", -groups, " to ", groups - 1, " for ", groups, " groups"));
+  }
+
+  std::int32_t group_at(std::int64_t row) const {
+    return static_cast<std::int32_t>(read_integer(module_.g_idx.data, DType::kInt32, row));
   }
 
   // True when every stored field equals `code`. Fields repeat after as many words as they have
@@ -312,16 +334,25 @@ class ModuleChecker {
     const int fields = 32 / spec_.bits;
     const std::uint32_t low_bits = 0xFFFFFFFFU / ((1U << spec_.bits) - 1U);  // of every field
     const std::uint32_t below_top = (1U << (32 - spec_.bits)) - 1U;
+    // The fields of a word that are all-ones, at their low bit; not the top one.
+    const auto all_ones_in = [=, two = spec_.bits >= 4 ? 2 : 0,
+                              four = spec_.bits == 8 ? 4 : 0](std::uint32_t word) {
+      word &= word >> 1;
+      word &= word >> two;
+      word &= word >> four;
+      return word & low_bits & below_top;
+    };
     const std::int64_t words = packed_words(checked.n, spec_.bits);
     const std::int64_t whole = checked.n / fields;  // padding above the last column tells nothing
     std::int64_t lost = 0;
     for (std::int64_t group = 0; group < groups; ++group) {
       const std::uint8_t* row = checked.qzeros + group * words * 4;
+      std::uint32_t any = 0;
+      for (std::int64_t i = 0; i < whole; ++i) any |= all_ones_in(load_word(row, i));
+      if (any == 0) continue;
       for (std::int64_t i = 0; i < whole; ++i) {
         const std::uint32_t word = load_word(row, i);
-        std::uint32_t all_ones =
-            word & low_bits & below_top;  // the fields that are, at their low bit
-        for (int bit = 1; bit < spec_.bits; ++bit) all_ones &= word >> bit;
+        const std::uint32_t all_ones = all_ones_in(word);
         if (all_ones == 0) continue;
         const std::uint32_t to_the_top = ~0U << std::countr_zero(all_ones);
         if ((word & to_the_top) != to_the_top)

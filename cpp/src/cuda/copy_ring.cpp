@@ -100,8 +100,8 @@ void CopyRing::start(Batch& batch) {
     }
     first = last + 1;
   }
-  constexpr std::size_t kWorthThreads = 3;
-  if (jobs.size() >= kWorthThreads) start_threads();
+  // A couple of jobs are done before the threads' memory is there.
+  if (jobs.size() > std::min<std::size_t>(2, sizes_.threads)) start_threads();
   {
     const std::lock_guard lock(mutex_);
     jobs_.insert(jobs_.end(), jobs.begin(), jobs.end());

@@ -284,6 +284,24 @@ TEST_F(ValidateTest, KnowsTheRangeOfScales) {
   }
 }
 
+TEST_F(ValidateTest, KnowsTheRangeOfScalesWhereverItsEndsStand) {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    LayerOptions options = layer.options;
+    options.scales = dtype;
+    for (std::int64_t i = 0; i < 72; ++i) {
+      Layer other = make_layer(options);
+      for (std::int64_t j = 0; j < 72; ++j) {
+        test::write_element(other.scales.data(), dtype, j, j == i ? -0x1p-20 : 0.5);
+      }
+      test::write_element(other.scales.data(), dtype, (i + 7) % 72, 3.0);
+      module = other.module();
+      const ValidatedModule checked = validate(GptqTensors(module), spec).modules[0];
+      EXPECT_EQ(checked.least_scale, 0x1p-20F) << i;
+      EXPECT_EQ(checked.most_scale, 3.0F) << i;
+    }
+  }
+}
+
 TEST_F(ValidateTest, RefusesGroupsOutOfRange) {
   for (const std::int32_t group : {3, -4, 1000000, std::numeric_limits<std::int32_t>::max(),
                                    std::numeric_limits<std::int32_t>::min()}) {

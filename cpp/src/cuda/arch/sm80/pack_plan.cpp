@@ -37,6 +37,7 @@ SegmentPlan start_segment(const GptqWeights& weights, const ValidatedModule& par
   SegmentPlan plan;
   RowOrder order = make_row_order(part.group_of_row, weights.groups, Layout::kGroupAlignment,
                                   Layout::kGroupAlignment);
+  plan.step_group.reserve(order.blocks.size() + Layout::kChunkSteps);
   for (const RowBlock& step : order.blocks) {
     if (plan.raw_group.empty() || plan.raw_group.back() != step.group)
       plan.raw_group.push_back(step.group);
@@ -48,6 +49,7 @@ SegmentPlan start_segment(const GptqWeights& weights, const ValidatedModule& par
   plan.source.resize(static_cast<std::size_t>(rows), -1);
   plan.step_group.resize(static_cast<std::size_t>(rows / Layout::kGroupAlignment),
                          plan.step_group.back());
+  plan.chunk_groups.reserve(plan.step_group.size() / Layout::kChunkSteps);
   for (std::size_t step = 0; step < plan.step_group.size(); step += Layout::kChunkSteps) {
     std::int32_t groups[Layout::kChunkSteps];
     std::copy_n(plan.step_group.begin() + static_cast<std::ptrdiff_t>(step), Layout::kChunkSteps,
