@@ -76,7 +76,7 @@ class CudaMarlinLinear final : public Linear<CudaBackend> {
       const std::int32_t columns = segment.view.chunks * 64;
       void* gathered = state.grow_gather(m * columns);
       gather_rows(input.data, float_type(input.dtype), input.row_stride, problem.m, segment.view.k,
-                  segment.view.source, gathered, problem.x_type, columns,
+                  segment.view.source, gathered, problem.x_type, columns, state.limits,
                   state.limits.capability >= 90, state.stream);
       problem.x = gathered;
       problem.x_stride = columns;

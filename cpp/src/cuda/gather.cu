@@ -2,87 +2,194 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cstdint>
 
+#include "core/integers.hpp"
 #include "cuda/cuda_check.hpp"
 #include "cuda/gather.hpp"
 #include "cuda/ptx/launch.cuh"
+#include "cuda/shared_memory.hpp"
 
 namespace marlinq::cuda {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kColumns = 8;  // of a thread: one 16-byte store
+constexpr int kDirectThreads = 256;
+constexpr int kStagedThreads = 512;
 
-template <class In, class Out>
-__device__ __forceinline__ Out convert(In value) {
-  if constexpr (sizeof(In) == sizeof(Out)) {
-    return value;
-  } else {
-    return __float2half_rn(value);
-  }
+struct Rows {
+  const void* x;
+  int64_t x_stride;
+  int32_t m;
+  int32_t k;
+  const int32_t* source;
+  void* out;
+  int32_t columns;
+};
+
+// The 16 bits of a value as the kernels read it.
+__device__ __forceinline__ uint32_t bits_of(float value) {
+  return __half_as_ushort(__float2half_rn(value));
+}
+__device__ __forceinline__ uint32_t bits_of(__half value) { return __half_as_ushort(value); }
+__device__ __forceinline__ uint32_t bits_of(__nv_bfloat16 value) {
+  return __bfloat16_as_ushort(value);
 }
 
-template <class In, class Out>
-__global__ void gather(const In* x, int64_t x_stride, int32_t k, const int32_t* source, Out* out,
-                       int32_t columns) {
+// Straight from memory, an element at a time: for few rows, and for columns that stay in order.
+template <class In>
+__global__ void gather_directly(const Rows rows) {
   // The product may start now, and ask for its weights.
   ptx::launch_dependents();
   const int64_t row = blockIdx.y;
-  const int32_t first = (blockIdx.x * kThreads + threadIdx.x) * kColumns;
+  const int32_t first = (blockIdx.x * kDirectThreads + threadIdx.x) * kColumns;
   int32_t from[kColumns];
-  if (first < columns) {
+  if (first < rows.columns) {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
-      from[i] = source != nullptr ? source[first + i] : (first + i < k ? first + i : -1);
+      from[i] =
+          rows.source != nullptr ? rows.source[first + i] : (first + i < rows.k ? first + i : -1);
     }
   }
   // All of the kernel before: this one writes what a product before may still read.
   ptx::wait_for_predecessor();
-  if (first >= columns) return;
-  __align__(16) Out values[kColumns];
+  if (first >= rows.columns) return;
+  const In* x = static_cast<const In*>(rows.x) + row * rows.x_stride;
+  uint32_t words[kColumns / 2];
 #pragma unroll
-  for (int i = 0; i < kColumns; ++i) {
-    values[i] = from[i] < 0 ? Out(0.0f) : convert<In, Out>(x[row * x_stride + from[i]]);
+  for (int i = 0; i < kColumns; i += 2) {
+    const uint32_t low = from[i] < 0 ? 0 : bits_of(x[from[i]]);
+    const uint32_t high = from[i + 1] < 0 ? 0 : bits_of(x[from[i + 1]]);
+    words[i / 2] = low | high << 16;
   }
-  *reinterpret_cast<uint4*>(out + row * columns + first) = *reinterpret_cast<const uint4*>(values);
+  auto* out = static_cast<uint16_t*>(rows.out) + row * rows.columns + first;
+  *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-template <class In, class Out>
-void launch(const dim3& grid, bool dependent, cudaStream_t stream, const void* x, int64_t x_stride,
-            int32_t k, const int32_t* source, void* out, int32_t columns) {
+// Two rows come whole into shared memory, a word of both for each column, so that what is read in
+// any order is never a sector of 32 bytes for the sake of 2, and each place is looked up once for
+// both. A block writes a segment of the columns.
+template <class In>
+__global__ void __launch_bounds__(kStagedThreads)
+    gather_staged(const Rows rows, int32_t segment_columns) {
+  extern __shared__ uint32_t pairs[];  // [k]
+  ptx::launch_dependents();
+  const int64_t row = int64_t{blockIdx.y} * 2;
+  const bool both = row + 1 < rows.m;
+  const In* const upper = static_cast<const In*>(rows.x) + row * rows.x_stride;
+  const In* const lower = both ? upper + rows.x_stride : upper;
+  ptx::wait_for_predecessor();
+  constexpr int kVector = 16 / sizeof(In);
+  const bool vectors =
+      (reinterpret_cast<uintptr_t>(upper) | reinterpret_cast<uintptr_t>(lower)) % 16 == 0;
+  const int32_t in_vectors = vectors ? rows.k / kVector * kVector : 0;
+#pragma unroll 2
+  for (int32_t at = threadIdx.x * kVector; at < in_vectors; at += kStagedThreads * kVector) {
+    __align__(16) In a[kVector];
+    __align__(16) In b[kVector];
+    *reinterpret_cast<uint4*>(a) = *reinterpret_cast<const uint4*>(upper + at);
+    *reinterpret_cast<uint4*>(b) = *reinterpret_cast<const uint4*>(lower + at);
+#pragma unroll
+    for (int i = 0; i < kVector; i += 4) {
+      *reinterpret_cast<uint4*>(pairs + at + i) = make_uint4(
+          bits_of(a[i]) | bits_of(b[i]) << 16, bits_of(a[i + 1]) | bits_of(b[i + 1]) << 16,
+          bits_of(a[i + 2]) | bits_of(b[i + 2]) << 16, bits_of(a[i + 3]) | bits_of(b[i + 3]) << 16);
+    }
+  }
+  for (int32_t at = in_vectors + threadIdx.x; at < rows.k; at += kStagedThreads) {
+    pairs[at] = bits_of(upper[at]) | bits_of(lower[at]) << 16;
+  }
+  __syncthreads();
+  const int32_t begin = blockIdx.x * segment_columns;
+  const int32_t end = min(begin + segment_columns, rows.columns);
+  auto* const out = static_cast<uint16_t*>(rows.out) + row * rows.columns;
+#pragma unroll 2
+  for (int32_t at = begin + threadIdx.x * kColumns; at < end; at += kStagedThreads * kColumns) {
+    __align__(16) int32_t from[kColumns];
+    *reinterpret_cast<int4*>(from) = *reinterpret_cast<const int4*>(rows.source + at);
+    *reinterpret_cast<int4*>(from + 4) = *reinterpret_cast<const int4*>(rows.source + at + 4);
+    uint32_t pair[kColumns];
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) pair[i] = from[i] < 0 ? 0 : pairs[from[i]];
+    uint32_t first[kColumns / 2];
+    uint32_t second[kColumns / 2];
+#pragma unroll
+    for (int i = 0; i < kColumns; i += 2) {
+      first[i / 2] = __byte_perm(pair[i], pair[i + 1], 0x5410);
+      second[i / 2] = __byte_perm(pair[i], pair[i + 1], 0x7632);
+    }
+    *reinterpret_cast<uint4*>(out + at) = make_uint4(first[0], first[1], first[2], first[3]);
+    if (both) {
+      *reinterpret_cast<uint4*>(out + rows.columns + at) =
+          make_uint4(second[0], second[1], second[2], second[3]);
+    }
+  }
+}
+
+template <class... Args>
+void launch(void (*kernel)(Args...), const dim3& grid, int threads, std::int64_t shared_bytes,
+            bool dependent, cudaStream_t stream, const Args&... args) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = dependent ? 1 : 0;
-  MARLINQ_CUDA_CHECK(cudaLaunchKernelEx(&config, gather<In, Out>, static_cast<const In*>(x),
-                                        x_stride, k, source, static_cast<Out*>(out), columns));
+  MARLINQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+template <class In>
+void gather(const Rows& rows, const DeviceLimits& limits, bool dependent, cudaStream_t stream) {
+  // Up to this many rows there is less to read than a staged row takes to come.
+  constexpr std::int32_t kFewRows = 2;
+  const std::int64_t shared_bytes = std::int64_t{rows.k} * 4;
+  if (rows.source == nullptr || rows.m <= kFewRows || shared_bytes > limits.shared_bytes) {
+    const auto blocks = ceil_div(rows.columns, kDirectThreads * kColumns);
+    launch(gather_directly<In>, dim3(static_cast<unsigned>(blocks), rows.m), kDirectThreads, 0,
+           dependent, stream, rows);
+    return;
+  }
+  const auto pairs = static_cast<std::int32_t>(ceil_div(rows.m, 2));
+  // Segments enough for every multiprocessor, but none of less than a round of the threads.
+  const auto most = static_cast<std::int32_t>(ceil_div(rows.columns, kStagedThreads * kColumns));
+  const std::int32_t segments = std::clamp(limits.multiprocessors / pairs, 1, most);
+  const auto segment_columns =
+      static_cast<std::int32_t>(round_up(ceil_div(rows.columns, segments), kColumns));
+  static std::atomic<std::uint64_t> devices_done{0};
+  allow_shared_memory(gather_staged<In>, devices_done);
+  launch(gather_staged<In>, dim3(static_cast<unsigned>(segments), pairs), kStagedThreads,
+         shared_bytes, dependent, stream, rows, segment_columns);
 }
 
 }  // namespace
 
 void gather_rows(const void* x, FloatType x_type, std::int64_t x_stride, std::int32_t m,
                  std::int32_t k, const std::int32_t* source, void* out, FloatType out_type,
-                 std::int32_t columns, bool dependent_launch, void* stream) {
-  constexpr std::int32_t kMaxRows = 65535;  // of a grid's second dimension
+                 std::int32_t columns, const DeviceLimits& limits, bool dependent_launch,
+                 void* stream) {
+  constexpr std::int32_t kMostRows = 65534;  // of a grid's second dimension, and even
   const auto size = x_type == FloatType::kF32 ? 4 : 2;
-  for (std::int32_t first = 0; first < m; first += kMaxRows) {
-    const dim3 grid((columns / kColumns + kThreads - 1) / kThreads, std::min(kMaxRows, m - first));
-    const void* rows = static_cast<const unsigned char*>(x) + first * x_stride * size;
-    void* target =
-        static_cast<unsigned char*>(out) + static_cast<std::int64_t>(first) * columns * 2;
+  for (std::int32_t first = 0; first < m; first += kMostRows) {
+    const Rows rows{
+        .x = static_cast<const unsigned char*>(x) + first * x_stride * size,
+        .x_stride = x_stride,
+        .m = std::min(kMostRows, m - first),
+        .k = k,
+        .source = source,
+        .out = static_cast<unsigned char*>(out) + static_cast<std::int64_t>(first) * columns * 2,
+        .columns = columns};
     auto* s = static_cast<cudaStream_t>(stream);
     if (x_type == FloatType::kF32) {
-      launch<float, __half>(grid, dependent_launch, s, rows, x_stride, k, source, target, columns);
+      gather<float>(rows, limits, dependent_launch, s);
     } else if (out_type == FloatType::kBF16) {
-      launch<__nv_bfloat16, __nv_bfloat16>(grid, dependent_launch, s, rows, x_stride, k, source,
-                                           target, columns);
+      gather<__nv_bfloat16>(rows, limits, dependent_launch, s);
     } else {
-      launch<__half, __half>(grid, dependent_launch, s, rows, x_stride, k, source, target, columns);
+      gather<__half>(rows, limits, dependent_launch, s);
     }
   }
 }

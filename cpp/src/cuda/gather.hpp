@@ -11,6 +11,7 @@ namespace marlinq::cuda {
 /// on. `dependent_launch` as in GemmPlan.
 void gather_rows(const void* x, FloatType x_type, std::int64_t x_stride, std::int32_t m,
                  std::int32_t k, const std::int32_t* source, void* out, FloatType out_type,
-                 std::int32_t columns, bool dependent_launch, void* stream);
+                 std::int32_t columns, const DeviceLimits& limits, bool dependent_launch,
+                 void* stream);
 
 }  // namespace marlinq::cuda

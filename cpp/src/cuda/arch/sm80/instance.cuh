@@ -10,25 +10,9 @@
 #include "cuda/arch/sm80/strip_kernel.cuh"
 #include "cuda/arch/sm80/tile_kernel.cuh"
 #include "cuda/cuda_check.hpp"
+#include "cuda/shared_memory.hpp"
 
 namespace marlinq::cuda::sm80 {
-
-/// Lets a kernel have all the shared memory of a block, once for each device.
-template <class Params>
-void allow_shared_memory(void (*kernel)(Params), std::atomic<std::uint64_t>& devices_done) {
-  int device = 0;
-  MARLINQ_CUDA_CHECK(cudaGetDevice(&device));
-  const std::uint64_t bit = device < 64 ? std::uint64_t{1} << device : 0;
-  if ((devices_done.load(std::memory_order_acquire) & bit) != 0) return;
-  int most = 0;
-  MARLINQ_CUDA_CHECK(
-      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  cudaFuncAttributes attributes{};
-  MARLINQ_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
-  MARLINQ_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          most - static_cast<int>(attributes.sharedSizeBytes)));
-  devices_done.fetch_or(bit, std::memory_order_release);
-}
 
 template <class Params>
 void launch_kernel(void (*kernel)(Params), const Params& params, const GemmPlan& plan,

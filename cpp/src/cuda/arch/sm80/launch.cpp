@@ -150,11 +150,11 @@ void consider_tiles(const GemmProblem& problem, std::int32_t instance, const Dev
   // A run of less than this is not worth handing over.
   const std::int64_t most =
       std::min<std::int64_t>(blocks, std::int64_t{left} * chunks / (2 * kernel.row_warps));
-  constexpr std::int32_t kMostBlocksOfTile = 8;
-  for (std::int32_t share = 1; share <= kMostBlocksOfTile + 1; ++share) {
-    const auto tail =
-        static_cast<std::int32_t>(share <= kMostBlocksOfTile ? std::int64_t{left} * share : most);
-    if (share > 1 && (!may_cut || tail > most || tail <= left)) continue;
+  // Blocks of a tile, and last as many blocks as there can be: the cuts that the costs were fitted to.
+  constexpr std::int32_t kAll = 0;
+  for (const std::int32_t share : {1, 2, 3, 4, 8, kAll}) {
+    const auto tail = static_cast<std::int32_t>(share == kAll ? most : std::int64_t{left} * share);
+    if (share != 1 && (!may_cut || tail > most || tail <= left)) continue;
     plan = tile_plan(problem, instance, blocks, tail);
     const double cost = tile_cost(kernel, plan, chunks, together, limits.multiprocessors);
     if (cost < least) {
