@@ -122,3 +122,11 @@ def test_handles_are_opaque() -> None:
             assert not isinstance(value, int) or value < sys.maxsize >> 20, name
     with pytest.raises(TypeError, match="pickle"):
         pickle.dumps(linear)
+
+
+def test_a_missing_driver_is_named() -> None:
+    cuda = [backend for backend in marlinq.info()["backends"] if backend["name"] == "cuda"]
+    if not cuda or "no NVIDIA driver" not in cuda[0]["hardware"]:
+        pytest.skip("no CUDA backend, or a driver")
+    with pytest.raises(errors.DeviceError, match="'cuda:1': no NVIDIA driver is installed"):
+        marlinq.Context("cuda:1")

@@ -8,12 +8,14 @@
 #include "cuda/arch_table.hpp"
 #include "cuda/cuda_check.hpp"
 #include "cuda/handles.hpp"
+#include "cuda/info.hpp"
 
 namespace marlinq::cuda {
 namespace {
 
-// Rows are padded inside the scratch (to whole chunks of K, and groups to whole steps), by less
-// than this factor for any K of 64 and more; small ones fit the floor.
+// Rows are padded inside the scratch (to whole chunks of K, and groups to whole steps of 16), by
+// less than this factor for groups of 16 rows and more and any K of 64 and more; small ones fit the
+// floor.
 constexpr std::int64_t kGatherSlack = 2;
 constexpr std::int64_t kGatherFloor = std::int64_t{1} << 20;
 
@@ -22,8 +24,7 @@ void check_device(int device) {
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status != cudaSuccess) {
     (void)cudaGetLastError();
-    throw Error(ErrorCode::kDevice,
-                concat("device 'cuda:", device, "': ", cudaGetErrorString(status)));
+    throw Error(ErrorCode::kDevice, concat("device 'cuda:", device, "': ", why_no_devices(status)));
   }
   if (device < 0 || device >= count) {
     throw Error(ErrorCode::kDevice,

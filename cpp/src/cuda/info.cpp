@@ -35,18 +35,13 @@ std::string schedule_text(const DeviceWeight& weight, const ArchKernels& arch,
   return text;
 }
 
-namespace {
-
-// Why there are no devices. Without a driver the runtime calls it too old.
-std::string why_none(cudaError_t status) {
-  if (status == cudaSuccess) return "none";
+std::string why_no_devices(cudaError_t status) {
   int driver = 0;
   const bool absent = cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0;
   (void)cudaGetLastError();
-  return concat("none: ", absent ? "no NVIDIA driver is installed" : cudaGetErrorString(status));
+  return absent ? "no NVIDIA driver is installed" : cudaGetErrorString(status);
 }
 
-}  // namespace
 }  // namespace cuda
 
 BackendInfo CudaBackend::info() {
@@ -62,7 +57,9 @@ BackendInfo CudaBackend::info() {
     (void)cudaGetLastError();
     count = 0;
   }
-  if (count == 0) info.hardware = cuda::why_none(status);
+  if (count == 0) {
+    info.hardware = status == cudaSuccess ? "none" : concat("none: ", cuda::why_no_devices(status));
+  }
   int best = 0;
   for (int device = 0; device < count; ++device) {
     info.devices.push_back(to_string(Device{DeviceKind::kCuda, device}));

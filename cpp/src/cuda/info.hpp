@@ -1,5 +1,7 @@
-// What a loaded layer says of how it runs.
+// What the backend says of layers and devices.
 #pragma once
+
+#include <cuda_runtime_api.h>
 
 #include <string>
 
@@ -13,5 +15,8 @@ namespace marlinq::cuda {
 /// What plan() chooses for float16 rows of a layer, from a single one to many, as text.
 std::string schedule_text(const DeviceWeight& weight, const ArchKernels& arch,
                           const DeviceLimits& limits, BatchInvariance invariance);
+
+/// What an error of cudaGetDeviceCount() means. Without a driver the runtime calls it too old.
+std::string why_no_devices(cudaError_t status);
 
 }  // namespace marlinq::cuda
