@@ -78,7 +78,7 @@ struct FloatRange {
 template <class Bits>
 FloatRange range_of(const HostTensor& tensor, std::int64_t count) {
   const auto found = magnitudes<Bits>(static_cast<const std::uint8_t*>(tensor.data), count);
-  const auto value = [&tensor](Bits bits) {
+  const auto value = [&](Bits bits) {
     if constexpr (sizeof bits == 4) {
       return std::bit_cast<float>(bits);
     } else {
