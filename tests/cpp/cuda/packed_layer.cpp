@@ -358,4 +358,15 @@ std::vector<PackCase> large_pack_cases() {
   return cases;
 }
 
+::testing::AssertionResult same(const std::vector<unsigned char>& actual,
+                                const std::vector<unsigned char>& expected) {
+  if (actual.size() != expected.size()) {
+    return ::testing::AssertionFailure() << actual.size() << " bytes, not " << expected.size();
+  }
+  const auto [a, b] = std::mismatch(actual.begin(), actual.end(), expected.begin());
+  if (a == actual.end()) return ::testing::AssertionSuccess();
+  return ::testing::AssertionFailure() << "byte " << a - actual.begin() << " of " << actual.size()
+                                       << " is " << int{*a} << ", not " << int{*b};
+}
+
 }  // namespace marlinq::test

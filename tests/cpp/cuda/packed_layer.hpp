@@ -3,6 +3,8 @@
 // with the packing: it starts from codes, zero points and groups as they were drawn.
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -14,6 +16,10 @@ namespace marlinq::test {
 /// The memory of fused modules, segment after segment: codes, groups, chunk_groups, source (unless
 /// the order is plain) and bias (if some module has one), each at a multiple of 256.
 std::vector<unsigned char> packed_by_definition(const std::vector<Layer>& parts);
+
+/// Names the first byte that differs.
+::testing::AssertionResult same(const std::vector<unsigned char>& actual,
+                                const std::vector<unsigned char>& expected);
 
 /// A layer to pack: modules that are fused along N, and how the configuration labels them.
 struct PackCase {

@@ -39,6 +39,7 @@ using test::Layer;
 using test::make_layer;
 using test::Order;
 using test::PackCase;
+using test::same;
 using test::Zeros;
 using Bytes = std::vector<unsigned char>;
 
@@ -161,16 +162,6 @@ Bytes bytes_of(const DeviceWeight& weight) {
   Bytes bytes(static_cast<std::size_t>(weight.memory.size()) * 4);
   check(cudaMemcpy(bytes.data(), weight.memory.data(), bytes.size(), cudaMemcpyDeviceToHost));
   return bytes;
-}
-
-::testing::AssertionResult same(const Bytes& actual, const Bytes& expected) {
-  if (actual.size() != expected.size()) {
-    return ::testing::AssertionFailure() << actual.size() << " bytes, not " << expected.size();
-  }
-  const auto [a, b] = std::mismatch(actual.begin(), actual.end(), expected.begin());
-  if (a == actual.end()) return ::testing::AssertionSuccess();
-  return ::testing::AssertionFailure() << "byte " << a - actual.begin() << " of " << actual.size()
-                                       << " is " << int{*a} << ", not " << int{*b};
 }
 
 // Small layers in many pieces and jobs.

@@ -32,6 +32,7 @@ using test::Layer;
 using test::make_layer;
 using test::Order;
 using test::PackCase;
+using test::same;
 using test::Zeros;
 using Bytes = std::vector<unsigned char>;
 
@@ -276,16 +277,6 @@ Bytes pack(const PackCase& one, std::int64_t target, bool backwards) {
     test::pack_piece_on_host(place_piece(weights, plan, piece, staged.data(), memory.data()));
   }
   return memory;
-}
-
-::testing::AssertionResult same(const Bytes& actual, const Bytes& expected) {
-  if (actual.size() != expected.size()) {
-    return ::testing::AssertionFailure() << actual.size() << " bytes, not " << expected.size();
-  }
-  const auto [a, b] = std::mismatch(actual.begin(), actual.end(), expected.begin());
-  if (a == actual.end()) return ::testing::AssertionSuccess();
-  return ::testing::AssertionFailure() << "byte " << a - actual.begin() << " of " << actual.size()
-                                       << " is " << int{*a} << ", not " << int{*b};
 }
 
 TEST(Sm80PackTest, IsWhatTheLayoutSays) {
