@@ -34,6 +34,14 @@ struct ArchKernels {
 
   void (*launch)(const GemmProblem& problem, const GemmPlan& plan, const SplitScratch& scratch,
                  void* stream);
+
+  /// The same for products over experts. `most_dispatches` are what one launch takes of
+  /// ExpertProblem::dispatches.
+  ExpertPlan (*plan_experts)(const ExpertProblem& problem, const DeviceLimits& limits,
+                             BatchInvariance invariance);
+  void (*launch_experts)(const ExpertProblem& problem, const ExpertPlan& plan,
+                         const DeviceLimits& limits, const SplitScratch& scratch, void* stream);
+  int most_dispatches;
 };
 
 /// Every architecture of this build, best first.

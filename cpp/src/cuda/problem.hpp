@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
+
+#include "marlinq/moe_block.hpp"
 
 namespace marlinq::cuda {
 
@@ -41,6 +44,53 @@ struct GemmProblem {
   FloatType y_type = FloatType::kF16;
   std::int64_t y_stride = 0;
   std::int32_t m = 0;
+};
+
+/// The token tiles of a product over experts, on the device. What a tile holds are ids: a slot each.
+struct ExpertTiles {
+  const std::int32_t* experts = nullptr;  // [tiles]; one that there is not: the rows become 0
+  const std::int32_t* ids = nullptr;      // [slots]; one outside of 0 to num_ids - 1: no row
+  const std::int32_t* first = nullptr;    // [tiles] first slot; null: tile * tile_rows
+  const std::int32_t* rows = nullptr;     // [tiles]; null: tile_rows
+  const std::int32_t* used = nullptr;     // [1] how many tiles count; where first is null, slots
+  std::int32_t tile_rows = 0;             // at most
+  std::int32_t most_tiles = 0;            // room in the lists
+  std::int32_t num_ids = 0;
+};
+
+/// Consecutive rows through one expert.
+struct ExpertRows {
+  std::int32_t expert = 0;
+  std::int32_t input_row = 0;
+  std::int32_t output_row = 0;
+  std::int32_t rows = 0;
+};
+
+/// A product over experts, y[row of an id] = x[row of the id] W[expert of its tile]^T + bias.
+struct ExpertProblem {
+  GemmProblem matrix;             // of expert 0; m is not used
+  std::int64_t expert_bytes = 0;  // from the packed weight of an expert to that of the next
+  std::int32_t num_experts = 0;
+  ExpertTiles tiles;
+  /// Instead of tiles, in host memory: no more than a launch takes.
+  std::span<const ExpertRows> dispatches;
+  std::int32_t top_k = 1;          // the row of x of an id is id / top_k, ...
+  bool x_by_slot = false;          // ... or that of its slot
+  bool y_by_slot = false;          // the row of y of an id is the id, or its slot
+  const float* weights = nullptr;  // of ids: outputs are multiplied by it; null: 1
+  bool weights_bias = true;        // the bias too
+  /// Features come in two halves, g and u: y has half as many, act(g, u).
+  bool activates = false;
+  Activation activation = Activation::kSilu;
+};
+
+/// How a product over experts is run.
+struct ExpertPlan {
+  std::int32_t instance = 0;
+  std::int32_t blocks = 1;
+  std::int32_t shared_bytes = 0;
+  bool may_cut = true;  // tiles along K
+  bool dependent_launch = false;
 };
 
 /// Memory through which blocks that share a product's tile hand over their sums; kernels leave the

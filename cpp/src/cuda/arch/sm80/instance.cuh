@@ -9,25 +9,16 @@
 #include "cuda/arch/sm80/plan.hpp"
 #include "cuda/arch/sm80/strip_kernel.cuh"
 #include "cuda/arch/sm80/tile_kernel.cuh"
-#include "cuda/cuda_check.hpp"
-#include "cuda/shared_memory.hpp"
+#include "cuda/launch.hpp"
 
 namespace marlinq::cuda::sm80 {
 
-template <class Params>
-void launch_kernel(void (*kernel)(Params), const Params& params, const GemmPlan& plan,
-                   cudaStream_t stream) {
-  cudaLaunchAttribute dependent{};
-  dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  dependent.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(plan.blocks);
-  config.blockDim = dim3(plan.warps * 32);
-  config.dynamicSmemBytes = plan.shared_bytes;
-  config.stream = stream;
-  config.attrs = &dependent;
-  config.numAttrs = plan.dependent_launch ? 1 : 0;
-  MARLINQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params));
+inline LaunchShape launch_shape(const GemmPlan& plan, cudaStream_t stream) {
+  return {.grid = dim3(static_cast<unsigned>(plan.blocks)),
+          .threads = plan.warps * 32,
+          .shared_bytes = plan.shared_bytes,
+          .dependent = plan.dependent_launch,
+          .stream = stream};
 }
 
 /// A tile kernel of the shape TileShape<T, kBits, feature warps, row warps, token tiles>.
@@ -58,7 +49,7 @@ constexpr Instance tile_instance(const TileCost& cost) {
             const int token_tiles = (problem.m + S::kTokens - 1) / S::kTokens;
             const int last_band = token_tiles % schedule.token_band;
             launch_kernel(
-                tile_gemm<S>,
+                tile_gemm<S>, launch_shape(plan, stream),
                 TileParams{
                     .problem = problem,
                     .scratch = scratch,
@@ -70,8 +61,7 @@ constexpr Instance tile_instance(const TileCost& cost) {
                     .band = Divider(feature_tiles * schedule.token_band),
                     .band_widths = {Divider(schedule.token_band), Divider(std::max(last_band, 1))},
                     .slice_bytes = slice_bytes(w, S::kSliceBytes, S::kFeatures),
-                    .pairs = pairs},
-                plan, stream);
+                    .pairs = pairs});
           }};
 }
 
@@ -97,14 +87,13 @@ constexpr Instance strip_instance() {
             const WeightView& w = problem.weight;
             const EvenShare strips(strip_count(w), plan.blocks);
             const StripMemory memory = strip_memory(w, strips, S::kXBytes);
-            launch_kernel(strip_gemm<S>,
+            launch_kernel(strip_gemm<S>, launch_shape(plan, stream),
                           StripParams{.problem = problem,
                                       .strips = strips,
                                       .smaller = StripShare(strips.least, w.chunks, plan.warps),
                                       .larger = StripShare(strips.least + 1, w.chunks, plan.warps),
                                       .stage_bytes = memory.stage_bytes,
-                                      .codes_place = memory.codes_place},
-                          plan, stream);
+                                      .codes_place = memory.codes_place});
           }};
 }
 

@@ -8,6 +8,7 @@
 
 #include "core/concat.hpp"
 #include "core/integers.hpp"
+#include "cuda/arch/sm80/experts.hpp"
 #include "cuda/arch/sm80/layout.hpp"
 #include "cuda/arch/sm80/load.hpp"
 #include "cuda/arch/sm80/plan.hpp"
@@ -80,15 +81,6 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t instance, std::int32
 }
 
 namespace {
-
-// The static shared memory of a kernel, which counts towards the same limit.
-constexpr std::int32_t kStaticShared = 256;
-// What the system keeps of each block.
-constexpr std::int32_t kReservedShared = 1024;
-
-std::int32_t usable_shared(const DeviceLimits& limits) {
-  return limits.shared_bytes - kStaticShared;
-}
 
 // Few tokens: as many warps as have some items each.
 GemmPlan plan_strips(const GemmProblem& problem, std::int32_t instance,
@@ -248,6 +240,12 @@ void scratch_need(const DeviceLimits& limits, std::int64_t& partial_floats, std:
         partial_floats, std::int64_t{blocks} * instance.tokens * instance.features);
     flags = std::max(flags, blocks);
   }
+  for (const ExpertInstance& instance : expert_instances(FloatType::kF16, 4)) {
+    const std::int32_t blocks = limits.multiprocessors * instance.blocks_together;
+    partial_floats = std::max<std::int64_t>(
+        partial_floats, std::int64_t{blocks} * instance.tokens * instance.features);
+    flags = std::max(flags, blocks);
+  }
 }
 
 }  // namespace
@@ -260,6 +258,9 @@ constinit const ArchKernels kKernels = {.name = "sm80",
                                         .pack = load,
                                         .plan = plan,
                                         .scratch_need = scratch_need,
-                                        .launch = launch};
+                                        .launch = launch,
+                                        .plan_experts = plan_experts,
+                                        .launch_experts = launch_experts,
+                                        .most_dispatches = kMostDispatches};
 
 }  // namespace marlinq::cuda::sm80

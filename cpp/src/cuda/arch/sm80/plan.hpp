@@ -14,6 +14,15 @@ namespace marlinq::cuda::sm80 {
 // Slices and stages start where the swizzle of x expects it.
 constexpr std::int64_t kStageAlignment = 128;
 
+// What the system keeps of each block on a multiprocessor.
+constexpr std::int32_t kReservedShared = 1024;
+
+/// The dynamic shared memory that a block can have: the static one counts towards the same limit.
+inline std::int32_t usable_shared(const DeviceLimits& limits) {
+  constexpr std::int32_t kStaticShared = 256;
+  return limits.shared_bytes - kStaticShared;
+}
+
 /// A slice of a tile kernel: x and codes, and the records of each block of features.
 inline std::int32_t slice_bytes(const WeightView& w, std::int32_t without_records,
                                 std::int32_t features) {

@@ -34,6 +34,19 @@ struct Divider {
   }
 };
 
+/// The same by an ordinary division, for what only the device knows.
+struct PlainDivider {
+  std::int32_t divisor = 1;
+
+  PlainDivider() = default;
+  MARLINQ_HOST_DEVICE explicit PlainDivider(std::int32_t d) : divisor(d) {}
+
+  MARLINQ_HOST_DEVICE std::int32_t divide(std::int32_t n) const {
+    return static_cast<std::int32_t>(static_cast<std::uint32_t>(n) /
+                                     static_cast<std::uint32_t>(divisor));
+  }
+};
+
 /// [0, total) in `parts` contiguous parts; the first total % parts have one element more.
 struct EvenShare {
   std::int32_t total = 0;
@@ -58,22 +71,24 @@ struct EvenShare {
 
 /// The chunks of some tiles in contiguous runs, one for each block. Where the blocks are a multiple of
 /// the tiles no run crosses into the next tile; elsewhere all tiles are one range, divided evenly.
-struct TileCuts {
-  Divider blocks;  // of a range
-  Divider chunks;  // of a range
-  EvenShare runs;  // of a range
-  Divider larger_run;
-  Divider smaller_run;
+template <class Divider_>
+struct TileCutsBy {
+  Divider_ blocks;  // of a range
+  Divider_ chunks;  // of a range
+  EvenShare runs;   // of a range
+  Divider_ larger_run;
+  Divider_ smaller_run;
 
-  TileCuts() = default;
-  TileCuts(std::int32_t tiles, std::int32_t tile_chunks, std::int32_t num_blocks) {
+  TileCutsBy() = default;
+  MARLINQ_HOST_DEVICE TileCutsBy(std::int32_t tiles, std::int32_t tile_chunks,
+                                 std::int32_t num_blocks) {
     if (tiles == 0) return;
     const std::int32_t ranges = num_blocks % tiles == 0 ? tiles : 1;
-    blocks = Divider(num_blocks / ranges);
-    chunks = Divider(tiles / ranges * tile_chunks);
+    blocks = Divider_(num_blocks / ranges);
+    chunks = Divider_(tiles / ranges * tile_chunks);
     runs = EvenShare(chunks.divisor, blocks.divisor);
-    larger_run = Divider(runs.least + 1);
-    smaller_run = Divider(runs.least > 0 ? runs.least : 1);
+    larger_run = Divider_(runs.least + 1);
+    smaller_run = Divider_(runs.least > 0 ? runs.least : 1);
   }
 
   /// The first chunk of a block's run; for the block after the last, the end.
@@ -91,6 +106,8 @@ struct TileCuts {
                                          : runs.rest + smaller_run.divide(within - in_larger));
   }
 };
+
+using TileCuts = TileCutsBy<Divider>;
 
 /// Strip groups of up to 4 strips, of any of the blocks that share all strips.
 MARLINQ_HOST_DEVICE inline std::int32_t strip_groups_at_most(const EvenShare& strips) {

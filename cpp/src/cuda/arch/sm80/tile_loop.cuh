@@ -95,9 +95,11 @@ struct TilePosition {
 /// tiles are; it offers
 ///   start_fill(segment): begin to fill with it, or with the next that has chunks for this group
 ///   fill_x(slot, on): copies the rows of x of the next chunk to be filled
-///   upper_codes(): pieces of 16 bytes by which the codes of strips 2 and 3 lie further than after
-///     those of strips 0 and 1; record_lane(): the lane's piece of the records of 4 strips
+///   upper_codes(): how many pieces of 16 bytes lie between the codes of strips 0 and 1 and those of
+///     strips 2 and 3
 ///   groups_to_fill(chunk), groups_of(chunk): of the segment that is filled, or multiplied
+///   schedule(), tail(), chunk_divider(), place_tile(at, tile): the walk
+///   is_unit(i): whether the i-th of a warp's units is needed
 template <class S, class Self>
 class TileLoop {
  public:
@@ -595,7 +597,7 @@ class TileLoop {
     float4* part = part_of_block(blockIdx.x);
 #pragma unroll
     for (int i = 0; i < S::kOwnUnits; ++i) {
-      if (is_unit(i)) __stcg(part + i * 32, to_float4(own(i)));
+      if (self().is_unit(i)) __stcg(part + i * 32, to_float4(own(i)));
     }
     __syncthreads();
     if (threadIdx.x == 0) ptx::raise_flag(scratch_.flags + blockIdx.x);
@@ -625,8 +627,8 @@ class TileLoop {
           const float4* part = part_of_block(is_part ? last - i - j : last) + u0 * 32;
 #pragma unroll
           for (int u = 0; u < kUnitsAtOnce; ++u) {
-            value[j][u] = is_part && is_unit(u0 + u) ? __ldcg(part + u * 32)
-                                                     : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            value[j][u] = is_part && self().is_unit(u0 + u) ? __ldcg(part + u * 32)
+                                                            : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
           }
         }
 #pragma unroll

@@ -1,4 +1,4 @@
-// Shared memory of kernels beyond what a block has without asking.
+// Launches of kernels: their attributes, and shared memory beyond what a block has without asking.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -25,6 +25,30 @@ void allow_shared_memory(void (*kernel)(Args...), std::atomic<std::uint64_t>& de
   MARLINQ_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           most - static_cast<int>(attributes.sharedSizeBytes)));
   devices_done.fetch_or(bit, std::memory_order_release);
+}
+
+struct LaunchShape {
+  dim3 grid;
+  int threads = 0;  // of a block
+  std::int64_t shared_bytes = 0;
+  /// The kernel may start before the one before it has ended, and waits for it by itself.
+  bool dependent = false;
+  cudaStream_t stream = nullptr;
+};
+
+template <class... Args>
+void launch_kernel(void (*kernel)(Args...), const LaunchShape& shape, const Args&... args) {
+  cudaLaunchAttribute dependent{};
+  dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  dependent.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid;
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_bytes);
+  config.stream = shape.stream;
+  config.attrs = &dependent;
+  config.numAttrs = shape.dependent ? 1 : 0;
+  MARLINQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
 }
 
 }  // namespace marlinq::cuda

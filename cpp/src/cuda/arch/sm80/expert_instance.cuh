@@ -1,0 +1,115 @@
+// Launches one instantiation of the kernel over experts.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdint>
+
+#include "core/integers.hpp"
+#include "cuda/arch/sm80/expert_kernel.cuh"
+#include "cuda/arch/sm80/experts.hpp"
+#include "cuda/arch/sm80/plan.hpp"
+#include "cuda/launch.hpp"
+
+namespace marlinq::cuda::sm80 {
+
+inline ListedTiles listed_tiles(const ExpertProblem& problem, std::int32_t tokens) {
+  const ExpertTiles& tiles = problem.tiles;
+  return {.lists = tiles,
+          .tile_rows = Divider(tiles.tile_rows),
+          .pieces = Divider(static_cast<std::int32_t>(ceil_div(tiles.tile_rows, tokens))),
+          .top_k = Divider(problem.top_k),
+          .x_by_slot = problem.x_by_slot,
+          .y_by_slot = problem.y_by_slot};
+}
+
+inline DispatchedTiles dispatched_tiles(const ExpertProblem& problem, std::int32_t tokens) {
+  DispatchedTiles result;
+  result.num_dispatches = static_cast<int>(problem.dispatches.size());
+  result.x_by_slot = problem.x_by_slot;
+  result.tiles = 0;
+  for (std::size_t i = 0; i < problem.dispatches.size(); ++i) {
+    result.rows[i] = problem.dispatches[i];
+    result.first_tile[i] = result.tiles;
+    result.tiles += static_cast<int>(ceil_div(problem.dispatches[i].rows, tokens));
+  }
+  return result;
+}
+
+template <class S, class Rows>
+void launch_expert_kernel(const ExpertProblem& problem, const ExpertPlan& plan,
+                          const DeviceLimits& limits, const SplitScratch& scratch,
+                          const ExpertCost& cost, const Rows& rows, cudaStream_t stream) {
+  static std::atomic<std::uint64_t> devices_done{0};
+  allow_shared_memory(expert_gemm<S, Rows>, devices_done);
+  const GemmProblem& matrix = problem.matrix;
+  const WeightView& w = matrix.weight;
+  const bool pairs = matrix.y_type == matrix.x_type && w.n % 2 == 0 &&
+                     reinterpret_cast<std::uintptr_t>(matrix.y) % 4 == 0 &&
+                     matrix.y_stride % 2 == 0;
+  launch_kernel(expert_gemm<S, Rows>,
+                {.grid = dim3(static_cast<unsigned>(plan.blocks)),
+                 .threads = S::kThreads,
+                 .shared_bytes = plan.shared_bytes,
+                 .dependent = plan.dependent_launch,
+                 .stream = stream},
+                ExpertParams<Rows>{.problem = matrix,
+                                   .scratch = scratch,
+                                   .rows = rows,
+                                   .expert_bytes = problem.expert_bytes,
+                                   .num_experts = problem.num_experts,
+                                   .chunks = Divider(w.chunks),
+                                   .feature_tiles = Divider(
+                                       static_cast<std::int32_t>(ceil_div(w.n, S::kFeatures))),
+                                   .cost = cost,
+                                   .multiprocessors = limits.multiprocessors,
+                                   .slice_bytes = slice_bytes(w, S::kSliceBytes, S::kFeatures),
+                                   .weights = problem.weights,
+                                   .weights_bias = problem.weights_bias,
+                                   .activates = problem.activates,
+                                   .activation = problem.activation,
+                                   .may_cut = plan.may_cut,
+                                   .pairs = pairs});
+}
+
+/// A kernel of the shape TileShape<T, kBits, 4, 1, kTokenTiles, kPromotes>.
+template <class T, int kBits, int kTokenTiles, bool kPromotes>
+constexpr ExpertInstance expert_instance() {
+  using S = TileShape<T, kBits, 4, 1, kTokenTiles, kPromotes>;
+  return {
+      .tokens = S::kTokens,
+      .features = S::kFeatures,
+      .threads = S::kThreads,
+      .blocks_together = S::kBlocksTogether,
+      .slice_bytes = S::kSliceBytes,
+      .stages = S::kStages,
+      .table_bytes = sizeof(RowTables<S>),
+      .promotes = kPromotes,
+      .launch = [](const ExpertProblem& problem, const ExpertPlan& plan, const DeviceLimits& limits,
+                   const SplitScratch& scratch, cudaStream_t stream) {
+        // Estimates: the time that the codes of a chunk take at 4 TB/s, or what it takes alone.
+        constexpr ExpertCost kCost =
+            kTokenTiles <= 2   ? ExpertCost{{0.35F, 0.5F, 0.75F, 1.0F}, 1.5F, 0.3F}
+            : kTokenTiles <= 4 ? ExpertCost{{0.6F, 1.05F, 1.34F, 1.34F}, 1.8F, 0.4F}
+                               : ExpertCost{{0.91F, 1.46F, 1.46F, 1.46F}, 2.7F, 0.54F};
+        if (problem.dispatches.empty()) {
+          launch_expert_kernel<S>(problem, plan, limits, scratch, kCost,
+                                  listed_tiles(problem, S::kTokens), stream);
+        } else {
+          launch_expert_kernel<S>(problem, plan, limits, scratch, kCost,
+                                  dispatched_tiles(problem, S::kTokens), stream);
+        }
+      }};
+}
+
+template <class T, int kBits>
+constexpr std::array<ExpertInstance, kExpertInstanceCount> expert_instance_list() {
+  return {expert_instance<T, kBits, 1, true>(), expert_instance<T, kBits, 2, false>(),
+          expert_instance<T, kBits, 4, false>(), expert_instance<T, kBits, 8, false>()};
+}
+
+}  // namespace marlinq::cuda::sm80

@@ -1,0 +1,591 @@
+// The product over experts: the loop of tile_loop.cuh over token tiles of which each meets the weight
+// of its own expert.
+//
+// How many tiles there are is known to the device alone. So a block first reads it and works out by
+// itself what plan() does for a dense layer: how many whole tiles each block has, and into how many
+// parts the tiles that are left are cut (ExpertCost). Which rows a tile holds is written into tables
+// in shared memory when the filling of its stages begins, and read again when it is stored.
+//
+// A tile multiplies as many of its token tiles as have rows. With two halves of features that meet in
+// an activation, a warp takes two strips of the first half and the same two of the second, so that
+// both inputs of an output are sums of one thread.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/arch/sm80/experts.hpp"
+#include "cuda/arch/sm80/output.cuh"
+#include "cuda/arch/sm80/tile_loop.cuh"
+#include "cuda/device/activation.cuh"
+#include "cuda/problem.hpp"
+#include "cuda/ptx/copy.cuh"
+#include "cuda/ptx/launch.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/store.cuh"
+
+namespace marlinq::cuda::sm80 {
+
+/// What a tile takes, in microseconds on an H200; a block compares these.
+struct ExpertCost {
+  static constexpr int kTogether = 4;
+  float step[kTogether];  // a chunk, with so many blocks on a multiprocessor
+  float cut;              // handing over the parts of a tile, ...
+  float part;             // ... and for each part
+};
+
+/// Where the rows of an id are. `x` negative: there is no such row.
+struct RowPlace {
+  int x = -1;
+  int y = -1;
+  int id = 0;
+};
+
+/// Token tiles from lists on the device.
+struct ListedTiles {
+  ExpertTiles lists;
+  Divider tile_rows;
+  Divider pieces;  // tiles of the kernel that one of the lists is cut into
+  Divider top_k;
+  bool x_by_slot;
+  bool y_by_slot;
+
+  __device__ __forceinline__ int count() const {
+    const int used = max(*lists.used, 0);
+    const int tiles = lists.first != nullptr ? used : tile_rows.divide(used);
+    return min(tiles, lists.most_tiles) * pieces.divisor;
+  }
+  __device__ __forceinline__ int expert(int tile) const {
+    return lists.experts[pieces.divide(tile)];
+  }
+  /// Row `at` of a tile of `tokens` rows.
+  __device__ __forceinline__ RowPlace row(int tile, int at, int tokens) const {
+    const int listed = pieces.divide(tile);
+    const int within = (tile - listed * pieces.divisor) * tokens + at;
+    if (within >= (lists.rows != nullptr ? lists.rows[listed] : tile_rows.divisor)) return {};
+    const int slot =
+        (lists.first != nullptr ? lists.first[listed] : listed * tile_rows.divisor) + within;
+    const int id = lists.ids[slot];
+    if (id < 0 || id >= lists.num_ids) return {};
+    return {.x = x_by_slot ? slot : top_k.divide(id), .y = y_by_slot ? slot : id, .id = id};
+  }
+};
+
+/// Token tiles of consecutive rows, in the parameters of the kernel.
+struct DispatchedTiles {
+  int num_dispatches;
+  int tiles;
+  bool x_by_slot;  // rows of x come in the order of the tiles, whole tiles each
+  ExpertRows rows[kMostDispatches];
+  int first_tile[kMostDispatches];
+
+  __device__ __forceinline__ int count() const { return tiles; }
+  __device__ __forceinline__ int expert(int tile) const { return rows[find(tile)].expert; }
+  __device__ __forceinline__ RowPlace row(int tile, int at, int tokens) const {
+    const int dispatch = find(tile);
+    const int within = (tile - first_tile[dispatch]) * tokens + at;
+    if (within >= rows[dispatch].rows) return {};
+    return {.x = x_by_slot ? tile * tokens + at : rows[dispatch].input_row + within,
+            .y = rows[dispatch].output_row + within,
+            .id = 0};
+  }
+
+ private:
+  __device__ __forceinline__ int find(int tile) const {
+    int low = 0, high = num_dispatches;  // first_tile[low] <= tile < first_tile[high]
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      if (first_tile[middle] <= tile) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+};
+
+template <class Rows>
+struct ExpertParams {
+  GemmProblem problem;  // of expert 0
+  SplitScratch scratch;
+  Rows rows;
+  int64_t expert_bytes;
+  int num_experts;
+  Divider chunks;
+  Divider feature_tiles;
+  ExpertCost cost;
+  int multiprocessors;
+  int slice_bytes;
+  const float* weights;
+  bool weights_bias;
+  bool activates;
+  Activation activation;
+  bool may_cut;
+  bool pairs;  // outputs are of type T, and may be stored two at a time
+};
+
+/// The walk of a block, in shared memory.
+struct ExpertWalk {
+  TileSchedule schedule;
+  TileCutsBy<PlainDivider> tail;
+  int token_tiles;
+};
+
+template <class S>
+struct RowTables {
+  // The segment that is multiplied, those that the ring holds ahead of it, and the one after them.
+  static constexpr int kCount = S::kStages + 1;
+  static constexpr uint32_t kNoRow = 0xffffffffu;
+  static constexpr int kMasks = (S::kTokens + 31) / 32;
+
+  uint32_t x[kCount][S::kTokens];  // the row's first piece of 16 bytes, or kNoRow
+  int y[kCount][S::kTokens];       // row of the output; negative: none
+  float weight[kCount][S::kTokens];
+  uint32_t present[kCount][kMasks];
+};
+
+template <class S, class Rows>
+class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
+  using Loop = TileLoop<S, ExpertLoop<S, Rows>>;
+  friend Loop;
+
+ public:
+  using T = typename S::T;
+
+  __device__ __forceinline__ ExpertLoop(const ExpertParams<Rows>& params, unsigned char* shared,
+                                        ExpertWalk& walk)
+      : Loop(params.problem, params.scratch, shared, params.slice_bytes),
+        params_(params),
+        walk_(walk),
+        tables_(*reinterpret_cast<RowTables<S>*>(shared + S::kStages * params.slice_bytes)) {
+    ptx::wait_for_predecessor();
+    if (threadIdx.x < 32) plan_walk();
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void run() {
+    int segment = 0;
+    if (!has_segment(segment)) return;
+    values_.set_middle(w_);
+    prime();
+    uint32_t stage = ring_;
+    do {
+      TilePosition at;
+      load_segment(at, segment);
+      const int expert = expert_of(at);
+      if (expert < 0) {
+        if (at.end == w_.chunks) store_zeros(at);
+      } else {
+        next_table(table_);
+        set_groups(chunk_groups_, expert);
+        clear();
+        token_tiles_ = active_tiles();
+        stage = multiply(stage, at);
+        ptx::forget_origin(segment);
+        load_segment(at, segment);
+        finish(at);
+      }
+      ++segment;
+    } while (has_segment(segment));
+  }
+
+ private:
+  using Loop::add_bias, Loop::clear, Loop::count_fill, Loop::finish_sums, Loop::group_bytes,
+      Loop::has_segment, Loop::load_segment, Loop::own, Loop::piece_at, Loop::prepare_fill,
+      Loop::step_fill, Loop::unit_feature, Loop::unit_token;
+  using Loop::feature_warp_, Loop::fill_chunk_, Loop::fill_codes_, Loop::fill_left_,
+      Loop::fill_records_, Loop::fill_segment_, Loop::fill_slot_, Loop::fill_x_, Loop::fill_x_on_,
+      Loop::fill_x_place_, Loop::lane_, Loop::last_fill_, Loop::p_, Loop::ring_, Loop::stage_bytes_,
+      Loop::sum_, Loop::values_, Loop::w_;
+  static_assert(S::kRowWarps == 1);
+  static constexpr int kTables = RowTables<S>::kCount;
+
+  // --- the walk ---
+
+  // By one warp: each lane weighs one way to share the tiles that are left after whole ones.
+  __device__ __forceinline__ void plan_walk() {
+    const int tiles = params_.rows.count() * params_.feature_tiles.divisor;
+    const int blocks = gridDim.x;
+    const int waves = tiles / blocks;
+    const int left = tiles - waves * blocks;
+    int best = left;
+    if (params_.may_cut && left > 0) {
+      // Blocks a tile; the last lane has all blocks, with runs that cross from a tile into the next.
+      // A run of less than two chunks is not worth handing over.
+      const bool all = lane_ == 31;
+      const int tail = all ? min(blocks, left * w_.chunks / 2) : left * (lane_ + 1);
+      float cost = INFINITY;
+      if (lane_ == 0 || (tail > left && tail <= blocks && tail <= left * w_.chunks / 2)) {
+        const int run = (left * w_.chunks + tail - 1) / tail;
+        const int together = min((tail - 1) / params_.multiprocessors, S::kBlocksTogether - 1);
+        cost = run * params_.cost.step[together];
+        if (tail > left) {
+          const int parts = (tail - 1) / left;
+          cost += params_.cost.cut * (all ? 2.0f : 1.0f) + parts * params_.cost.part;
+        }
+      }
+      // Costs are positive, so that their bits are in their order.
+      const uint32_t key = (__float_as_uint(cost) & ~31u) | lane_;
+      const int chosen = __reduce_min_sync(0xffffffffu, key) & 31;
+      best = __shfl_sync(0xffffffffu, tail, chosen);
+    }
+    if (lane_ == 0) {
+      walk_.schedule = {.whole_tiles = waves,
+                        .tail_tiles = left,
+                        .tail_blocks = left > 0 ? best : 0,
+                        .token_band = 1};
+      walk_.tail = TileCutsBy<PlainDivider>(left, w_.chunks, best);
+      walk_.token_tiles = params_.rows.count();
+    }
+  }
+
+  __device__ __forceinline__ const TileSchedule& schedule() const { return walk_.schedule; }
+  __device__ __forceinline__ const TileCutsBy<PlainDivider>& tail() const { return walk_.tail; }
+  __device__ __forceinline__ const Divider& chunk_divider() const { return params_.chunks; }
+
+  // Token tiles of one expert that stand side by side in an aligned group of 8 are walked through
+  // before the next feature tile, so that they share its weights.
+  __device__ __forceinline__ void place_tile(TilePosition& at, int tile) const {
+    constexpr int kBand = 8;
+    const int token_tile = params_.feature_tiles.divide(tile);
+    const int first = token_tile / kBand * kBand;
+    const int here = token_tile - first;
+    const int other = first + static_cast<int>(lane_) % kBand;
+    const int expert = params_.rows.expert(token_tile);
+    const bool same = other < walk_.token_tiles && params_.rows.expert(other) == expert;
+    const uint32_t mask = __ballot_sync(0xffffffffu, same) & 0xff;
+    const uint32_t below = ~mask & ((1u << here) - 1);
+    const int begin = 32 - __clz(below);
+    const int width = __ffs(~(mask >> begin)) - 1;
+    const int within = tile - (first + begin) * params_.feature_tiles.divisor;
+    at.feature_tile = within / width;
+    at.token_tile = first + begin + within - at.feature_tile * width;
+  }
+
+  // Negative where there is none.
+  __device__ __forceinline__ int expert_of(const TilePosition& at) const {
+    const int expert = params_.rows.expert(at.token_tile);
+    return static_cast<uint32_t>(expert) < static_cast<uint32_t>(params_.num_experts) ? expert : -1;
+  }
+
+  __device__ __forceinline__ static void next_table(int& table) {
+    table = table + 1 == kTables ? 0 : table + 1;
+  }
+  __device__ __forceinline__ void set_groups(const int32_t*& groups, int expert) const {
+    groups = w_.chunk_groups + expert * (params_.expert_bytes / 4);
+  }
+  __device__ __forceinline__ ChunkGroups groups_to_fill(int chunk) const {
+    return load_groups(fill_chunk_groups_, chunk);
+  }
+  __device__ __forceinline__ ChunkGroups groups_of(int chunk) const {
+    return load_groups(chunk_groups_, chunk);
+  }
+  __device__ __forceinline__ ChunkGroups load_groups(const int32_t* groups, int chunk) const {
+    return {w_.chunk_shift >= 0 ? (chunk >> w_.chunk_shift) << 4 : __ldg(groups + chunk)};
+  }
+
+  // --- filling the ring ---
+
+  __device__ __forceinline__ void start_fill(int segment) {
+    TilePosition at;
+    int expert = -1;
+    fill_left_ = 0;
+    for (;; ++segment) {
+      fill_segment_ = segment;
+      if (!has_segment(segment)) return;
+      load_segment(at, segment);
+      expert = expert_of(at);
+      if (expert >= 0) break;
+    }
+    next_table(fill_table_);
+    write_table(at);
+    fill_left_ = at.length;
+    fill_chunk_ = at.begin;
+    set_groups(fill_chunk_groups_, expert);
+    const int lower = strip_of(at, 0);
+    const int upper = strip_of(at, 1);
+    const uint32_t base = static_cast<uint32_t>(expert * (params_.expert_bytes / 16));
+    fill_codes_ = base + codes_of(lower) + lane_;
+    upper_codes_ = codes_of(upper) - codes_of(lower) - S::kStrips / 2 * (S::kStripBytes / 16);
+    // The first lanes copy the records of the lower strips.
+    const int half = group_bytes() / 32;
+    fill_records_ = base + (lane_ < half ? records_of(lower) : records_of(upper) - half) + lane_;
+    fill_x_ = at.begin * (Layout::kChunkRows / 8) + threadIdx.x % 8;
+    __syncthreads();
+  }
+
+  // The first of the two strips that this warp has of the lower or the upper half of its features. Past
+  // the last there is nothing to store; the last pair is read again.
+  __device__ __forceinline__ int strip_of(const TilePosition& at, int half) const {
+    const int warp = at.feature_tile * S::kFeatureWarps + feature_warp_;
+    const int strips =
+        (w_.n + Layout::kBlockFeatures - 1) / Layout::kBlockFeatures * Layout::kBlockStrips;
+    if (params_.activates) {
+      const int half_strips = w_.n / (2 * Layout::kStripFeatures);
+      return min(warp * 2, half_strips - 2) + half * half_strips;
+    }
+    return min(warp * Layout::kBlockStrips, strips - Layout::kBlockStrips) + half * 2;
+  }
+  // Pieces of 16 bytes from the first of an expert; of a segment's first chunk, and of group 0.
+  __device__ __forceinline__ uint32_t codes_of(int strip) const {
+    return ((strip / Layout::kBlockStrips * w_.chunks + fill_chunk_) * Layout::kBlockStrips +
+            strip % Layout::kBlockStrips) *
+           (S::kStripBytes / 16);
+  }
+  __device__ __forceinline__ uint32_t records_of(int strip) const {
+    return (strip / Layout::kBlockStrips * w_.num_groups * Layout::kBlockStrips +
+            strip % Layout::kBlockStrips) *
+           (w_.record_bytes / 16);
+  }
+  __device__ __forceinline__ uint32_t upper_codes() const { return upper_codes_; }
+
+  __device__ __forceinline__ void write_table(const TilePosition& at) {
+    const int i = threadIdx.x;
+    if (i >= (S::kTokens + 31) / 32 * 32) return;
+    RowPlace place;
+    if (i < S::kTokens) place = params_.rows.row(at.token_tile, i, S::kTokens);
+    const uint32_t present = __ballot_sync(0xffffffffu, place.x >= 0);
+    if (lane_ == 0) tables_.present[fill_table_][i / 32] = present;
+    if (i >= S::kTokens) return;
+    tables_.x[fill_table_][i] =
+        place.x < 0 ? RowTables<S>::kNoRow : static_cast<uint32_t>(place.x * p_.x_stride / 8);
+    tables_.y[fill_table_][i] = place.y;
+    tables_.weight[fill_table_][i] =
+        params_.weights != nullptr && place.x >= 0 ? params_.weights[place.id] : 1.0f;
+  }
+
+  __device__ __forceinline__ void prime() {
+    last_fill_ = true;
+    start_fill(0);
+    fill_slot_ = ring_;
+#pragma unroll 1
+    for (int stage = 0; stage < S::kStages - 1; ++stage) {
+      if (fill_left_ > 0) {
+        prepare_fill(fill_slot_);
+        this->fill(fill_slot_, true);
+        step_fill();
+        count_fill(1);
+      }
+      ptx::copy_commit();
+      fill_slot_ += stage_bytes_;
+    }
+  }
+
+  __device__ __forceinline__ void fill_x(uint32_t slot, bool on) const {
+    constexpr int kRowStep = S::kGroupThreads / 8;
+    static_assert(kRowStep % 8 == 0, "the swizzle repeats every 8 rows");
+    const int row = threadIdx.x / 8;
+    const bool there = on && fill_x_on_ && row < S::kTokens;
+    const uint32_t* rows = tables_.x[fill_table_] + (row < S::kTokens ? row : 0);
+#pragma unroll
+    for (int i = 0; i < (S::kTokens + kRowStep - 1) / kRowStep; ++i) {
+      const uint32_t first = rows[i * kRowStep];
+      ptx::copy_async_if(there && first != RowTables<S>::kNoRow,
+                         slot + fill_x_place_ + i * (kRowStep * kXRowBytes),
+                         piece_at(p_.x, first + fill_x_));
+    }
+  }
+
+  // --- the product ---
+
+  // Token tiles with rows, up to the last of them.
+  __device__ __forceinline__ int active_tiles() const {
+    int rows = 0;
+#pragma unroll
+    for (int i = 0; i < RowTables<S>::kMasks; ++i) {
+      const uint32_t present = tables_.present[table_][i];
+      if (present != 0) rows = i * 32 + 32 - __clz(present);
+    }
+    return (rows + 7) / 8;
+  }
+
+  __device__ __forceinline__ uint32_t multiply(uint32_t stage, const TilePosition& at) {
+    if constexpr (S::kBits == 4) {
+      if constexpr (S::kTokenTiles > 1) {
+        if (token_tiles_ <= 1) return this->template multiply_chunks<1>(stage, at.begin, at.length);
+      }
+      if constexpr (S::kTokenTiles > 2) {
+        if (token_tiles_ <= 2) return this->template multiply_chunks<2>(stage, at.begin, at.length);
+      }
+      if constexpr (S::kTokenTiles > 4) {
+        if (token_tiles_ <= 4) return this->template multiply_chunks<4>(stage, at.begin, at.length);
+      }
+    }
+    return this->template multiply_chunks<S::kTokenTiles>(stage, at.begin, at.length);
+  }
+
+  // --- the end of a segment ---
+
+  __device__ __forceinline__ bool is_unit(int unit) const {
+    return unit_token(unit) < token_tiles_ * 8;
+  }
+
+  __device__ __forceinline__ void finish(const TilePosition& at) {
+    finish_sums();
+    if (at.end < w_.chunks) {
+      this->leave_part();
+      return;
+    }
+    if (at.begin > 0) this->add_parts(walk_.tail.block_of(at.tail_tile * w_.chunks));
+    const float* bias =
+        w_.bias != nullptr ? w_.bias + expert_of(at) * (params_.expert_bytes / 4) : nullptr;
+    if (params_.weights != nullptr && !params_.weights_bias) weigh();
+    if (params_.activates) {
+      store_activated(at, bias);
+      return;
+    }
+    const int feature =
+        (at.feature_tile * S::kFeatureWarps + feature_warp_) * Layout::kBlockFeatures;
+    if (bias != nullptr) add_bias(bias, feature);
+    if (params_.weights != nullptr && params_.weights_bias) weigh();
+    if (params_.pairs) {
+      store_pairs<S::kStrips>(feature, w_.n);
+    } else if (p_.y_type == FloatType::kF32) {
+      store_singles<float>(feature);
+    } else if (p_.y_type == FloatType::kF16) {
+      store_singles<__half>(feature);
+    } else {
+      store_singles<__nv_bfloat16>(feature);
+    }
+  }
+
+  // A lane's sums of a unit are features g and g + 8 of tokens 2t and 2t + 1.
+  __device__ __forceinline__ void weigh() {
+#pragma unroll
+    for (int t = 0; t < S::kTokenTiles; ++t) {
+      const float* weights = tables_.weight[table_] + t * 8 + lane_ % 4 * 2;
+      const float even = weights[0];
+      const float odd = weights[1];
+#pragma unroll
+      for (int s = 0; s < S::kStrips; ++s) {
+        sum_[s][t][0] *= even;
+        sum_[s][t][1] *= odd;
+        sum_[s][t][2] *= even;
+        sum_[s][t][3] *= odd;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_activated(const TilePosition& at, const float* bias) {
+    const int outputs = w_.n / 2;
+    const int feature =
+        (at.feature_tile * S::kFeatureWarps + feature_warp_) * (Layout::kBlockFeatures / 2);
+    constexpr int kHalf = S::kStrips / 2;
+#pragma unroll
+    for (int s = 0; s < kHalf; ++s) {
+      float gate[2] = {};
+      float up[2] = {};
+      if (bias != nullptr) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int f = feature + s * Layout::kStripFeatures + i * 8 + lane_ / 4;
+          gate[i] = f < outputs ? bias[f] : 0.0f;
+          up[i] = f < outputs ? bias[outputs + f] : 0.0f;
+        }
+      }
+#pragma unroll
+      for (int t = 0; t < S::kTokenTiles; ++t) {
+        if (t >= token_tiles_) break;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          sum_[s][t][i] = activate(params_.activation, sum_[s][t][i] + gate[i / 2],
+                                   sum_[s + kHalf][t][i] + up[i / 2]);
+        }
+      }
+    }
+    store_pairs<kHalf>(feature, outputs);
+  }
+
+  // Two features at a time: turned so that a lane has 2t and 2t + 1 of token g, and those 8 on.
+  template <int kStrips>
+  __device__ __forceinline__ void store_pairs(int first_feature, int outputs) {
+    const int feature = first_feature + lane_ % 4 * 2;
+    const int features = outputs - feature;
+#pragma unroll
+    for (int t = 0; t < S::kTokenTiles; ++t) {
+      if (t >= token_tiles_) break;
+      const int row = tables_.y[table_][t * 8 + lane_ / 4];
+      auto* y = static_cast<uint16_t*>(p_.y) + row * p_.y_stride + feature;
+#pragma unroll
+      for (int s = 0; s < kStrips; ++s) {
+        const auto& sum = sum_[s][t];
+        const uint32_t pairs[2] = {ptx::transpose_8x8(round_pair<T>(sum[0], sum[1])),
+                                   ptx::transpose_8x8(round_pair<T>(sum[2], sum[3]))};
+        constexpr int kStrip = Layout::kStripFeatures;
+        ptx::store_if(row >= 0 && s * kStrip < features, y + s * kStrip, pairs[0]);
+        ptx::store_if(row >= 0 && s * kStrip + 8 < features, y + s * kStrip + 8, pairs[1]);
+      }
+    }
+  }
+
+  template <class Y>
+  __device__ __forceinline__ void store_singles(int first_feature) {
+    const int feature = first_feature + lane_ / 4;
+    const int features = w_.n - feature;
+#pragma unroll
+    for (int t = 0; t < S::kTokenTiles; ++t) {
+      if (t >= token_tiles_) break;
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        const int row = tables_.y[table_][t * 8 + lane_ % 4 * 2 + odd];
+        auto* y = static_cast<Y*>(p_.y) + row * p_.y_stride + feature;
+#pragma unroll
+        for (int s = 0; s < S::kStrips; ++s) {
+#pragma unroll
+          for (int upper = 0; upper < 2; ++upper) {
+            const int at = s * Layout::kStripFeatures + upper * 8;
+            ptx::store_if(row >= 0 && at < features, y + at,
+                          round_to<Y>(sum_[s][t][upper * 2 + odd]));
+          }
+        }
+      }
+    }
+  }
+
+  // An expert that is not here.
+  __device__ __forceinline__ void store_zeros(const TilePosition& at) const {
+    const int outputs = params_.activates ? w_.n / 2 : w_.n;
+    const int width = params_.activates ? S::kFeatures / 2 : S::kFeatures;
+    const int first = at.feature_tile * width;
+    const int last = min(first + width, outputs);
+#pragma unroll 1
+    for (int i = 0; i < S::kTokens; ++i) {
+      const RowPlace place = params_.rows.row(at.token_tile, i, S::kTokens);
+      if (place.x < 0) continue;
+#pragma unroll 1
+      for (int f = first + static_cast<int>(threadIdx.x); f < last; f += S::kThreads) {
+        const int64_t y = place.y * p_.y_stride + f;
+        if (p_.y_type == FloatType::kF32) {
+          static_cast<float*>(p_.y)[y] = 0.0f;
+        } else {
+          static_cast<uint16_t*>(p_.y)[y] = 0;
+        }
+      }
+    }
+  }
+
+  const ExpertParams<Rows>& params_;
+  ExpertWalk& walk_;
+  RowTables<S>& tables_;
+  int table_ = -1;       // of the segment that is multiplied
+  int fill_table_ = -1;  // of the segment that is filled
+  int token_tiles_ = 0;  // that have rows, of the segment that is multiplied
+  uint32_t upper_codes_ = 0;
+  const int32_t* chunk_groups_ = nullptr;
+  const int32_t* fill_chunk_groups_ = nullptr;
+};
+
+template <class S, class Rows>
+__global__ void __launch_bounds__(S::kThreads, S::kBlocksTogether)
+    expert_gemm(const __grid_constant__ ExpertParams<Rows> params) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ __align__(16) unsigned char walk[sizeof(ExpertWalk)];
+  ExpertLoop<S, Rows> loop(params, shared, *reinterpret_cast<ExpertWalk*>(walk));
+  loop.run();
+}
+
+}  // namespace marlinq::cuda::sm80

@@ -1,0 +1,84 @@
+// Plans of products over experts: pure host code, and the table that a plan selects from.
+#include "cuda/arch/sm80/experts.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+
+#include "core/integers.hpp"
+#include "cuda/arch/sm80/plan.hpp"
+
+namespace marlinq::cuda::sm80 {
+
+extern const std::array<ExpertInstance, kExpertInstanceCount> kExperts_fp16_w4;
+extern const std::array<ExpertInstance, kExpertInstanceCount> kExperts_fp16_w8;
+extern const std::array<ExpertInstance, kExpertInstanceCount> kExperts_bf16_w4;
+extern const std::array<ExpertInstance, kExpertInstanceCount> kExperts_bf16_w8;
+
+std::span<const ExpertInstance> expert_instances(FloatType type, std::int32_t code_bits) {
+  if (type == FloatType::kF16) return code_bits == 4 ? kExperts_fp16_w4 : kExperts_fp16_w8;
+  return code_bits == 4 ? kExperts_bf16_w4 : kExperts_bf16_w8;
+}
+
+namespace {
+
+std::int32_t shared_bytes(const WeightView& w, const ExpertInstance& kernel) {
+  const std::int64_t ring =
+      std::int64_t{kernel.stages} * slice_bytes(w, kernel.slice_bytes, kernel.features);
+  return static_cast<std::int32_t>(std::min<std::int64_t>(ring + kernel.table_bytes, INT32_MAX));
+}
+
+// The most tiles that a kernel of so many tokens can meet.
+std::int64_t most_tiles(const ExpertProblem& problem, std::int32_t tokens) {
+  if (problem.dispatches.empty()) {
+    return std::int64_t{problem.tiles.most_tiles} * ceil_div(problem.tiles.tile_rows, tokens);
+  }
+  std::int64_t tiles = 0;
+  for (const ExpertRows& rows : problem.dispatches) tiles += ceil_div(rows.rows, tokens);
+  return tiles;
+}
+
+std::int32_t most_rows(const ExpertProblem& problem) {
+  std::int32_t most = problem.tiles.tile_rows;
+  for (const ExpertRows& rows : problem.dispatches) most = std::max(most, rows.rows);
+  return most;
+}
+
+}  // namespace
+
+ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits,
+                        BatchInvariance invariance) {
+  const WeightView& w = problem.matrix.weight;
+  const std::span<const ExpertInstance> all = expert_instances(problem.matrix.x_type, w.code_bits);
+  const bool invariant = invariance == BatchInvariance::kRequired;
+  // The first that holds a whole tile of rows; only the first of all runs any scales.
+  std::size_t chosen = 0;
+  if (w.scales_divide) {
+    const std::size_t least = invariant ? 1 : 0;
+    chosen = least;
+    while (chosen + 1 < all.size() && all[chosen].tokens < most_rows(problem)) ++chosen;
+    while (chosen > least && shared_bytes(w, all[chosen]) > usable_shared(limits)) --chosen;
+  }
+  const ExpertInstance& kernel = all[chosen];
+  const std::int32_t shared = shared_bytes(w, kernel);
+  const std::int32_t fit = limits.multiprocessor_shared_bytes / (shared + kReservedShared);
+  const std::int32_t together = std::clamp(fit, 1, kernel.blocks_together);
+  // Every chunk can have a block of its own at most.
+  const std::int64_t work =
+      most_tiles(problem, kernel.tokens) * ceil_div(w.n, kernel.features) * w.chunks;
+  return {.instance = static_cast<std::int32_t>(chosen),
+          .blocks = static_cast<std::int32_t>(
+              std::min<std::int64_t>(std::int64_t{together} * limits.multiprocessors, work)),
+          .shared_bytes = shared,
+          .may_cut = !invariant,
+          .dependent_launch = limits.capability >= 90};
+}
+
+void launch_experts(const ExpertProblem& problem, const ExpertPlan& plan,
+                    const DeviceLimits& limits, const SplitScratch& scratch, void* stream) {
+  expert_instances(problem.matrix.x_type,
+                   problem.matrix.weight.code_bits)[static_cast<std::size_t>(plan.instance)]
+      .launch(problem, plan, limits, scratch, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace marlinq::cuda::sm80

@@ -1,0 +1,46 @@
+// Products over experts with the sm_80 kernels.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "cuda/arch_table.hpp"
+#include "cuda/problem.hpp"
+
+namespace marlinq::cuda::sm80 {
+
+/// One kernel: what it takes, how to launch it.
+struct ExpertInstance {
+  std::int32_t tokens;           // of a tile
+  std::int32_t features;         // of a tile
+  std::int32_t threads;          // of a block
+  std::int32_t blocks_together;  // on a multiprocessor
+  std::int32_t slice_bytes;      // of shared memory, without records
+  std::int32_t stages;
+  std::int32_t table_bytes;
+  bool promotes;  // scales need not divide
+  void (*launch)(const ExpertProblem&, const ExpertPlan&, const DeviceLimits&, const SplitScratch&,
+                 cudaStream_t);
+};
+
+/// By rising tokens; the first promotes, and the others give a row the same bits in any batch.
+constexpr std::size_t kExpertInstanceCount = 4;
+
+/// What the parameters of a kernel hold, which may have 32 KB.
+constexpr int kMostDispatches = 1024;
+
+/// The kernels for activations of `type` and codes of `code_bits`; ExpertPlan::instance is an index.
+std::span<const ExpertInstance> expert_instances(FloatType type, std::int32_t code_bits);
+
+/// As ArchKernels::plan_experts.
+ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits,
+                        BatchInvariance invariance);
+
+/// As ArchKernels::launch_experts.
+void launch_experts(const ExpertProblem& problem, const ExpertPlan& plan,
+                    const DeviceLimits& limits, const SplitScratch& scratch, void* stream);
+
+}  // namespace marlinq::cuda::sm80
