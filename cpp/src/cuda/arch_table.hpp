@@ -20,9 +20,10 @@ struct ArchKernels {
   int min_capability;       // 10 * major + minor
   const char* requirement;  // for people
 
-  /// Packs the fused modules of one layer from the pieces of its upload; returns when the tensors of
-  /// the caller are no longer needed. Throws out_of_memory or device.
-  DeviceWeight (*pack)(const GptqWeights& weights, LayerUpload& upload);
+  /// Packs a layer, or the experts of a stack, from the pieces of their upload; returns when the
+  /// tensors of the caller are no longer needed. Experts are as validate_experts() leaves them. Throws
+  /// out_of_memory or device.
+  DeviceWeight (*pack)(std::span<const GptqWeights> experts, LayerUpload& upload);
 
   /// Pure: how to run a problem.
   GemmPlan (*plan)(const GemmProblem& problem, const DeviceLimits& limits,

@@ -160,7 +160,7 @@ DeviceWeight load_layer(ContextState& state, const ArchKernels& arch, const Gptq
   try {
     LayerUpload upload(state.uploads(), weights);
     check_values(tensors, spec, weights);
-    return arch.pack(weights, upload);
+    return arch.pack({&weights, 1}, upload);
   } catch (const Error& error) {
     if (error.code() != ErrorCode::kOutOfMemory) throw;
     throw Error(ErrorCode::kOutOfMemory, concat(layer_name(weights), ": ", error.what()),

@@ -47,7 +47,7 @@ struct GemmProblem {
 };
 
 /// The token tiles of a product over experts, on the device. What a tile holds are ids: a slot each.
-struct ExpertTiles {
+struct TokenTileLists {
   const std::int32_t* experts = nullptr;  // [tiles]; one that there is not: the rows become 0
   const std::int32_t* ids = nullptr;      // [slots]; one outside of 0 to num_ids - 1: no row
   const std::int32_t* first = nullptr;    // [tiles] first slot; null: tile * tile_rows
@@ -71,7 +71,7 @@ struct ExpertProblem {
   GemmProblem matrix;             // of expert 0; m is not used
   std::int64_t expert_bytes = 0;  // from the packed weight of an expert to that of the next
   std::int32_t num_experts = 0;
-  ExpertTiles tiles;
+  TokenTileLists tiles;
   /// Instead of tiles, in host memory: no more than a launch takes.
   std::span<const ExpertRows> dispatches;
   std::int32_t top_k = 1;          // the row of x of an id is id / top_k, ...

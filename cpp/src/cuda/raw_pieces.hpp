@@ -26,6 +26,7 @@ struct RawRows {
 /// of. Either all rows or all columns. Whole words of qweight and qzeros, whole steps of packing:
 /// boundaries are multiples of 64.
 struct RawPiece {
+  std::size_t layer = 0;   // of those that travel together
   std::size_t module = 0;  // of the layer
   std::int64_t first_row = 0;
   std::int64_t rows = 0;

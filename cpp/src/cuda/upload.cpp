@@ -60,13 +60,20 @@ void Uploader::release() {
   slot_bytes_ = 0;
 }
 
-LayerUpload::LayerUpload(Uploader& uploader, const GptqWeights& layer)
+LayerUpload::LayerUpload(Uploader& uploader, std::span<const GptqWeights> layers)
     : guard_(uploader.device()), uploader_(uploader) {
-  const std::int64_t bytes = raw_bytes(layer);
+  std::int64_t bytes = 0;  // of the largest layer
+  for (const GptqWeights& layer : layers) bytes = std::max(bytes, raw_bytes(layer));
   const UploadSizes& sizes = uploader.sizes_;
-  pieces_ = plan_pieces(layer, std::clamp(bytes / 2 + kSlack, sizes.least_piece, sizes.most_piece));
+  const std::int64_t target = std::clamp(bytes / 2 + kSlack, sizes.least_piece, sizes.most_piece);
   std::int64_t largest = 0;
-  for (const RawPiece& piece : pieces_) largest = std::max(largest, piece.bytes);
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    for (RawPiece& piece : plan_pieces(layers[i], target)) {
+      piece.layer = i;
+      largest = std::max(largest, piece.bytes);
+      pieces_.push_back(piece);
+    }
+  }
   uploader_.reserve(bytes, largest);
   first_slot_ = uploader_.next_slot_;
   try {

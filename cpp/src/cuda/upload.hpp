@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdint>
 #include <deque>
+#include <span>
 #include <vector>
 
 #include "cuda/completion.hpp"
@@ -76,13 +77,15 @@ struct DevicePiece {
   unsigned char* memory = nullptr;  // what RawPiece's offsets count from
 };
 
-/// One layer's upload, which starts with the object. Used by one thread, on which its device is
+/// The upload of a layer, or of several one after the other, which starts with the object. Used by one thread, on which its device is
 /// current as long as it lives. Its end waits until nothing reads the layer's tensors.
 class LayerUpload {
  public:
-  /// `layer` is at least what check_structure() returns; its tensors stay borrowed until finish().
-  /// Throws out_of_memory or device.
-  LayerUpload(Uploader& uploader, const GptqWeights& layer);
+  /// The layers are at least what check_structure() returns; their tensors stay borrowed until
+  /// finish(). Throws out_of_memory or device.
+  LayerUpload(Uploader& uploader, std::span<const GptqWeights> layers);
+  LayerUpload(Uploader& uploader, const GptqWeights& layer)
+      : LayerUpload(uploader, std::span(&layer, 1)) {}
   LayerUpload(const LayerUpload&) = delete;
   LayerUpload& operator=(const LayerUpload&) = delete;
   ~LayerUpload();
@@ -103,7 +106,7 @@ class LayerUpload {
   /// device. For whoever frees memory that pieces were being packed into.
   void abandon() noexcept;
 
-  /// After the last piece: returns when the layer's tensors are no longer needed. Its result is what
+  /// After the last piece: returns when the tensors are no longer needed. Its result is what
   /// whoever uses the packed layer waits for.
   Completion finish();
 

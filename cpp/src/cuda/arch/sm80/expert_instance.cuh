@@ -18,7 +18,7 @@
 namespace marlinq::cuda::sm80 {
 
 inline ListedTiles listed_tiles(const ExpertProblem& problem, std::int32_t tokens) {
-  const ExpertTiles& tiles = problem.tiles;
+  const TokenTileLists& tiles = problem.tiles;
   return {.lists = tiles,
           .tile_rows = Divider(tiles.tile_rows),
           .pieces = Divider(static_cast<std::int32_t>(ceil_div(tiles.tile_rows, tokens))),

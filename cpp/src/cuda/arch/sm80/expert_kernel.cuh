@@ -46,7 +46,7 @@ struct RowPlace {
 
 /// Token tiles from lists on the device.
 struct ListedTiles {
-  ExpertTiles lists;
+  TokenTileLists lists;
   Divider tile_rows;
   Divider pieces;  // tiles of the kernel that one of the lists is cut into
   Divider top_k;

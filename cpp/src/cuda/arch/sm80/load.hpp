@@ -1,6 +1,8 @@
 // From a layer on its way to the device to its packed form there.
 #pragma once
 
+#include <span>
+
 #include "cuda/device_weight.hpp"
 #include "cuda/upload.hpp"
 #include "marlinq/gptq.hpp"
@@ -8,6 +10,9 @@
 namespace marlinq::cuda::sm80 {
 
 /// As ArchKernels::pack.
-DeviceWeight load(const GptqWeights& weights, LayerUpload& upload);
+DeviceWeight load(std::span<const GptqWeights> experts, LayerUpload& upload);
+inline DeviceWeight load(const GptqWeights& layer, LayerUpload& upload) {
+  return load(std::span(&layer, 1), upload);
+}
 
 }  // namespace marlinq::cuda::sm80

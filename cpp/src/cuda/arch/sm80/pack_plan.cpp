@@ -71,14 +71,22 @@ SegmentPlan start_segment(const GptqWeights& weights, const ValidatedModule& par
 
 }  // namespace
 
-LayerPlan plan_layer(const GptqWeights& weights) {
+namespace {
+
+// Whether a module goes on with the segment of the one before it.
+bool joins(const GptqWeights& weights, std::size_t module) {
+  if (module == 0) return false;
+  const ValidatedModule& part = weights.modules[module];
+  const ValidatedModule& before = weights.modules[module - 1];
+  return part.group_of_row == before.group_of_row && part.scale_dtype == before.scale_dtype;
+}
+
+LayerPlan cut_segments(const GptqWeights& weights, const std::vector<bool>& starts) {
   LayerPlan layer;
   std::int64_t feature = 0;
   for (std::size_t i = 0; i < weights.modules.size(); ++i) {
     const ValidatedModule& part = weights.modules[i];
-    const bool joins = i > 0 && part.group_of_row == weights.modules[i - 1].group_of_row &&
-                       part.scale_dtype == weights.modules[i - 1].scale_dtype;
-    if (!joins) {
+    if (starts[i]) {
       layer.segments.push_back(start_segment(weights, part));
       layer.segments.back().first_feature = feature;
     }
@@ -89,6 +97,39 @@ LayerPlan plan_layer(const GptqWeights& weights) {
     if (part.bias != nullptr) segment.places.bias = 0;
     feature += part.n;
   }
+  return layer;
+}
+
+// What one of a segment's experts needs, all of them have.
+void share_layout(std::vector<LayerPlan>& experts, std::size_t index) {
+  SegmentPlan most = experts.front().segments[index];
+  for (const LayerPlan& expert : experts) {
+    const SegmentPlan& s = expert.segments[index];
+    // The groups of chunks that some experts do not have are no quotient of their number.
+    if (s.chunk_shift != most.chunk_shift || s.layout.chunks != most.layout.chunks)
+      most.chunk_shift = -1;
+    most.layout.chunks = std::max(most.layout.chunks, s.layout.chunks);
+    most.layout.groups = std::max(most.layout.groups, s.layout.groups);
+    most.layout.has_zeros = most.layout.has_zeros || s.layout.has_zeros;
+    most.groups_per_chunk = std::max(most.groups_per_chunk, s.groups_per_chunk);
+    most.has_source = most.has_source || !s.identity;
+    most.places.bias = std::max(most.places.bias, s.places.bias);
+  }
+  const auto chunks = static_cast<std::size_t>(most.layout.chunks);
+  for (LayerPlan& expert : experts) {
+    SegmentPlan& s = expert.segments[index];
+    s.layout = most.layout;
+    s.groups_per_chunk = most.groups_per_chunk;
+    s.chunk_shift = most.chunk_shift;
+    s.has_source = most.has_source;
+    s.places.bias = most.places.bias;
+    s.source.resize(chunks * Layout::kChunkRows, -1);
+    s.step_group.resize(chunks * Layout::kChunkSteps, s.step_group.back());
+    s.chunk_groups.resize(chunks, s.step_group.back() << 4);
+  }
+}
+
+void place_parts(LayerPlan& layer) {
   const auto reserve = [&layer](std::int64_t size) {
     constexpr std::int64_t kAlignment = 256;
     const std::int64_t at = layer.bytes;
@@ -99,11 +140,29 @@ LayerPlan plan_layer(const GptqWeights& weights) {
     s.places.codes = reserve(s.layout.words() * 4);
     s.places.groups = reserve(s.layout.group_bytes());
     s.places.chunk_groups = reserve(static_cast<std::int64_t>(s.chunk_groups.size()) * 4);
-    if (!s.identity) s.places.source = reserve(static_cast<std::int64_t>(s.source.size()) * 4);
+    if (s.has_source) s.places.source = reserve(static_cast<std::int64_t>(s.source.size()) * 4);
     if (s.places.bias == 0) s.places.bias = reserve(s.layout.n * 4);
     s.places.end = layer.bytes;
   }
-  return layer;
+}
+
+}  // namespace
+
+std::vector<LayerPlan> plan_experts(std::span<const GptqWeights> experts) {
+  std::vector<bool> starts(experts.front().modules.size(), false);
+  for (const GptqWeights& weights : experts) {
+    for (std::size_t i = 0; i < starts.size(); ++i) starts[i] = starts[i] || !joins(weights, i);
+  }
+  std::vector<LayerPlan> plans;
+  plans.reserve(experts.size());
+  for (const GptqWeights& weights : experts) plans.push_back(cut_segments(weights, starts));
+  for (std::size_t i = 0; i < plans.front().segments.size(); ++i) share_layout(plans, i);
+  for (LayerPlan& plan : plans) place_parts(plan);
+  return plans;
+}
+
+LayerPlan plan_layer(const GptqWeights& weights) {
+  return std::move(plan_experts({&weights, 1}).front());
 }
 
 const SegmentPlan& segment_of(const LayerPlan& plan, std::size_t module) {
@@ -153,30 +212,31 @@ PieceToPack place_piece(const GptqWeights& weights, const LayerPlan& plan, const
     return present ? reinterpret_cast<const std::int32_t*>(base + place) : nullptr;
   };
   const bool has_zeros = raw.qzeros.rows != 0 && !part.symmetric;
-  return {.qweight = words(staged + raw.qweight.offset),
-          .qzeros = has_zeros ? words(staged + raw.qzeros.offset) : nullptr,
-          .scales = staged + raw.scales.offset,
-          .scale_type = segment.scale_type,
-          .bits = weights.bits,
-          .zero_add = part.zero_points == ZeroPoints::kV2 ? 0U
-                      : weights.bits == 3 ? 1U
-                                          : 0xFFFFFFFFU / ((1U << weights.bits) - 1U),
-          .columns = static_cast<std::int32_t>(raw.columns),
-          .words = static_cast<std::uint32_t>(raw.qweight.rows),
-          .first_row = static_cast<std::int32_t>(raw.first_row),
-          .first_raw_group = raw.first_group,
-          .layout = segment.layout,
-          .k = static_cast<std::int32_t>(weights.k),
-          .source = table(memory, segment.places.source, !segment.identity),
-          .chunk_groups = table(memory, segment.places.chunk_groups, true),
-          .raw_group = table(staged, raw.table, raw.table != 0),
-          .codes = reinterpret_cast<std::uint32_t*>(memory + segment.places.codes),
-          .groups = memory + segment.places.groups,
-          .first_feature = first_feature,
-          .first_chunk = raw.first_row / Layout::kChunkRows,
-          .chunks = all_rows ? segment.layout.chunks : ceil_div(raw.rows, Layout::kChunkRows),
-          .first_group = all_rows ? 0 : raw.first_group,
-          .num_groups = all_rows ? segment.layout.groups : raw.groups};
+  return {
+      .qweight = words(staged + raw.qweight.offset),
+      .qzeros = has_zeros ? words(staged + raw.qzeros.offset) : nullptr,
+      .scales = staged + raw.scales.offset,
+      .scale_type = segment.scale_type,
+      .bits = weights.bits,
+      .zero_add = part.zero_points == ZeroPoints::kV2 ? 0U
+                  : weights.bits == 3                 ? 1U
+                                                      : 0xFFFFFFFFU / ((1U << weights.bits) - 1U),
+      .columns = static_cast<std::int32_t>(raw.columns),
+      .words = static_cast<std::uint32_t>(raw.qweight.rows),
+      .first_row = static_cast<std::int32_t>(raw.first_row),
+      .first_raw_group = raw.first_group,
+      .layout = segment.layout,
+      .k = static_cast<std::int32_t>(weights.k),
+      .source = table(memory, segment.places.source, !segment.identity),
+      .chunk_groups = table(memory, segment.places.chunk_groups, true),
+      .raw_group = table(staged, raw.table, raw.table != 0),
+      .codes = reinterpret_cast<std::uint32_t*>(memory + segment.places.codes),
+      .groups = memory + segment.places.groups,
+      .first_feature = first_feature,
+      .first_chunk = raw.first_row / Layout::kChunkRows,
+      .chunks = all_rows ? segment.layout.chunks : ceil_div(raw.rows, Layout::kChunkRows),
+      .first_group = all_rows ? 0 : raw.first_group,
+      .num_groups = all_rows ? static_cast<std::int64_t>(segment.raw_group.size()) : raw.groups};
 }
 
 }  // namespace marlinq::cuda::sm80

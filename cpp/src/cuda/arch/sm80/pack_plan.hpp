@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "cuda/arch/sm80/layout.hpp"
@@ -29,6 +30,7 @@ struct SegmentPlan {
   std::int64_t first_feature = 0;    // of the layer
   std::vector<std::size_t> modules;  // of the layer
   bool identity = true;              // packed row i is input row i
+  bool has_source = false;           // some expert's are not, so that each has its table
   /// Input row of each packed row, -1 for padding.
   std::vector<std::int32_t> source;
   /// The checkpoint's number of each packed group.
@@ -47,6 +49,10 @@ struct LayerPlan {
 };
 
 LayerPlan plan_layer(const GptqWeights& weights);
+
+/// The same for the experts of a stack, of one layout: each has the segments, chunks, groups and tables
+/// that the neediest has, so that all take the same bytes and have their parts at the same places.
+std::vector<LayerPlan> plan_experts(std::span<const GptqWeights> experts);
 
 /// The segment that a module is part of.
 const SegmentPlan& segment_of(const LayerPlan& plan, std::size_t module);

@@ -19,7 +19,7 @@ struct Divider {
   std::int32_t shift = 0;
 
   Divider() = default;
-  explicit Divider(std::int32_t d) : divisor(d) {
+  MARLINQ_HOST_DEVICE explicit Divider(std::int32_t d) : divisor(d) {
     while (shift < 31 && (std::uint32_t{1} << shift) < static_cast<std::uint32_t>(d)) ++shift;
     factor =
         static_cast<std::uint32_t>(((std::uint64_t{1} << shift) - static_cast<std::uint32_t>(d)) *
