@@ -6,8 +6,8 @@
 #include <cstdint>
 
 #include "core/integers.hpp"
-#include "cuda/cuda_check.hpp"
 #include "cuda/gather.hpp"
+#include "cuda/launch.hpp"
 #include "cuda/ptx/launch.cuh"
 #include "cuda/shared_memory.hpp"
 
@@ -127,22 +127,6 @@ __global__ void __launch_bounds__(kStagedThreads)
   }
 }
 
-template <class... Args>
-void launch(void (*kernel)(Args...), const dim3& grid, int threads, std::int64_t shared_bytes,
-            bool dependent, cudaStream_t stream, const Args&... args) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = dependent ? 1 : 0;
-  MARLINQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
-}
-
 template <class In>
 void gather(const Rows& rows, const DeviceLimits& limits, bool dependent, cudaStream_t stream) {
   // Up to this many rows there is less to read than a staged row takes to come.
@@ -150,8 +134,8 @@ void gather(const Rows& rows, const DeviceLimits& limits, bool dependent, cudaSt
   const std::int64_t shared_bytes = std::int64_t{rows.k} * 4;
   if (rows.source == nullptr || rows.m <= kFewRows || shared_bytes > limits.shared_bytes) {
     const auto blocks = ceil_div(rows.columns, kDirectThreads * kColumns);
-    launch(gather_directly<In>, dim3(static_cast<unsigned>(blocks), rows.m), kDirectThreads, 0,
-           dependent, stream, rows);
+    launch_kernel(gather_directly<In>, dim3(static_cast<unsigned>(blocks), rows.m), kDirectThreads,
+                  0, dependent, stream, rows);
     return;
   }
   const auto pairs = static_cast<std::int32_t>(ceil_div(rows.m, 2));
@@ -162,8 +146,8 @@ void gather(const Rows& rows, const DeviceLimits& limits, bool dependent, cudaSt
       static_cast<std::int32_t>(round_up(ceil_div(rows.columns, segments), kColumns));
   static std::atomic<std::uint64_t> devices_done{0};
   allow_shared_memory(gather_staged<In>, devices_done);
-  launch(gather_staged<In>, dim3(static_cast<unsigned>(segments), pairs), kStagedThreads,
-         shared_bytes, dependent, stream, rows, segment_columns);
+  launch_kernel(gather_staged<In>, dim3(static_cast<unsigned>(segments), pairs), kStagedThreads,
+                shared_bytes, dependent, stream, rows, segment_columns);
 }
 
 }  // namespace
