@@ -9,6 +9,7 @@
 #include "cuda/gather.hpp"
 #include "cuda/launch.hpp"
 #include "cuda/ptx/launch.cuh"
+#include "cuda/shared_memory.hpp"
 
 namespace marlinq::cuda {
 namespace {
@@ -133,12 +134,8 @@ void gather(const Rows& rows, const DeviceLimits& limits, bool dependent, cudaSt
   const std::int64_t shared_bytes = std::int64_t{rows.k} * 4;
   if (rows.source == nullptr || rows.m <= kFewRows || shared_bytes > limits.shared_bytes) {
     const auto blocks = ceil_div(rows.columns, kDirectThreads * kColumns);
-    launch_kernel(gather_directly<In>,
-                  {.grid = dim3(static_cast<unsigned>(blocks), rows.m),
-                   .threads = kDirectThreads,
-                   .dependent = dependent,
-                   .stream = stream},
-                  rows);
+    launch_kernel(gather_directly<In>, dim3(static_cast<unsigned>(blocks), rows.m), kDirectThreads,
+                  0, dependent, stream, rows);
     return;
   }
   const auto pairs = static_cast<std::int32_t>(ceil_div(rows.m, 2));
@@ -149,13 +146,8 @@ void gather(const Rows& rows, const DeviceLimits& limits, bool dependent, cudaSt
       static_cast<std::int32_t>(round_up(ceil_div(rows.columns, segments), kColumns));
   static std::atomic<std::uint64_t> devices_done{0};
   allow_shared_memory(gather_staged<In>, devices_done);
-  launch_kernel(gather_staged<In>,
-                {.grid = dim3(static_cast<unsigned>(segments), pairs),
-                 .threads = kStagedThreads,
-                 .shared_bytes = shared_bytes,
-                 .dependent = dependent,
-                 .stream = stream},
-                rows, segment_columns);
+  launch_kernel(gather_staged<In>, dim3(static_cast<unsigned>(segments), pairs), kStagedThreads,
+                shared_bytes, dependent, stream, rows, segment_columns);
 }
 
 }  // namespace

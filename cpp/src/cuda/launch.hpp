@@ -1,54 +1,33 @@
-// Launches of kernels: their attributes, and shared memory beyond what a block has without asking.
+// Launching a kernel, perhaps as a programmatic dependent of the one before.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
-#include <atomic>
+#include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/cuda_check.hpp"
 
 namespace marlinq::cuda {
 
-/// Lets a kernel have all the shared memory of a block, once for each device.
-template <class... Args>
-void allow_shared_memory(void (*kernel)(Args...), std::atomic<std::uint64_t>& devices_done) {
-  int device = 0;
-  MARLINQ_CUDA_CHECK(cudaGetDevice(&device));
-  const std::uint64_t bit = device < 64 ? std::uint64_t{1} << device : 0;
-  if ((devices_done.load(std::memory_order_acquire) & bit) != 0) return;
-  int most = 0;
-  MARLINQ_CUDA_CHECK(
-      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  cudaFuncAttributes attributes{};
-  MARLINQ_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
-  MARLINQ_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          most - static_cast<int>(attributes.sharedSizeBytes)));
-  devices_done.fetch_or(bit, std::memory_order_release);
-}
-
-struct LaunchShape {
-  dim3 grid;
-  int threads = 0;  // of a block
-  std::int64_t shared_bytes = 0;
-  /// The kernel may start before the one before it has ended, and waits for it by itself.
-  bool dependent = false;
-  cudaStream_t stream = nullptr;
-};
-
-template <class... Args>
-void launch_kernel(void (*kernel)(Args...), const LaunchShape& shape, const Args&... args) {
-  cudaLaunchAttribute dependent{};
-  dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  dependent.val.programmaticStreamSerializationAllowed = 1;
+/// `dependent`: the kernel may start before the one before it on the stream has ended, and waits for
+/// it by itself.
+template <class... Parameters>
+void launch_kernel(void (*kernel)(Parameters...), const dim3& grid, int threads,
+                   std::int64_t shared_bytes, bool dependent, cudaStream_t stream,
+                   const std::type_identity_t<Parameters>&... parameters) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = shape.grid;
-  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
-  config.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_bytes);
-  config.stream = shape.stream;
-  config.attrs = &dependent;
-  config.numAttrs = shape.dependent ? 1 : 0;
-  MARLINQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = dependent ? 1 : 0;
+  MARLINQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, parameters...));
 }
 
 }  // namespace marlinq::cuda

@@ -14,6 +14,7 @@
 #include "cuda/arch/sm80/experts.hpp"
 #include "cuda/arch/sm80/plan.hpp"
 #include "cuda/launch.hpp"
+#include "cuda/shared_memory.hpp"
 
 namespace marlinq::cuda::sm80 {
 
@@ -51,12 +52,8 @@ void launch_expert_kernel(const ExpertProblem& problem, const ExpertPlan& plan,
   const bool pairs = matrix.y_type == matrix.x_type && w.n % 2 == 0 &&
                      reinterpret_cast<std::uintptr_t>(matrix.y) % 4 == 0 &&
                      matrix.y_stride % 2 == 0;
-  launch_kernel(expert_gemm<S, Rows>,
-                {.grid = dim3(static_cast<unsigned>(plan.blocks)),
-                 .threads = S::kThreads,
-                 .shared_bytes = plan.shared_bytes,
-                 .dependent = plan.dependent_launch,
-                 .stream = stream},
+  launch_kernel(expert_gemm<S, Rows>, dim3(static_cast<unsigned>(plan.blocks)), S::kThreads,
+                plan.shared_bytes, plan.dependent_launch, stream,
                 ExpertParams<Rows>{.problem = matrix,
                                    .scratch = scratch,
                                    .rows = rows,

@@ -20,7 +20,7 @@
 #include "cuda/arch/sm80/experts.hpp"
 #include "cuda/arch/sm80/output.cuh"
 #include "cuda/arch/sm80/tile_loop.cuh"
-#include "cuda/device/activation.cuh"
+#include "cuda/moe/activation.cuh"
 #include "cuda/problem.hpp"
 #include "cuda/ptx/copy.cuh"
 #include "cuda/ptx/launch.cuh"
@@ -489,15 +489,44 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
       }
 #pragma unroll
       for (int t = 0; t < S::kTokenTiles; ++t) {
-        if (t >= token_tiles_) break;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          sum_[s][t][i] = activate(params_.activation, sum_[s][t][i] + gate[i / 2],
-                                   sum_[s + kHalf][t][i] + up[i / 2]);
+          sum_[s][t][i] += gate[i / 2];
+          sum_[s + kHalf][t][i] += up[i / 2];
         }
       }
     }
+    switch (params_.activation) {
+      case Activation::kSilu:
+        activate<Activation::kSilu>();
+        break;
+      case Activation::kGelu:
+        activate<Activation::kGelu>();
+        break;
+      case Activation::kGeluTanh:
+        activate<Activation::kGeluTanh>();
+        break;
+      case Activation::kClampedSwiglu:
+        activate<Activation::kClampedSwiglu>();
+        break;
+    }
     store_pairs<kHalf>(feature, outputs);
+  }
+
+  template <Activation kActivation>
+  __device__ __forceinline__ void activate() {
+    constexpr int kHalf = S::kStrips / 2;
+#pragma unroll
+    for (int t = 0; t < S::kTokenTiles; ++t) {
+      if (t >= token_tiles_) break;
+#pragma unroll
+      for (int s = 0; s < kHalf; ++s) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          sum_[s][t][i] = activated<kActivation>(sum_[s][t][i], sum_[s + kHalf][t][i]);
+        }
+      }
+    }
   }
 
   // Two features at a time: turned so that a lane has 2t and 2t + 1 of token g, and those 8 on.

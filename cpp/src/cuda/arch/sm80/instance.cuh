@@ -10,15 +10,15 @@
 #include "cuda/arch/sm80/strip_kernel.cuh"
 #include "cuda/arch/sm80/tile_kernel.cuh"
 #include "cuda/launch.hpp"
+#include "cuda/shared_memory.hpp"
 
 namespace marlinq::cuda::sm80 {
 
-inline LaunchShape launch_shape(const GemmPlan& plan, cudaStream_t stream) {
-  return {.grid = dim3(static_cast<unsigned>(plan.blocks)),
-          .threads = plan.warps * 32,
-          .shared_bytes = plan.shared_bytes,
-          .dependent = plan.dependent_launch,
-          .stream = stream};
+template <class Params>
+void launch_planned(void (*kernel)(Params), const Params& params, const GemmPlan& plan,
+                    cudaStream_t stream) {
+  launch_kernel(kernel, dim3(static_cast<unsigned>(plan.blocks)), plan.warps * 32,
+                plan.shared_bytes, plan.dependent_launch, stream, params);
 }
 
 /// A tile kernel of the shape TileShape<T, kBits, feature warps, row warps, token tiles>.
@@ -48,8 +48,8 @@ constexpr Instance tile_instance(const TileCost& cost) {
             const int feature_tiles = (w.n + S::kFeatures - 1) / S::kFeatures;
             const int token_tiles = (problem.m + S::kTokens - 1) / S::kTokens;
             const int last_band = token_tiles % schedule.token_band;
-            launch_kernel(
-                tile_gemm<S>, launch_shape(plan, stream),
+            launch_planned(
+                tile_gemm<S>,
                 TileParams{
                     .problem = problem,
                     .scratch = scratch,
@@ -61,7 +61,8 @@ constexpr Instance tile_instance(const TileCost& cost) {
                     .band = Divider(feature_tiles * schedule.token_band),
                     .band_widths = {Divider(schedule.token_band), Divider(std::max(last_band, 1))},
                     .slice_bytes = slice_bytes(w, S::kSliceBytes, S::kFeatures),
-                    .pairs = pairs});
+                    .pairs = pairs},
+                plan, stream);
           }};
 }
 
@@ -87,13 +88,14 @@ constexpr Instance strip_instance() {
             const WeightView& w = problem.weight;
             const EvenShare strips(strip_count(w), plan.blocks);
             const StripMemory memory = strip_memory(w, strips, S::kXBytes);
-            launch_kernel(strip_gemm<S>, launch_shape(plan, stream),
-                          StripParams{.problem = problem,
-                                      .strips = strips,
-                                      .smaller = StripShare(strips.least, w.chunks, plan.warps),
-                                      .larger = StripShare(strips.least + 1, w.chunks, plan.warps),
-                                      .stage_bytes = memory.stage_bytes,
-                                      .codes_place = memory.codes_place});
+            launch_planned(strip_gemm<S>,
+                           StripParams{.problem = problem,
+                                       .strips = strips,
+                                       .smaller = StripShare(strips.least, w.chunks, plan.warps),
+                                       .larger = StripShare(strips.least + 1, w.chunks, plan.warps),
+                                       .stage_bytes = memory.stage_bytes,
+                                       .codes_place = memory.codes_place},
+                           plan, stream);
           }};
 }
 

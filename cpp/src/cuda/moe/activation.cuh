@@ -1,0 +1,28 @@
+// What stands between the two products of an expert.
+#pragma once
+
+#include "marlinq/moe_block.hpp"
+
+namespace marlinq::cuda {
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0F / (1.0F + expf(-x)); }
+
+template <Activation kActivation>
+__device__ __forceinline__ float activated(float gate, float up) {
+  if constexpr (kActivation == Activation::kSilu) {
+    return gate * sigmoid(gate) * up;
+  } else if constexpr (kActivation == Activation::kGelu) {
+    return 0.5F * gate * (1.0F + erff(gate * 0.70710678F)) * up;
+  } else if constexpr (kActivation == Activation::kGeluTanh) {
+    return 0.5F * gate * (1.0F + tanhf(0.79788456F * (gate + 0.044715F * gate * gate * gate))) * up;
+  } else {
+    static_assert(kActivation == Activation::kClampedSwiglu);
+    constexpr float kLimit = 7.0F;
+    constexpr float kAlpha = 1.702F;
+    const float g = gate > kLimit ? kLimit : gate;
+    const float u = up > kLimit ? kLimit : (up < -kLimit ? -kLimit : up);
+    return (u + 1.0F) * g * sigmoid(kAlpha * g);
+  }
+}
+
+}  // namespace marlinq::cuda
