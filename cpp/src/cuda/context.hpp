@@ -34,6 +34,9 @@ struct ContextState {
 
   bool capturing() const;
 
+  /// As GemmPlan::dependent_launch.
+  bool dependent_launches() const noexcept { return limits.capability >= 90; }
+
   /// The gather scratch with room for `elements` 2-byte elements. Throws invalid_argument inside a
   /// capture that would need more.
   void* grow_gather(std::int64_t elements);

@@ -1,147 +1,32 @@
-// The CUDA backend's side of the trait, and its linear layer.
+// The CUDA backend's side of the trait.
 #include "marlinq/cuda/cuda_backend.hpp"
 
 #include <algorithm>
 #include <cstdint>
+#include <span>
 #include <string>
+#include <string_view>
 #include <utility>
+#include <vector>
 
-#include "core/elements.hpp"
 #include "core/gptq_checks.hpp"
-#include "core/matrix_checks.hpp"
-#include "core/zero_point_names.hpp"
+#include "core/load_gptq.hpp"
+#include "core/marlin_linear.hpp"
 #include "cuda/arch_table.hpp"
 #include "cuda/context.hpp"
 #include "cuda/cuda_check.hpp"
-#include "cuda/gather.hpp"
-#include "cuda/info.hpp"
+#include "cuda/moe/block.hpp"
+#include "cuda/packed.hpp"
+#include "cuda/products.hpp"
 
 namespace marlinq {
 namespace cuda {
 namespace {
 
-FloatType float_type(DType dtype) noexcept {
-  return dtype == DType::kFloat16    ? FloatType::kF16
-         : dtype == DType::kBFloat16 ? FloatType::kBF16
-                                     : FloatType::kF32;
-}
-
-/// A GPTQ linear layer on one device; shared by any number of contexts and streams of that device.
-class CudaMarlinLinear final : public Linear<CudaBackend> {
- public:
-  CudaMarlinLinear(DeviceWeight weight, const ArchKernels& arch, Description description,
-                   BatchInvariance invariance)
-      : weight_(std::move(weight)),
-        arch_(arch),
-        description_(std::move(description)),
-        invariance_(invariance) {}
-
-  std::int64_t in_features() const noexcept override { return description_.k; }
-  std::int64_t out_features() const noexcept override { return description_.n; }
-  Description describe() const override { return description_; }
-
-  void forward(CudaContext& context, const ConstMatrixView& input, const MatrixView& output,
-               std::int64_t m) const override {
-    check_rows(m);
-    const Device device = weight_.memory.device();
-    if (context.device() != device) {
-      refuse_argument(
-          concat("context: on ", to_string(context.device()), ", expected ", to_string(device)));
-    }
-    check_input(input, "x", device, m, description_.k);
-    check_output(output, "out", device, m, description_.n, input.dtype);
-    if (m == 0) return;
-    ContextState& state = context.state();
-    const DeviceGuard guard(state.device);
-    state.captured = state.captured || state.capturing();
-    weight_.ready.precede(state.stream);
-    for (const Segment& segment : weight_.segments) run(state, segment, input, output, m);
-  }
-
- private:
-  void run(ContextState& state, const Segment& segment, const ConstMatrixView& input,
-           const MatrixView& output, std::int64_t m) const {
-    const auto y_size = static_cast<std::int64_t>(size_of(output.dtype));
-    GemmProblem problem{
-        .weight = segment.view,
-        .x = input.data,
-        .x_type = input.dtype == DType::kBFloat16 ? FloatType::kBF16 : FloatType::kF16,
-        .x_stride = input.row_stride,
-        .x_columns = segment.view.k,
-        .y = static_cast<unsigned char*>(output.data) + segment.first_feature * y_size,
-        .y_type = float_type(output.dtype),
-        .y_stride = output.row_stride,
-        .m = static_cast<std::int32_t>(m)};
-    if (needs_gather(segment, input, m)) {
-      const std::int32_t columns = segment.view.chunks * 64;
-      void* gathered = state.grow_gather(m * columns);
-      gather_rows(input.data, float_type(input.dtype), input.row_stride, problem.m, segment.view.k,
-                  segment.view.source, gathered, problem.x_type, columns, state.limits,
-                  state.limits.capability >= 90, state.stream);
-      problem.x = gathered;
-      problem.x_stride = columns;
-      problem.x_columns = columns;
-    }
-    // Kernels count 16-byte pieces of x in 32 bits.
-    constexpr std::int64_t kMostElements = std::int64_t{8} << 32;
-    constexpr std::int64_t kRowMultiple = 512;
-    const std::int64_t most = std::clamp(
-        kMostElements / std::max<std::int64_t>(problem.x_stride, 1) / kRowMultiple * kRowMultiple,
-        kRowMultiple, std::int64_t{1} << 24);
-    for (std::int64_t first = 0; first < m; first += most) {
-      GemmProblem part = problem;
-      part.x = static_cast<const unsigned char*>(problem.x) + first * problem.x_stride * 2;
-      part.y = static_cast<unsigned char*>(problem.y) + first * problem.y_stride * y_size;
-      part.m = static_cast<std::int32_t>(std::min(most, m - first));
-      arch_.launch(part, arch_.plan(part, state.limits, invariance_), state.split_scratch(),
-                   state.stream);
-    }
-  }
-
-  // Kernels copy 16 bytes of x at a time, in the order of the packed rows.
-  static bool needs_gather(const Segment& segment, const ConstMatrixView& input, std::int64_t m) {
-    constexpr std::uintptr_t kPiece = 16;
-    const bool aligned = reinterpret_cast<std::uintptr_t>(input.data) % kPiece == 0 &&
-                         (m == 1 || input.row_stride % 8 == 0) && segment.view.k % 8 == 0;
-    return input.dtype == DType::kFloat32 || segment.view.source != nullptr || !aligned;
-  }
-
-  DeviceWeight weight_;
-  const ArchKernels& arch_;
-  Description description_;
-  BatchInvariance invariance_;
-};
-
-Description describe_layer(const GptqWeights& weights, const DeviceWeight& packed,
-                           const ArchKernels& arch, Device device, const DeviceLimits& limits,
-                           BatchInvariance invariance) {
-  Description d;
-  d.backend = CudaBackend::kName;
-  d.device = to_string(device);
-  d.arch = arch.name;
-  d.kernel = arch.name;
-  d.compute = "float16";
-  d.schedule = schedule_text(packed, arch, limits, invariance);
-  d.bits = weights.bits;
-  d.group_size = weights.group_size;
-  d.k = weights.k;
-  d.n = weights.n;
-  d.k_padded = packed.k_padded;
-  d.n_padded = packed.n_padded;
-  d.symmetric = true;
-  for (const ValidatedModule& module : weights.modules) {
-    d.fused.push_back(module.n);
-    d.symmetric = d.symmetric && module.symmetric;
-    d.act_order = d.act_order || module.act_order;
-    d.bias = d.bias || module.bias != nullptr;
-    d.checkpoint_bytes += static_cast<std::int64_t>(module.bytes);
-  }
-  d.zero_points = zero_point_names(weights);
-  d.batch_invariant = invariance == BatchInvariance::kRequired;
-  d.scale_dtype = to_string(weights.modules.front().scale_dtype);
-  d.packed_bytes = packed.memory.size() * 4;
-  d.warnings = weights.warnings;
-  return d;
+// Kernels count rows in 32 bits.
+void check_rows_fit(std::int64_t rows, std::string_view name) {
+  constexpr std::int64_t kMost = std::int64_t{1} << 30;
+  if (rows > kMost) refuse_argument(concat(name, ": ", rows, " rows, expected at most ", kMost));
 }
 
 std::string layer_name(const GptqWeights& weights) {
@@ -152,42 +37,140 @@ std::string layer_name(const GptqWeights& weights) {
   return name.empty() ? "layer" : name;
 }
 
-// The tensors are on their way while their values are looked at.
-DeviceWeight load_layer(ContextState& state, const ArchKernels& arch, const GptqTensors& tensors,
-                        const GptqSpec& spec, GptqWeights& weights) {
-  const DeviceGuard guard(state.device);
-  const RelaxedCapture relaxed;
+// An error for want of memory names what was loaded.
+template <class F>
+DeviceWeight named(std::string_view name, F&& load) {
   try {
-    LayerUpload upload(state.uploads(), weights);
-    check_values(tensors, spec, weights);
-    return arch.pack({&weights, 1}, upload);
+    return load();
   } catch (const Error& error) {
     if (error.code() != ErrorCode::kOutOfMemory) throw;
-    throw Error(ErrorCode::kOutOfMemory, concat(layer_name(weights), ": ", error.what()),
-                error.where());
+    throw Error(ErrorCode::kOutOfMemory, concat(name, ": ", error.what()), error.where());
   }
 }
 
-}  // namespace
-}  // namespace cuda
-
-std::unique_ptr<Linear<CudaBackend>> CudaBackend::load_gptq(Context& context,
-                                                            const GptqTensors& tensors,
-                                                            const GptqSpec& spec,
-                                                            const LoadOptions& options) {
+const ArchKernels& arch_for(const ContextState& state, const LoadOptions& options) {
   if (options.compute != Compute::kAuto) {
     throw Error(ErrorCode::kUnsupported,
                 concat("backend 'cuda' does not support compute '", to_string(options.compute),
                        "'; activations decide between float16 and bfloat16"));
   }
-  GptqWeights weights = check_structure(tensors, spec);
+  return choose_arch(options.kernel, state.limits.capability);
+}
+
+}  // namespace
+}  // namespace cuda
+
+static_assert(PackedGemm<CudaBackend>);
+
+// The tensors are on their way while their values are looked at.
+std::unique_ptr<Linear<CudaBackend>> CudaBackend::load_gptq(Context& context,
+                                                            const GptqTensors& tensors,
+                                                            const GptqSpec& spec,
+                                                            const LoadOptions& options) {
   cuda::ContextState& state = context.state();
-  const cuda::ArchKernels& arch = cuda::choose_arch(options.kernel, state.limits.capability);
-  cuda::DeviceWeight packed = cuda::load_layer(state, arch, tensors, spec, weights);
-  Description description = cuda::describe_layer(weights, packed, arch, context.device(),
-                                                 state.limits, options.batch_invariance);
-  return std::make_unique<cuda::CudaMarlinLinear>(std::move(packed), arch, std::move(description),
-                                                  options.batch_invariance);
+  const cuda::ArchKernels& arch = cuda::arch_for(state, options);
+  GptqWeights weights = check_structure(tensors, spec);
+  const cuda::DeviceGuard guard(state.device);
+  const cuda::RelaxedCapture relaxed;
+  cuda::DeviceWeight packed = cuda::named(cuda::layer_name(weights), [&] {
+    cuda::LayerUpload upload(state.uploads(), weights);
+    check_values(tensors, spec, weights);
+    return arch.pack({&weights, 1}, upload);
+  });
+  return std::make_unique<MarlinLinear<CudaBackend>>(
+      std::make_shared<const Packed>(std::move(packed), arch, std::span(&weights, 1), state.limits,
+                                     options.batch_invariance),
+      0);
+}
+
+std::shared_ptr<MarlinExpertStack<CudaBackend>> CudaBackend::load_gptq_stacked(
+    Context& context, std::span<const GptqTensors> experts, const GptqSpec& spec,
+    const LoadOptions& options) {
+  return load_gptq_stacked_with<CudaBackend>(context, experts, spec, options);
+}
+
+std::shared_ptr<const CudaBackend::Packed> CudaBackend::pack(Context& context,
+                                                             std::span<const GptqWeights> experts,
+                                                             const LoadOptions& options) {
+  cuda::ContextState& state = context.state();
+  const cuda::ArchKernels& arch = cuda::arch_for(state, options);
+  const cuda::DeviceGuard guard(state.device);
+  const cuda::RelaxedCapture relaxed;
+  cuda::DeviceWeight packed = cuda::named(cuda::layer_name(experts.front()), [&] {
+    cuda::LayerUpload upload(state.uploads(), experts);
+    return arch.pack(experts, upload);
+  });
+  return std::make_shared<const Packed>(std::move(packed), arch, experts, state.limits,
+                                        options.batch_invariance);
+}
+
+Description CudaBackend::describe(const Packed& packed) { return packed.description(); }
+
+Description CudaBackend::describe(const Packed& packed, std::int64_t expert) {
+  return packed.description(expert);
+}
+
+void CudaBackend::gemm(Context& context, const Packed& packed, std::int64_t expert,
+                       const ConstMatrixView& input, const MatrixView& output, std::int64_t m) {
+  cuda::run_rows(context.state(), packed, expert, input, output, m);
+}
+
+void CudaBackend::gemm_batched(Context& context, const Packed& packed, const ConstMatrixView& input,
+                               std::span<const ExpertDispatch> dispatches,
+                               const MatrixView& output) {
+  cuda::check_rows_fit(input.rows, "x");
+  cuda::check_rows_fit(output.rows, "out");
+  std::vector<cuda::ExpertRows> rows;
+  rows.reserve(dispatches.size());
+  for (const ExpertDispatch& dispatch : dispatches) {
+    if (dispatch.rows == 0) continue;
+    rows.push_back({.expert = dispatch.expert,
+                    .input_row = static_cast<std::int32_t>(dispatch.input_row),
+                    .output_row = static_cast<std::int32_t>(dispatch.output_row),
+                    .rows = static_cast<std::int32_t>(dispatch.rows)});
+  }
+  // The dispatches of a launch are parameters of its kernel.
+  const std::size_t most = static_cast<std::size_t>(packed.arch().most_dispatches);
+  for (std::size_t first = 0; first < rows.size(); first += most) {
+    cuda::run_phase(
+        context.state(), packed,
+        {.x = cuda::float_matrix(input),
+         .x_rows = input.rows,
+         .dispatches = std::span(rows).subspan(first, std::min(most, rows.size() - first)),
+         .y = cuda::float_output(output)});
+  }
+}
+
+void CudaBackend::gemm_fused(Context& context, const Packed& packed, const ConstMatrixView& input,
+                             const FusedTiles& tiles, const MatrixView& output) {
+  const auto ints = [](const ConstArrayView& view) {
+    return static_cast<const std::int32_t*>(view.data);
+  };
+  const std::int64_t listed =
+      std::min(tiles.expert_ids.size, tiles.sorted_token_ids.size / tiles.block_size);
+  if (listed == 0) return;
+  cuda::check_rows_fit(listed * tiles.block_size, "sorted_token_ids");
+  cuda::run_phase(
+      context.state(), packed,
+      {.x = cuda::float_matrix(input),
+       .x_rows = tiles.num_tokens,
+       .tiles = {.experts = ints(tiles.expert_ids),
+                 .ids = ints(tiles.sorted_token_ids),
+                 .used = ints(tiles.num_tokens_past_padded),
+                 .tile_rows = tiles.block_size,
+                 .most_tiles = static_cast<std::int32_t>(listed),
+                 .most_slots = listed * tiles.block_size,
+                 .num_ids = static_cast<std::int32_t>(tiles.num_tokens * tiles.top_k)},
+       .top_k = tiles.top_k,
+       .y = cuda::float_output(output),
+       .weights =
+           tiles.topk_weights ? static_cast<const float*>(tiles.topk_weights->data) : nullptr,
+       .weights_stride = tiles.top_k});
+}
+
+std::unique_ptr<MoeBlock<CudaBackend>> CudaBackend::make_moe_block(
+    Context& context, const MoeBlockParts<CudaBackend>& parts) {
+  return cuda::make_block(context.state(), parts);
 }
 
 CudaBackend::Context CudaBackend::open(Device device, const ContextOptions& options) {

@@ -127,6 +127,44 @@ __global__ void __launch_bounds__(kStagedThreads)
   }
 }
 
+// A block writes a run of columns of all rows of a tile.
+template <class In>
+__global__ void __launch_bounds__(kDirectThreads) gather_tiles(const ExpertGather gather) {
+  ptx::launch_dependents();
+  ptx::wait_for_predecessor();
+  const TokenTileLists& lists = gather.tiles;
+  const int32_t tile = blockIdx.x;
+  const int32_t used = *lists.used;
+  if (tile >= (lists.first != nullptr ? used : used / lists.tile_rows)) return;
+  const int32_t expert = lists.experts[tile];
+  if (expert < 0 || expert >= gather.num_experts) return;
+  const int32_t first = (blockIdx.y * kDirectThreads + threadIdx.x) * kColumns;
+  if (first >= gather.columns) return;
+  const int32_t* source = gather.source + expert * (gather.expert_bytes / 4) + first;
+  int32_t from[kColumns];
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) from[i] = source[i];
+  const int32_t slot = lists.first != nullptr ? lists.first[tile] : tile * lists.tile_rows;
+  const int32_t rows = lists.rows != nullptr ? lists.rows[tile] : lists.tile_rows;
+#pragma unroll 2
+  for (int32_t row = slot; row < slot + rows; ++row) {
+    const int32_t id = lists.ids[row];
+    if (id < 0 || id >= lists.num_ids) continue;
+    const int64_t input = gather.x_by_slot ? row : id / gather.top_k;
+    const In* x = static_cast<const In*>(gather.x) + input * gather.x_stride;
+    uint32_t words[kColumns / 2];
+#pragma unroll
+    for (int i = 0; i < kColumns; i += 2) {
+      const uint32_t low = from[i] < 0 ? 0 : bits_of(x[from[i]]);
+      const uint32_t high = from[i + 1] < 0 ? 0 : bits_of(x[from[i + 1]]);
+      words[i / 2] = low | high << 16;
+    }
+    auto* out =
+        static_cast<uint16_t*>(gather.out) + static_cast<int64_t>(row) * gather.columns + first;
+    *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+}
+
 template <class In>
 void gather(const Rows& rows, const DeviceLimits& limits, bool dependent, cudaStream_t stream) {
   // Up to this many rows there is less to read than a staged row takes to come.
@@ -176,6 +214,16 @@ void gather_rows(const void* x, FloatType x_type, std::int64_t x_stride, std::in
       gather<__half>(rows, limits, dependent_launch, s);
     }
   }
+}
+
+void gather_expert_rows(const ExpertGather& gather, bool dependent_launch, void* stream) {
+  const auto kernel = gather.x_type == FloatType::kF32    ? gather_tiles<float>
+                      : gather.x_type == FloatType::kBF16 ? gather_tiles<__nv_bfloat16>
+                                                          : gather_tiles<__half>;
+  const auto segments = ceil_div(gather.columns, kDirectThreads * kColumns);
+  launch_kernel(
+      kernel, dim3(static_cast<unsigned>(gather.tiles.most_tiles), static_cast<unsigned>(segments)),
+      kDirectThreads, 0, dependent_launch, static_cast<cudaStream_t>(stream), gather);
 }
 
 }  // namespace marlinq::cuda

@@ -55,6 +55,7 @@ struct TokenTileLists {
   const std::int32_t* used = nullptr;     // [1] how many tiles count; where first is null, slots
   std::int32_t tile_rows = 0;             // at most
   std::int32_t most_tiles = 0;            // room in the lists
+  std::int64_t most_slots = 0;
   std::int32_t num_ids = 0;
 };
 
@@ -68,17 +69,19 @@ struct ExpertRows {
 
 /// A product over experts, y[row of an id] = x[row of the id] W[expert of its tile]^T + bias.
 struct ExpertProblem {
-  GemmProblem matrix;             // of expert 0; m is not used
+  GemmProblem matrix = {};        // of expert 0; m is not used
   std::int64_t expert_bytes = 0;  // from the packed weight of an expert to that of the next
   std::int32_t num_experts = 0;
-  TokenTileLists tiles;
+  TokenTileLists tiles = {};
   /// Instead of tiles, in host memory: no more than a launch takes.
-  std::span<const ExpertRows> dispatches;
-  std::int32_t top_k = 1;          // the row of x of an id is id / top_k, ...
-  bool x_by_slot = false;          // ... or that of its slot
-  bool y_by_slot = false;          // the row of y of an id is the id, or its slot
-  const float* weights = nullptr;  // of ids: outputs are multiplied by it; null: 1
-  bool weights_bias = true;        // the bias too
+  std::span<const ExpertRows> dispatches = {};
+  std::int32_t top_k = 1;  // the row of x of an id is id / top_k, ...
+  bool x_by_slot = false;  // ... or that of its slot
+  bool y_by_slot = false;  // the row of y of an id is the id, or its slot
+  // Outputs are multiplied by the weight of their id, weights[id / top_k, id % top_k]; null: 1.
+  const float* weights = nullptr;
+  std::int64_t weights_stride = 0;
+  bool weights_bias = true;  // the bias too
   /// Features come in two halves, g and u: y has half as many, act(g, u).
   bool activates = false;
   Activation activation = Activation::kSilu;
@@ -87,6 +90,7 @@ struct ExpertProblem {
 /// How a product over experts is run.
 struct ExpertPlan {
   std::int32_t instance = 0;
+  std::int32_t tokens = 0;  // of a tile; a dispatch fills whole tiles
   std::int32_t blocks = 1;
   std::int32_t shared_bytes = 0;
   bool may_cut = true;  // tiles along K

@@ -14,6 +14,7 @@ namespace marlinq {
 namespace cuda {
 
 struct ContextState;
+class PackedExperts;
 
 /// Device memory. Movable, not copyable; contents start undefined.
 class MARLINQ_API CudaBuffer {
@@ -70,12 +71,18 @@ struct MARLINQ_API CudaBackend : QuantMarlinDefaults<CudaBackend> {
   static constexpr std::string_view kName = "cuda";
   using Context = cuda::CudaContext;
   using Buffer = cuda::CudaBuffer;
+  using Packed = cuda::PackedExperts;
 
   static std::unique_ptr<Linear<CudaBackend>> load_gptq(Context& context,
                                                         const GptqTensors& tensors,
                                                         const GptqSpec& spec,
                                                         const LoadOptions& options = {});
+  static std::shared_ptr<MarlinExpertStack<CudaBackend>> load_gptq_stacked(
+      Context& context, std::span<const GptqTensors> experts, const GptqSpec& spec,
+      const LoadOptions& options = {});
   static void pregrow_marlin_gather_scratch(Context& context, std::int64_t required_elements);
+  static std::unique_ptr<MoeBlock<CudaBackend>> make_moe_block(
+      Context& context, const MoeBlockParts<CudaBackend>& parts);
   static Buffer allocate(Context& context, DType dtype, std::int64_t size);
   static void copy(Context& context, const ConstMatrixView& from, const MatrixView& to);
   static void synchronise(Context& context);
@@ -85,6 +92,18 @@ struct MARLINQ_API CudaBackend : QuantMarlinDefaults<CudaBackend> {
   static BackendInfo info();
   static bool runs(DeviceKind kind) noexcept { return kind == DeviceKind::kCuda; }
   static Context open(Device device, const ContextOptions& options);
+
+  // The primitives of PackedGemm, for the code in the core.
+  static std::shared_ptr<const Packed> pack(Context& context, std::span<const GptqWeights> experts,
+                                            const LoadOptions& options);
+  static Description describe(const Packed& packed);
+  static Description describe(const Packed& packed, std::int64_t expert);
+  static void gemm(Context& context, const Packed& packed, std::int64_t expert,
+                   const ConstMatrixView& input, const MatrixView& output, std::int64_t m);
+  static void gemm_batched(Context& context, const Packed& packed, const ConstMatrixView& input,
+                           std::span<const ExpertDispatch> dispatches, const MatrixView& output);
+  static void gemm_fused(Context& context, const Packed& packed, const ConstMatrixView& input,
+                         const FusedTiles& tiles, const MatrixView& output);
 };
 
 static_assert(BackendQuantMarlin<CudaBackend>);

@@ -24,15 +24,15 @@ void activate(const ActivateProblem& problem, bool dependent_launch, void* strea
 /// sigmoid(x[t] . shared_gate) * shared[t], plus residual[t].
 struct CombineProblem {
   /// [tokens * top_k, hidden]. Rows whose id is none of the num_experts experts are not read.
-  FloatMatrix expert_output;
+  FloatMatrix expert_output = {};
   TopkIds topk_ids;
   std::int32_t num_experts = 0;
   const float* topk_weights = nullptr;  // [tokens, top_k]; null: all 1
   std::int64_t topk_weights_stride = 0;
-  FloatMatrix shared;                  // [tokens, hidden], or absent
+  FloatMatrix shared = {};                  // [tokens, hidden], or absent
   const float* shared_gate = nullptr;  // [hidden] on the device; null: the factor is 1
-  FloatMatrix x;                       // [tokens, hidden], where there is a shared gate
-  FloatMatrix residual;                // [tokens, hidden], or absent; may be `out`
+  FloatMatrix x = {};                       // [tokens, hidden], where there is a shared gate
+  FloatMatrix residual = {};                // [tokens, hidden], or absent; may be `out`
   FloatOutput out;                     // [tokens, hidden]
   std::int32_t hidden = 0;
 };

@@ -24,6 +24,7 @@ inline ListedTiles listed_tiles(const ExpertProblem& problem, std::int32_t token
           .tile_rows = Divider(tiles.tile_rows),
           .pieces = Divider(static_cast<std::int32_t>(ceil_div(tiles.tile_rows, tokens))),
           .top_k = Divider(problem.top_k),
+          .weights_stride = problem.weights_stride,
           .x_by_slot = problem.x_by_slot,
           .y_by_slot = problem.y_by_slot};
 }

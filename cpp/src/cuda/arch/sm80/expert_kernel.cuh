@@ -41,7 +41,7 @@ struct ExpertCost {
 struct RowPlace {
   int x = -1;
   int y = -1;
-  int id = 0;
+  int64_t weight = 0;  // place among the weights
 };
 
 /// Token tiles from lists on the device.
@@ -50,6 +50,7 @@ struct ListedTiles {
   Divider tile_rows;
   Divider pieces;  // tiles of the kernel that one of the lists is cut into
   Divider top_k;
+  int64_t weights_stride;
   bool x_by_slot;
   bool y_by_slot;
 
@@ -70,7 +71,10 @@ struct ListedTiles {
         (lists.first != nullptr ? lists.first[listed] : listed * tile_rows.divisor) + within;
     const int id = lists.ids[slot];
     if (id < 0 || id >= lists.num_ids) return {};
-    return {.x = x_by_slot ? slot : top_k.divide(id), .y = y_by_slot ? slot : id, .id = id};
+    const int token = top_k.divide(id);
+    return {.x = x_by_slot ? slot : token,
+            .y = y_by_slot ? slot : id,
+            .weight = token * weights_stride + (id - token * top_k.divisor)};
   }
 };
 
@@ -89,8 +93,7 @@ struct DispatchedTiles {
     const int within = (tile - first_tile[dispatch]) * tokens + at;
     if (within >= rows[dispatch].rows) return {};
     return {.x = x_by_slot ? tile * tokens + at : rows[dispatch].input_row + within,
-            .y = rows[dispatch].output_row + within,
-            .id = 0};
+            .y = rows[dispatch].output_row + within};
   }
 
  private:
@@ -355,7 +358,7 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
         place.x < 0 ? RowTables<S>::kNoRow : static_cast<uint32_t>(place.x * p_.x_stride / 8);
     tables_.y[fill_table_][i] = place.y;
     tables_.weight[fill_table_][i] =
-        params_.weights != nullptr && place.x >= 0 ? params_.weights[place.id] : 1.0f;
+        params_.weights != nullptr && place.x >= 0 ? params_.weights[place.weight] : 1.0f;
   }
 
   __device__ __forceinline__ void prime() {

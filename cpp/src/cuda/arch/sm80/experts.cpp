@@ -67,6 +67,7 @@ ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits
   const std::int64_t work =
       most_tiles(problem, kernel.tokens) * ceil_div(w.n, kernel.features) * w.chunks;
   return {.instance = static_cast<std::int32_t>(chosen),
+          .tokens = kernel.tokens,
           .blocks = static_cast<std::int32_t>(
               std::min<std::int64_t>(std::int64_t{together} * limits.multiprocessors, work)),
           .shared_bytes = shared,
