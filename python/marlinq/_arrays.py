@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from marlinq import _core
+from marlinq._context import Call
 from marlinq.errors import InvalidArgumentError, UnsupportedError
 
 Array: TypeAlias = Any
@@ -132,10 +133,24 @@ def allocate(
     return Output(_core.DeviceBuffer(context, shape, kind), namespace)
 
 
-def clear(output: Output) -> None:
-    """Fills a new array with zeros."""
-    if not isinstance(output.target, _core.HostBuffer | _core.DeviceBuffer):  # zeros already
-        output.target[...] = 0
+def clear(output: Output, call: Call) -> None:
+    """Fills a new array with zeros, on the stream of the call's context."""
+    target = output.target
+    if isinstance(target, _core.HostBuffer | _core.DeviceBuffer):  # zeros already
+        return
+    if isinstance(target, np.ndarray) or call.on_current_stream(target):
+        target[...] = 0
+    else:
+        kind = str(target.dtype).removeprefix("torch.")
+        call.context.copy(_core.DeviceBuffer(call.context, target.shape, kind), target)
+
+
+def integer(value: int, like: Array, call: Call) -> Array:
+    """An int32 array `[1]`, of torch where `like` lies, which waits for nothing; else of numpy."""
+    torch = _torch()
+    if torch is not None and isinstance(like, torch.Tensor) and call.on_current_stream(like):
+        return torch.full((1,), value, dtype=torch.int32, device=like.device)
+    return np.array([value], np.int32)
 
 
 def given(out: Array) -> Output:

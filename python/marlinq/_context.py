@@ -39,15 +39,6 @@ def _library_of(array: Any) -> str:
     return known
 
 
-def needs_wait(array: Any) -> bool:
-    """Whether work on the array has to be done when a call returns.
-
-    torch and CuPy go on after us on the current stream, and the core waits for numpy's copies.
-    Other libraries learn nothing of our stream.
-    """
-    return not _library_of(array)
-
-
 def _current_stream(device: str, like: Any) -> int:
     """The stream that is current for the library of `like`, else the default stream."""
     library = _library_of(like)
@@ -87,3 +78,42 @@ def context_for(
     if known is None:
         known = _contexts.known[device, stream] = _core.Context(device, stream=stream)
     return known
+
+
+class Call:
+    """One call on a device: the context that it uses, and how it ends.
+
+    Attributes:
+        context: The caller's, else this thread's own for the device and the stream that is current
+            for the library of the first array, numpy's aside.
+    """
+
+    __slots__ = ("_device", "_own", "context")
+
+    def __init__(self, device: str, context: _core.Context | None, *arrays: Any) -> None:
+        """Chooses the context; arrays may be None, but the first. Raises as `context_for`."""
+        like = arrays[0]
+        for array in arrays:
+            if array is not None and _library_of(array) != "numpy":
+                like = array
+                break
+        self._own = context is None
+        self._device = device
+        self.context = context_for(device, context, like)
+
+    def finish(self, *arrays: Any) -> None:
+        """Waits where work on one of the arrays has to be done when a call returns.
+
+        torch and CuPy go on after us on the current stream, and the core waits for numpy's copies.
+        Other libraries learn nothing of our stream. A context of the caller's is theirs to order.
+        """
+        if not self._own or self._device == "cpu":
+            return
+        for array in arrays:
+            if array is not None and not _library_of(array):
+                self.context.synchronise()
+                return
+
+    def on_current_stream(self, array: Any) -> bool:
+        """Whether the context's stream is the current one of the array's library."""
+        return self._own or self.context.stream == _current_stream(self._device, array)

@@ -19,10 +19,12 @@ __all__: list[str] = [
     "MoeBlock",
     "backends",
     "build_note",
+    "check_block_options",
     "load_gptq",
     "load_gptq_stacked",
     "moe_align_block_size",
     "route",
+    "time_blocks",
     "time_forwards",
     "validate",
 ]
@@ -219,9 +221,10 @@ class ExpertStack:
         top_k: typing.SupportsInt | typing.SupportsIndex,
         num_tokens: typing.SupportsInt | typing.SupportsIndex,
         topk_weights: typing.Any = None,
+        entries: typing.SupportsInt | typing.SupportsIndex | None = None,
     ) -> None:
         """
-        Tiles as moe_align_block_size makes them.
+        Tiles as moe_align_block_size makes them; entries is what num_tokens_past_padded holds, where the caller knows it, and is checked.
         """
     @property
     def backend(self) -> str: ...
@@ -256,6 +259,7 @@ class MoeBlock:
         topk_weights: typing.Any,
         out: typing.Any,
         shared_output: typing.Any = None,
+        residual: typing.Any = None,
     ) -> None: ...
     @property
     def backend(self) -> str: ...
@@ -272,6 +276,11 @@ def backends() -> list[dict[str, typing.Any]]:
 def build_note() -> str:
     """
     Whether the CUDA backend was built, and by what or why not.
+    """
+
+def check_block_options(activation: str, router_weight: str) -> None:
+    """
+    Refuses names that MoeBlock does not take.
     """
 
 def load_gptq(
@@ -336,6 +345,21 @@ def route(
 ) -> None:
     """
     Writes ids (i32 [T, top_k]) and weights (f32 [T, top_k]).
+    """
+
+def time_blocks(
+    context: Context,
+    blocks: collections.abc.Sequence[MoeBlock],
+    x: typing.Any,
+    topk_ids: collections.abc.Sequence[typing.Any],
+    topk_weights: typing.Any,
+    out: typing.Any,
+    *,
+    first: typing.SupportsInt | typing.SupportsIndex,
+    count: typing.SupportsInt | typing.SupportsIndex,
+) -> float:
+    """
+    As time_forwards, through the blocks and the arrays of topk_ids in turn.
     """
 
 def time_forwards(

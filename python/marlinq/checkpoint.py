@@ -18,11 +18,11 @@ from marlinq._experts import (
     find_projections,
     router_weight_of,
 )
-from marlinq._module import FOREIGN_TENSORS, ModuleInfo, ModuleReader, Override
+from marlinq._module import FOREIGN_TENSORS, ModuleInfo, ModuleReader, ModuleSpec, Override
 from marlinq._safetensors import TensorFiles
 from marlinq.errors import InvalidArgumentError, UnsupportedError
 from marlinq.linear import ExpertStack, Linear, issue_warnings, zero_points_of
-from marlinq.moe import MoeBlock, SharedExpert
+from marlinq.moe import MoeBlock, SharedExpert, check_shared_expert
 from marlinq.reference import Weight, widen
 
 _NEAR_NAMES = 5
@@ -133,6 +133,12 @@ class Checkpoint:
         near = difflib.get_close_matches(name, list(self._names), _NEAR_NAMES)
         raise InvalidArgumentError(f"{name}: no such module{_near(near)}")
 
+    def _spec_of(self, names: Sequence[str]) -> ModuleSpec:
+        """How to read modules that one weight holds; raises where there is no such weight."""
+        for name in names:
+            self._require(name)
+        return self._reader.common_spec(names)
+
     def linear(
         self,
         name: str | Sequence[str],
@@ -162,9 +168,7 @@ class Checkpoint:
         names = [name] if isinstance(name, str) else list(name)
         if not names:
             raise InvalidArgumentError("name: an empty list, expected at least one module")
-        for module in names:
-            self._require(module)
-        spec = self._reader.common_spec(names)
+        spec = self._spec_of(names)
         handle = _core.load_gptq(
             context_for(device, context),
             [self._reader.core_module(module) for module in names],
@@ -207,14 +211,8 @@ class Checkpoint:
         parts = [names] if isinstance(names, str) else list(names)
         if not parts:
             raise InvalidArgumentError("names: an empty list, expected at least one projection")
-        experts = [
-            [f"{prefix}.{index}.{part}" for part in parts]
-            for index in range(self._count_experts(prefix))
-        ]
-        flat = [name for expert in experts for name in expert]
-        for name in flat:
-            self._require(name)
-        spec = self._reader.common_spec(flat)
+        experts = self._expert_modules(prefix, parts)
+        spec = self._spec_of([name for expert in experts for name in expert])
         handle = _core.load_gptq_stacked(
             context_for(device, context),
             [[self._reader.core_module(name) for name in expert] for expert in experts],
@@ -275,24 +273,47 @@ class Checkpoint:
         projections = self._projections(f"{experts}.0")
         activation = activation or activation_of(self.config)
         router_weight = router_weight or router_weight_of(self.config, prefix)
-        shared: SharedExpert | None
-        if isinstance(shared_expert, str):
-            if shared_expert != "auto":
-                raise InvalidArgumentError(
-                    f'shared_expert: {shared_expert!r}, expected "auto", None, a pair or a callable'
-                )
-            shared = self._load_shared_expert(prefix, options)
-        else:
+        # What can be refused is refused before the first part is loaded, which may take long.
+        _core.check_block_options(activation, router_weight)
+        shared: SharedExpert | None = None
+        shared_parts: tuple[list[str], str] | None = None
+        if not isinstance(shared_expert, str):
+            check_shared_expert(shared_expert)
             shared = shared_expert
+        elif shared_expert == "auto":
+            shared_parts = self._find_shared_expert(prefix)
+        else:
+            raise InvalidArgumentError(
+                f'shared_expert: {shared_expert!r}, expected "auto", None, a pair or a callable'
+            )
+        has_shared = shared is not None or shared_parts is not None
+        shared_gate = self._shared_gate(prefix) if has_shared else None
+        for parts in (projections.gate_up, [projections.down]):
+            modules = self._expert_modules(experts, parts)
+            self._spec_of([name for expert in modules for name in expert])
+        gate_up = self.expert_stack(experts, projections.gate_up, **options)
+        down = self.expert_stack(experts, projections.down, **options)
+        if shared_parts is not None:
+            shared = (
+                self.linear(shared_parts[0], **options),
+                self.linear(shared_parts[1], **options),
+            )
         return MoeBlock(
-            self.expert_stack(experts, projections.gate_up, **options),
-            self.expert_stack(experts, projections.down, **options),
+            gate_up,
+            down,
             activation=activation,
             shared_expert=shared,
-            shared_gate=None if shared is None else self._shared_gate(prefix),
+            shared_gate=shared_gate,
             router_weight=router_weight,
             context=context,
         )
+
+    def _expert_modules(self, prefix: str, parts: Sequence[str]) -> list[list[str]]:
+        """The modules of each expert that are fused."""
+        return [
+            [f"{prefix}.{index}.{part}" for part in parts]
+            for index in range(self._count_experts(prefix))
+        ]
 
     def _count_experts(self, prefix: str) -> int:
         """How many experts lie below a prefix, numbered from 0 without a gap."""
@@ -333,9 +354,8 @@ class Checkpoint:
             )
         return projections
 
-    def _load_shared_expert(
-        self, prefix: str, options: dict[str, Any]
-    ) -> tuple[Linear, Linear] | None:
+    def _find_shared_expert(self, prefix: str) -> tuple[list[str], str] | None:
+        """The modules gate_up, to be fused, and down of the checkpoint's own shared expert."""
         for name in SHARED_NAMES:
             shared = f"{prefix}.{name}"
             if not self._children(shared):
@@ -347,10 +367,11 @@ class Checkpoint:
                         f"{shared}.{part}: not quantised; pass shared_expert= a callable that runs "
                         "it, or None to leave it out"
                     )
-            return (
-                self.linear([f"{shared}.{part}" for part in projections.gate_up], **options),
-                self.linear(f"{shared}.{projections.down}", **options),
-            )
+            gate_up = [f"{shared}.{part}" for part in projections.gate_up]
+            down = f"{shared}.{projections.down}"
+            for names in (gate_up, [down]):
+                self._spec_of(names)
+            return gate_up, down
         return None
 
     def _shared_gate(self, prefix: str) -> np.ndarray[Any, Any] | None:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from marlinq import _core
-from marlinq._arrays import Array, allocate, clear, given, shape_of
-from marlinq._context import context_for, needs_wait
+from marlinq._arrays import Array, allocate, clear, given, integer, shape_of
+from marlinq._context import Call, context_for
 from marlinq.errors import InvalidArgumentError, MarlinqWarning, UnsupportedError
 
 CHECKPOINT_FORMATS = ("auto", "gptq", "gptq_v2", "gptq_p")
@@ -106,19 +106,16 @@ class Linear:
             InvalidArgumentError: A shape, dtype or device does not fit, or x requires grad.
         """
         shape = shape_of(x, "x")
-        own = context is None
-        like = x if out is None or not isinstance(x, np.ndarray) else out
-        context = context_for(self._device, context, like)
+        call = Call(self._device, context, x, out)
         if out is None and not shape:
             raise InvalidArgumentError(f"x: 0 dimensions, expected [..., {self.in_features}]")
         output = (
             given(out)
             if out is not None
-            else allocate(x, (*shape[:-1], self._out_features), context)
+            else allocate(x, (*shape[:-1], self._out_features), call.context)
         )
-        self._handle.forward(context, x, output.target)
-        if own and self._device != "cpu" and (needs_wait(x) or needs_wait(output.target)):
-            context.synchronise()
+        self._handle.forward(call.context, x, output.target)
+        call.finish(x, output.target)
         return output.array()
 
     def __repr__(self) -> str:
@@ -215,14 +212,16 @@ class ExpertStack:
     ) -> Array:
         """Runs ranges of rows through experts of the caller's choice, all in one launch.
 
+        Streams, copies and types of a GPU are as of a `Linear`.
+
         Args:
-            x: `[M, K]`, float32, float16 or bfloat16, on the stack's device.
+            x: `[M, K]`, float32, float16 or bfloat16, on the stack's device or a numpy array.
             dispatches: Tuples (expert, input row, output row, rows), in any order; an empty list is
                 fine. No output row may belong to two of them.
             out: `[R, N]` of the dtype of x or float32; rows that no dispatch names stay as they
                 are. None allocates an array of the library and dtype of x, with zeros in such rows.
             out_rows: R of that array; None takes as many rows as the dispatches reach.
-            context: Used instead of this thread's own context.
+            context: As of a `Linear`.
 
         Returns:
             `out`, or the new array.
@@ -232,16 +231,17 @@ class ExpertStack:
         """
         shape_of(x, "x")
         dispatches = _check_dispatches(dispatches)
-        context = context_for(self._device, context, x)
+        call = Call(self._device, context, x, out)
         if out is not None:
-            self._handle.gemm_phase_batched(context, x, dispatches, given(out).target)
-            return out
-        if out_rows is None:
-            out_rows = max((first + rows for _, _, first, rows in dispatches), default=0)
-        output = allocate(x, (out_rows, self.n_per_expert), context)
-        if sum(rows for *_, rows in dispatches) != out_rows:
-            clear(output)
-        self._handle.gemm_phase_batched(context, x, dispatches, output.target)
+            output = given(out)
+        else:
+            if out_rows is None:
+                out_rows = max((first + rows for _, _, first, rows in dispatches), default=0)
+            output = allocate(x, (out_rows, self.n_per_expert), call.context)
+            if sum(rows for *_, rows in dispatches) != out_rows:
+                clear(output, call)
+        self._handle.gemm_phase_batched(call.context, x, dispatches, output.target)
+        call.finish(x, output.target)
         return output.array()
 
     def gemm_phase_fused(
@@ -260,8 +260,11 @@ class ExpertStack:
     ) -> Array:
         """Runs the tiles of `moe_align_block_size`, all in one launch.
 
+        Streams, copies and types of a GPU are as of a `Linear`. Arrays are on the stack's device or
+        of numpy. What tile lists on a GPU hold is not looked at by the host.
+
         Args:
-            x: `[num_tokens, K]`, float32, float16 or bfloat16, on the stack's device.
+            x: `[num_tokens, K]`, float32, float16 or bfloat16.
             sorted_token_ids: int32; input row of an id = id // top_k, output row = id; an id of
                 num_tokens * top_k or more is padding.
             expert_ids: int32, one a tile; -1 means "not here", and its rows are written as zeros.
@@ -274,7 +277,7 @@ class ExpertStack:
                 weight.
             out: `[num_tokens * top_k, N]` of the dtype of x or float32; None allocates an array of
                 the library and dtype of x.
-            context: Used instead of this thread's own context.
+            context: As of a `Linear`.
 
         Returns:
             `out`, or the new array.
@@ -283,16 +286,18 @@ class ExpertStack:
             InvalidArgumentError: A shape, dtype, device or tile does not fit.
         """
         shape_of(x, "x")
-        context = context_for(self._device, context, x)
-        if isinstance(num_tokens_past_padded, int):
-            num_tokens_past_padded = np.array([num_tokens_past_padded], np.int32)
+        call = Call(self._device, context, x, out, sorted_token_ids)
+        entries = None
+        if isinstance(num_tokens_past_padded, int | np.integer):
+            entries = int(num_tokens_past_padded)
+            num_tokens_past_padded = integer(entries, sorted_token_ids, call)
         output = (
             given(out)
             if out is not None
-            else allocate(x, (num_tokens * top_k, self.n_per_expert), context)
+            else allocate(x, (num_tokens * top_k, self.n_per_expert), call.context)
         )
         self._handle.gemm_phase_fused(
-            context,
+            call.context,
             x,
             sorted_token_ids,
             expert_ids,
@@ -302,7 +307,9 @@ class ExpertStack:
             top_k=top_k,
             num_tokens=num_tokens,
             topk_weights=topk_weights,
+            entries=entries,
         )
+        call.finish(x, output.target, sorted_token_ids, expert_ids, topk_weights)
         return output.array()
 
     def __repr__(self) -> str:

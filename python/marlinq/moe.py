@@ -7,12 +7,28 @@ import numpy as np
 
 from marlinq import _core
 from marlinq._arrays import Array, allocate, device_of, given, same_kind, shape_of, to_float32
-from marlinq._context import context_for
+from marlinq._context import Call, context_for
 from marlinq.errors import InvalidArgumentError
 from marlinq.linear import ExpertStack, Linear
 
 SharedExpert: TypeAlias = tuple[Linear, Linear] | Callable[[Any], Any]
 """The linears (gate_up, down), or a function of x `[T, H]` that returns `[T, H]`."""
+
+
+def check_shared_expert(shared_expert: Any) -> None:
+    """Checks the type of a shared expert.
+
+    Raises:
+        InvalidArgumentError: It is neither None, nor a pair of linears, nor a callable.
+    """
+    if shared_expert is None or callable(shared_expert):
+        return
+    parts = tuple(shared_expert) if isinstance(shared_expert, tuple | list) else ()
+    if len(parts) != 2 or not all(isinstance(part, Linear) for part in parts):
+        raise InvalidArgumentError(
+            f"shared_expert: {type(shared_expert).__name__}, expected the pair (gate_up, down) of "
+            "Linear, or a callable"
+        )
 
 
 class MoeBlock:
@@ -53,18 +69,13 @@ class MoeBlock:
             InvalidArgumentError: The parts do not fit together.
         """
         self._device = gate_up.device
+        check_shared_expert(shared_expert)
         self._shared_function: Callable[[Any], Any] | None = None
         shared: tuple[Linear, Linear] | None = None
         if callable(shared_expert):
             self._shared_function = shared_expert
         elif shared_expert is not None:
-            parts = tuple(shared_expert) if isinstance(shared_expert, tuple | list) else ()
-            if len(parts) != 2 or not all(isinstance(part, Linear) for part in parts):
-                raise InvalidArgumentError(
-                    f"shared_expert: {type(shared_expert).__name__}, expected the pair "
-                    "(gate_up, down) of Linear, or a callable"
-                )
-            shared = (parts[0], parts[1])
+            shared = (shared_expert[0], shared_expert[1])
         elif shared_gate is not None:
             raise InvalidArgumentError("shared_gate: given without shared_expert")
         self._handle = _core.MoeBlock(
@@ -115,43 +126,59 @@ class MoeBlock:
         topk_ids: Array,
         topk_weights: Array,
         *,
+        shared_output: Array | None = None,
+        residual: Array | None = None,
         out: Array | None = None,
         context: _core.Context | None = None,
     ) -> Array:
         """Runs the block.
 
+        On a GPU nothing is read by the host, so that the call can be captured in a CUDA graph, and
+        replays route as the arrays say then; ids there that are not -1 to num_experts - 1 are the
+        caller's mistake. Arrays are on the block's device, or of numpy, and used or copied as those
+        of a `Linear`.
+
         Args:
-            x: `[T, H]`, float32, float16 or bfloat16, on the block's device.
+            x: `[T, H]`, float32, float16 or bfloat16.
             topk_ids: `[T, top_k]`, int32 or int64, top_k from 1 to 16; -1 means "not here".
             topk_weights: `[T, top_k]`, float32.
+            shared_output: `[T, H]`, float32, float16 or bfloat16, added as it is: the output of a
+                shared expert, for blocks that have none.
+            residual: `[T, H]` of the dtype of x or float32, added to the output before it is
+                rounded; may be `out`.
             out: `[T, H]` of the dtype of x or float32; None allocates an array of the library and
                 dtype of x.
-            context: Used instead of this thread's own context.
+            context: As of a `Linear`.
 
         Returns:
             `out`, or the new array.
 
         Raises:
-            InvalidArgumentError: A shape, dtype, device or id does not fit.
+            InvalidArgumentError: A shape, dtype or device does not fit, or an id in host memory.
         """
         shape = shape_of(x, "x")
-        context = context_for(self._device, context, x)
-        output = given(out) if out is not None else allocate(x, shape, context)
-        shared = None
+        call = Call(self._device, context, x, out, topk_ids, topk_weights)
+        output = given(out) if out is not None else allocate(x, shape, call.context)
         if self._shared_function is not None:
-            shared = self._shared_function(x)
-            if shared is None:
+            if shared_output is not None:
+                raise InvalidArgumentError(
+                    "shared_output: given, but the block runs a shared expert itself"
+                )
+            shared_output = self._shared_function(x)
+            if shared_output is None:
                 raise InvalidArgumentError(
                     "shared_expert: the callable returned None, expected [T, H]"
                 )
         self._handle.forward(
-            context,
+            call.context,
             x,
             topk_ids,
             topk_weights,
             output.target,
-            shared_output=shared,
+            shared_output=shared_output,
+            residual=residual,
         )
+        call.finish(x, output.target, topk_ids, topk_weights, shared_output, residual)
         return output.array()
 
     def __repr__(self) -> str:

@@ -26,8 +26,10 @@ needs_two_devices = pytest.mark.skipif(len(DEVICES) < 2, reason="fewer than two 
 DEVICE = "cuda:0"
 TYPES = ["float16", "bfloat16"]
 BOUNDS = {name: tolerance("cuda", name) for name in TYPES}
+BLOCK_BOUNDS = {name: tolerance("cuda_moe", name) for name in TYPES}
 _FEW = 256
 _FEW_FACTOR = tolerance("small_output", "factor")
+_LONG_ROW = 32  # elements: the norm of so many does not come out near 0
 _SCALE_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 Tensor = Any
@@ -38,6 +40,22 @@ def normal(m: int, k: int, dtype: str, device: str = DEVICE, seed: int = 0) -> T
     generator = torch.Generator(device=device).manual_seed(seed)
     x = torch.randn((m, k), generator=generator, device=device)
     return x.to(getattr(torch, dtype))
+
+
+def pack_fields(fields: Tensor, bits: int) -> Tensor:
+    """Packs `[..., count, columns]` of 2, 4 or 8 bits along the second last axis, the first lowest,
+    into int32 words.
+    """
+    per_word = 32 // bits
+    *lead, count, columns = fields.shape
+    words = -(-count // per_word)
+    padded = torch.zeros(
+        (*lead, words * per_word, columns), dtype=torch.int32, device=fields.device
+    )
+    padded[..., :count, :] = fields
+    shifts = torch.arange(per_word, dtype=torch.int32, device=fields.device) * bits
+    spread = padded.view(*lead, words, per_word, columns) << shifts[:, None]
+    return spread.sum(-2, dtype=torch.int32)
 
 
 class DeviceLayer:
@@ -77,23 +95,12 @@ class DeviceLayer:
             self.groups = self.groups[torch.randperm(k, **options)]
         self.bias = torch.randn(n, **options).half() if bias else None
 
-    def _pack(self, fields: Tensor) -> Tensor:
-        """Fields along the first axis, the first lowest, into int32 words."""
-        per_word = 32 // self.bits
-        count, columns = fields.shape
-        words = -(-count // per_word)
-        padded = torch.zeros((words * per_word, columns), dtype=torch.int64, device=fields.device)
-        padded[:count] = fields
-        shifts = torch.arange(per_word, device=fields.device) * self.bits
-        packed = (padded.view(words, per_word, columns) << shifts[None, :, None]).sum(1)
-        return torch.where(packed < 1 << 31, packed, packed - (1 << 32)).int()
-
     def arrays(self) -> dict[str, Tensor]:
         """The keyword arguments of `marlinq.load_gptq`, in host memory."""
         tensors = {
-            "qweight": self._pack(self.codes),
+            "qweight": pack_fields(self.codes, self.bits),
             "scales": self.scales,
-            "qzeros": self._pack((self.zeros - 1).T).T.contiguous(),
+            "qzeros": pack_fields((self.zeros - 1).T, self.bits).T.contiguous(),
             "g_idx": self.groups.int(),
             "bias": self.bias,
         }
@@ -114,6 +121,134 @@ class DeviceLayer:
         """The matrix `[N, K]` in float64."""
         centred = self.codes.double() - self.zeros[self.groups].double()
         return (centred * self.scales[self.groups].double()).T
+
+
+class DeviceStack:
+    """Random experts of one shape, quantised and packed on the device, otherwise as `DeviceLayer`.
+
+    With act-order every second expert has an order of its own; the others are plain, half of them
+    without a g_idx.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        n: int,
+        k: int,
+        *,
+        bits: int = 4,
+        group_size: int = 32,
+        symmetric: bool = False,
+        act_order: bool = False,
+        bias: bool = False,
+        scale_dtype: str = "F16",
+        layout: str = "gptq",
+        seed: int = 0,
+    ) -> None:
+        generator = torch.Generator(device=DEVICE).manual_seed(seed)
+        options = {"generator": generator, "device": DEVICE}
+        rows = k if group_size == -1 else group_size
+        count = -(-k // rows)
+        self.experts, self.n, self.k = experts, n, k
+        self.bits, self.group_size, self.layout = bits, group_size, layout
+        self.codes = torch.randint(0, 1 << bits, (experts, k, n), dtype=torch.uint8, **options)
+        shape = (experts, count, n)
+        if symmetric:
+            self.zeros = torch.full(shape, 1 << (bits - 1), dtype=torch.uint8, device=DEVICE)
+        else:
+            self.zeros = torch.randint(1, 1 << bits, shape, dtype=torch.uint8, **options)
+        kind = getattr(torch, _SCALE_DTYPES[scale_dtype])
+        self.scales = ((torch.rand(shape, **options) + 0.5) / (1 << bits)).to(kind)
+        self.groups = (torch.arange(k, device=DEVICE) // rows).repeat(experts, 1)
+        if act_order:
+            order = torch.rand((experts, k), **options).argsort(1)
+            self.groups[1::2] = self.groups.gather(1, order)[1::2]
+        self.bias = torch.randn((experts, n), **options).half() if bias else None
+
+    def arrays(self) -> dict[str, list[Tensor | None]]:
+        """The keyword arguments of `marlinq.load_gptq_stacked`, in host memory."""
+        stored = self.zeros - 1 if self.layout == "gptq" else self.zeros
+        qzeros = pack_fields(stored.transpose(1, 2), self.bits).transpose(1, 2).contiguous()
+        tensors = {
+            "qweights": pack_fields(self.codes, self.bits),
+            "scales": self.scales,
+            "qzeros": qzeros,
+            "g_idx": self.groups.int(),
+            "bias": self.bias,
+        }
+        lists = {name: list(t.cpu()) for name, t in tensors.items() if t is not None}
+        lists["g_idx"] = [None if e % 4 == 0 else one for e, one in enumerate(lists["g_idx"])]
+        return lists
+
+    def load(self, **options: Any) -> marlinq.ExpertStack:
+        return marlinq.load_gptq_stacked(
+            **self.arrays(),
+            device=DEVICE,
+            bits=self.bits,
+            group_size=self.group_size,
+            k=self.k,
+            checkpoint_format=self.layout,
+            **options,
+        )
+
+    def dense(self) -> Tensor:
+        """The matrices `[E, N, K]` in float64."""
+        rows = self.groups[:, :, None].expand(-1, -1, self.n)
+        centred = self.codes.double() - self.zeros.double().gather(1, rows)
+        return (centred * self.scales.double().gather(1, rows)).transpose(1, 2)
+
+
+class Experts:
+    """Matrices `[E, N, K]` in float64 on the device, and products of rows with one of them each."""
+
+    def __init__(self, dense: Tensor, bias: Tensor | None = None) -> None:
+        self.dense = dense
+        self.bias = None if bias is None else bias.double()
+
+    def products(self, x: Tensor, experts: Tensor) -> Tensor:
+        """Row i of x through expert experts[i], float64; zeros for -1."""
+        wide, experts = x.double(), experts.long()
+        order = experts.argsort(stable=True)
+        counts = torch.bincount(experts + 1, minlength=len(self.dense) + 1).tolist()
+        y = torch.zeros((len(x), self.dense.shape[1]), dtype=torch.float64, device=x.device)
+        first = counts[0]
+        for expert, count in enumerate(counts[1:]):
+            if count:
+                rows = order[first : first + count]
+                product = wide[rows] @ self.dense[expert].T
+                y[rows] = product if self.bias is None else product + self.bias[expert]
+                first += count
+        return y
+
+    def energy(self, x: Tensor, experts: Tensor) -> Tensor:
+        """The sum of x² w² and bias² over all of these products; for few rows of few features."""
+        rows, owners = x[experts >= 0].double(), experts[experts >= 0].long()
+        energy = torch.einsum("rk,rnk->", rows**2, self.dense[owners] ** 2)
+        return energy if self.bias is None else energy + (self.bias[owners] ** 2).sum()
+
+
+def check_rows(y: Tensor, expected: Tensor, bound: float, what: object, energy: Any = None) -> None:
+    """Compares rows with float64: all of them together, and each that is long enough on its own.
+
+    Fewer than 256 elements are measured against `energy`, or against themselves, with three times
+    the bound; a single row gets that too.
+    """
+    assert y.shape == expected.shape, what
+    if y.numel() == 0:
+        return
+    difference = y.double() - expected
+    few = y.numel() < _FEW
+    scale = torch.linalg.norm(expected)
+    if few and energy is not None:
+        scale = torch.sqrt(energy)
+    allowed = (_FEW_FACTOR if few else 1) * bound * scale
+    error = torch.linalg.norm(difference)
+    assert bool(error <= allowed), f"{what}: {float(error / allowed):.3f} times the bound"
+    if y.shape[1] >= _LONG_ROW:
+        errors = torch.linalg.norm(difference, dim=1)
+        allowed = _FEW_FACTOR * bound * torch.linalg.norm(expected, dim=1)
+        wrong = torch.nonzero(~(errors <= allowed)).flatten().tolist()
+        assert not wrong, f"{what}: rows {wrong[:8]}"
 
 
 class Reference:

@@ -142,11 +142,29 @@ def test_torch_through_stack_block_and_routing() -> None:
     wanted = block(x.numpy(), wanted_ids, wanted_weights)
     np.testing.assert_array_equal(result.numpy(), wanted)
     np.testing.assert_array_equal(block(x, ids.long(), weights).numpy(), wanted)
+    added = block(x, ids, weights, shared_output=x, residual=x)
+    np.testing.assert_array_equal(
+        added.numpy(), block(x.numpy(), wanted_ids, wanted_weights, shared_output=x, residual=x)
+    )
+    for name in ("x", "topk_weights", "shared_output", "residual"):
+        arrays = {"x": x, "topk_ids": ids, "topk_weights": weights, "shared_output": x}
+        arrays |= {"residual": x, name: (arrays | {"residual": x})[name].clone().requires_grad_()}
+        with pytest.raises(InvalidArgumentError, match=f"{name}: .*requires grad"):
+            block(**arrays)
 
     tokens, experts, count = marlinq.moe_align_block_size(ids, 8, 4)
     assert tokens.dtype == experts.dtype == torch.int32
     fused = gate_up.gemm_phase_fused(x, tokens, experts, count, block_size=8, top_k=2, num_tokens=5)
     assert isinstance(fused, torch.Tensor)
+    for counted in (np.int64(count), torch.tensor([count], dtype=torch.int32)):
+        again = gate_up.gemm_phase_fused(
+            x, tokens, experts, counted, block_size=8, top_k=2, num_tokens=5
+        )
+        assert torch.equal(again, fused)
+    with pytest.raises(InvalidArgumentError, match="num_tokens_past_padded: 36, expected a mult"):
+        gate_up.gemm_phase_fused(x, tokens, experts, 36, block_size=8, top_k=2, num_tokens=5)
+    with pytest.raises(InvalidArgumentError, match="block_size: 0, expected 8, 16, 32, 48 or 64"):
+        gate_up.gemm_phase_fused(x, tokens, experts, 36, block_size=0, top_k=2, num_tokens=5)
     batched = gate_up.gemm_phase_batched(x, [(0, 0, 0, 5)])
     assert isinstance(batched, torch.Tensor)
     np.testing.assert_array_equal(batched.numpy(), gate_up[0](x.numpy()))

@@ -10,7 +10,7 @@ import marlinq
 import numpy as np
 import pytest
 from gptq_writer import Tensor, make_layer, pack_zeros, with_zeros, write_checkpoint
-from marlinq.cli import main
+from marlinq.cli import bench, main
 from support import DATA, run_python
 
 MINILM = str(DATA / "minilm-w4-g128-sym")
@@ -245,9 +245,57 @@ def test_bench_of_a_checkpoint(run: Any) -> None:
 
 
 def test_bench_of_a_block(run: Any) -> None:
-    result = run("bench", "--moe", "4,2,64,32", "--json", *BENCH)
+    result = run("bench", "--moe", "4,2,64,32", "6,1,32,64", "--json", *BENCH)
     assert (result.code, result.err) == (0, "")
-    assert [row["m"] for row in result.document["results"]] == [1, 3]
+    rows = result.document["results"]
+    assert [(row["experts"], row["top_k"], row["k"], row["n"], row["m"]) for row in rows] == [
+        (experts, top_k, hidden, inner, m)
+        for experts, top_k, hidden, inner in ((4, 2, 64, 32), (6, 1, 32, 64))
+        for m in (1, 3)
+    ]
+    for row in rows:
+        assert row["name"] == f"moe {row['experts']} experts, top {row['top_k']}"
+        assert row["memory_share"] is None
+        for name in ("seconds", "gb_per_second", "gflop_per_second", "packed_bytes"):
+            assert row[name] > 0
+    # One token meets two experts of four, three tokens at most all of them.
+    assert rows[0]["packed_bytes"] < rows[1]["packed_bytes"] <= 2 * rows[0]["packed_bytes"]
+    assert result.document["memory_gb_per_second"] is None
+
+
+def test_bench_beside_memory(run: Any) -> None:
+    cold = [option for option in BENCH if option != "--hot"]
+    options = ("--shapes", "1024x1024", "--moe", "8,2,256,256", "--no-numpy", *cold)
+    result = run("bench", *options, "--json")
+    assert (result.code, result.err) == (0, "")
+    memory = result.document["memory_gb_per_second"]
+    assert memory > 0
+    names = {row["name"] for row in result.document["results"]}
+    assert names == {"1024x1024", "moe 8 experts, top 2"}
+    for row in result.document["results"]:
+        assert row["memory_share"] == pytest.approx(row["gb_per_second"] / memory)
+        assert row["copies"] > 1
+    assert "of memory" in run("bench", *options).out
+
+
+def test_bench_knows_models(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+    """By default all of them; their weights are too large for a test."""
+    measured: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        bench,
+        "_bench_moe",
+        lambda name, shape, *_: measured.append((name, *vars(shape).values())) or [],
+    )
+    wanted = [
+        ("qwen3-30b-a3b", 128, 8, 2048, 768),
+        ("mixtral-8x7b", 8, 2, 4096, 14336),
+        ("deepseek-v3", 256, 8, 7168, 2048),
+    ]
+    assert run("bench", "--moe", *BENCH).code == 0
+    assert measured == wanted
+    measured.clear()
+    assert run("bench", "--moe", "mixtral-8x7b", *BENCH).code == 0
+    assert measured == wanted[1:2]
 
 
 @pytest.mark.parametrize(
@@ -257,6 +305,7 @@ def test_bench_of_a_block(run: Any) -> None:
         (("bench", "--shapes", "64"), "'64', expected NxK"),
         (("bench", "--shapes", "64x0"), "'0', expected an integer of at least 1"),
         (("bench", "--moe", "4,2"), "'4,2', expected four numbers"),
+        (("bench", "--moe", "qwen"), "or one of qwen3-30b-a3b, mixtral-8x7b, deepseek-v3"),
         (("bench", "--rows", "0"), "'0', expected an integer of at least 1"),
         (("bench", "--shapes", "64x64", "--kernel", "fast"), "fast"),
         (("verify", MINILM, "--kernel", "fast"), "--kernel fast: expected one of"),

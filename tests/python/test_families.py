@@ -16,7 +16,8 @@ from gptq_writer import (
     round_to,
     write_checkpoint,
 )
-from marlinq.errors import InvalidArgumentError, UnsupportedError
+from marlinq import _core
+from marlinq.errors import InvalidArgumentError, MarlinqError, UnsupportedError
 from support import MOE_BOUND, assert_close, normal
 
 EXPERTS, HIDDEN, INNER = 4, 64, 96
@@ -290,6 +291,45 @@ def test_router_weight_can_be_chosen(tmp_path: Path) -> None:
     assert checkpoint.moe("m.mlp", router_weight="input").describe()["router_weight"] == "input"
     with pytest.raises(InvalidArgumentError, match="router_weight: 'x'"):
         checkpoint.moe("m.mlp", router_weight="x")
+
+
+def test_nothing_is_loaded_before_all_is_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading a stack may take seconds, and memory of a GPU."""
+
+    def fail(*_arguments: Any, **_options: Any) -> None:
+        pytest.fail("a part was loaded")
+
+    monkeypatch.setattr(_core, "load_gptq", fail)
+    monkeypatch.setattr(_core, "load_gptq_stacked", fail)
+    config = {"hidden_act": "silu"}
+    sound = write(tmp_path / "a", "m.mlp", config=config)
+    for options, message in (
+        ({"activation": "relu"}, "activation: 'relu', expected one of silu"),
+        ({"router_weight": "x"}, "router_weight: 'x', expected 'output'"),
+        ({"shared_expert": 3}, "shared_expert: int, expected the pair"),
+        ({"shared_expert": "none"}, "shared_expert: 'none', expected"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=message):
+            sound.moe("m.mlp", **options)
+    down = {"m.mlp.experts.2.down_proj": make_layer(HIDDEN, INNER, bits=8, group_size=32)}
+    experts = {
+        name: layer
+        for index, expert in enumerate(ROUTED)
+        for name, layer in names_of(f"m.mlp.experts.{index}", QWEN, expert).items()
+    }
+    checkpoint = marlinq.open(write_checkpoint(tmp_path / "b", experts | down, config=config))
+    with pytest.raises(InvalidArgumentError, match=r"experts\.2\.down_proj: 8 bits"):
+        checkpoint.moe("m.mlp")
+    gate, up, _ = SHARED
+    shared = names_of("m.mlp.shared_expert", QWEN, (gate, up, gate))
+    foreign = {"m.mlp.shared_expert.down_proj": {"weight_packed": SHARED[2].tensors()["qweight"]}}
+    checkpoint = write(tmp_path / "c", "m.mlp", modules=shared | foreign, config=config)
+    with pytest.raises(UnsupportedError, match=r"shared_expert\.down_proj"):
+        checkpoint.moe("m.mlp")
+    with pytest.raises(MarlinqError, match="cuda:99"):
+        sound.moe("m.mlp", device="cuda:99")
 
 
 def test_prefixes_without_experts(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def expected_block(
     router_weight: str = "output",
     shared: Sequence[Layer] | None = None,
     shared_gate: Array | None = None,
+    added: Sequence[Array] = (),
 ) -> Expected:
     """The block by its definition, in float64."""
     wide = x.astype(np.float64)
@@ -102,6 +103,8 @@ def expected_block(
         if shared_gate is not None:
             output *= sigmoid(wide @ shared_gate.astype(np.float64))[:, None]
         y += output
+    for array in added:
+        y += array.astype(np.float64)
     # Few rows are measured against their own values: a block does not cancel as one product may.
     return Expected(y, np.square(y))
 
@@ -267,6 +270,37 @@ def test_shared_expert_as_a_callable(gated: bool) -> None:
     assert block.describe()["shared_expert"] == "callable"
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_shared_output_and_residual(dtype: Any, kernel: str) -> None:
+    """Both are added in float32, before the one rounding."""
+    block = marlinq.MoeBlock(*load_stacks(kernel=kernel))
+    x = normal((33, HIDDEN), seed=11, dtype=dtype)
+    ids, weights = route_random(33, 2, seed=11, lowest=-1)
+    for residual_dtype in (dtype, np.float32):
+        residual = normal((33, HIDDEN), seed=12, dtype=residual_dtype)
+        shared = normal((33, HIDDEN), seed=13, dtype=np.float16)
+        wide = np.empty((33, HIDDEN), np.float32)
+        block(x, ids, weights, shared_output=shared, residual=residual, out=wide)
+        expected = expected_block(x, ids, weights, added=[shared, residual])
+        assert_close(wide, expected, MOE_BOUND, f"{dtype}, {residual_dtype}")
+        narrow = block(x, ids, weights, shared_output=shared, residual=residual)
+        np.testing.assert_array_equal(narrow, wide.astype(dtype))
+        alone = np.empty((33, HIDDEN), np.float32)
+        block(x, ids, weights, residual=residual, out=alone)
+        assert_close(alone, expected_block(x, ids, weights, added=[residual]), MOE_BOUND, dtype)
+
+
+def test_the_residual_may_be_the_output() -> None:
+    block = marlinq.MoeBlock(*load_stacks(), shared_expert=load_shared())
+    x = normal((9, HIDDEN), seed=14)
+    ids, weights = route_random(9, 2, seed=14)
+    hidden = normal((9, HIDDEN + 3), seed=15)
+    wanted = block(x, ids, weights, residual=hidden[:, 1:-2].copy())
+    stream = hidden[:, 1:-2]
+    assert block(x, ids, weights, residual=stream, out=stream) is stream
+    np.testing.assert_array_equal(stream, wanted)
+
+
 def test_an_error_of_the_callable_arrives() -> None:
     def shared(_x: Array) -> Array:
         raise KeyError("nothing there")
@@ -381,6 +415,17 @@ def test_shared_experts_that_are_none(shared: Any) -> None:
         ({"topk_weights": np.ones((5, 3), np.float32)}, "topk_weights: 3 columns, expected 2"),
         ({"topk_weights": np.ones((4, 2), np.float32)}, "topk_weights: 4 rows, expected"),
         ({"topk_weights": np.ones((5, 2), np.float16)}, "topk_weights: dtype float16, expected"),
+        ({"residual": np.ones((4, HIDDEN), np.float32)}, "residual: 4 rows, expected at least 5"),
+        ({"residual": np.ones((5, 95), np.float32)}, "residual: 95 columns, expected 96"),
+        (
+            {"residual": np.ones((5, HIDDEN), np.float16)},
+            "residual: dtype float16, expected the input's float32",
+        ),
+        ({"residual": 3}, "residual: int, expected a numpy array"),
+        (
+            {"shared_output": np.ones((5, HIDDEN), np.float32)},
+            "shared_output: given, but the block runs a shared expert itself",
+        ),
         ({"out": np.ones((4, HIDDEN), np.float32)}, "out: 4 rows, expected"),
         ({"out": np.ones((5, HIDDEN), np.float16)}, "out: dtype float16, expected the input's"),
         ({"out": np.ones((5, HIDDEN - 1), np.float32)}, "out: 95 columns, expected 96"),
@@ -393,3 +438,11 @@ def test_refused_input(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
         block(**(arguments | change))
     assert np.isfinite(block(**arguments)).all()
+
+
+def test_two_shared_experts_are_refused() -> None:
+    block = marlinq.MoeBlock(*load_stacks(), shared_expert=lambda x: x)
+    ids, weights = route_random(5, 2, seed=10)
+    x = normal((5, HIDDEN), 10)
+    with pytest.raises(InvalidArgumentError, match="shared_output: given, but the block runs"):
+        block(x, ids, weights, shared_output=x)

@@ -89,6 +89,15 @@ class MARLINQ_API ExpertStackHandle {
   void gemm_phase_fused(const ContextHandle& context, const ConstMatrixView& input,
                         const FusedTiles& tiles, const MatrixView& output) const;
 
+  /// As the two above, for views of which any may be of host memory; otherwise like
+  /// LinearHandle::forward_host. Tiles in host memory are checked there: invalid_argument for ids
+  /// that do not fit.
+  void gemm_phase_batched_host(const ContextHandle& context, const ConstMatrixView& input,
+                               std::span<const ExpertDispatch> dispatches,
+                               const MatrixView& output) const;
+  void gemm_phase_fused_host(const ContextHandle& context, const ConstMatrixView& input,
+                             const FusedTiles& tiles, const MatrixView& output) const;
+
   const detail::AnyExpertStack& any() const noexcept { return *self_; }
 
  private:
@@ -106,6 +115,11 @@ class MARLINQ_API MoeBlockHandle {
   std::int64_t num_experts() const noexcept;
 
   void forward(const ContextHandle& context, const MoeInput& input, const MatrixView& output) const;
+
+  /// As forward, for views of which any may be of host memory; otherwise like
+  /// LinearHandle::forward_host. Ids in host memory are checked there.
+  void forward_host(const ContextHandle& context, const MoeInput& input,
+                    const MatrixView& output) const;
 
  private:
   std::shared_ptr<const detail::AnyMoeBlock> self_;

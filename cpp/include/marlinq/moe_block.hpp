@@ -56,6 +56,9 @@ struct MoeInput {
   /// [T, H]: the output of a shared expert that the caller ran; not together with
   /// MoeBlockParts::shared.
   std::optional<ConstMatrixView> shared_output;
+  /// [T, H] of x's dtype or f32, added to the output before its one rounding; it may be the output's
+  /// own memory.
+  std::optional<ConstMatrixView> residual;
 };
 
 /// Tokens in, combined output out. Immutable and shared by any number of contexts.

@@ -29,6 +29,8 @@ std::optional<DType> parse_dtype(std::string_view name) {
   return std::nullopt;
 }
 
+bool is_numpy(py::handle object) { return py::isinstance<py::array>(object); }
+
 std::shared_ptr<void> keep_alive(py::object object) {
   auto* holder = new py::object(std::move(object));
   return {holder, [](void* pointer) {
@@ -281,8 +283,6 @@ std::int64_t stream_of(const ContextHandle& context) {
   return stream == 0 ? kLegacyDefaultStream : stream;
 }
 
-bool is_numpy(py::handle object) { return py::isinstance<py::array>(object); }
-
 ConstMatrixView as_matrix(const BorrowedArray& array, std::string_view name) {
   return matrix_view<ConstMatrixView>(array, name);
 }
@@ -300,6 +300,47 @@ ConstArrayView as_flat(const BorrowedArray& array, std::string_view name) {
           .dtype = array.dtype,
           .device = array.device,
           .size = element_count(array)};
+}
+
+const BorrowedArray& CallArrays::take(py::handle object, std::string_view name) {
+  taken_.push_back({borrow(object, name, stream_), name, is_numpy(object)});
+  return taken_.back().array;
+}
+
+ConstMatrixView CallArrays::matrix(py::handle object, std::string_view name) {
+  return as_matrix(take(object, name), name);
+}
+
+MatrixView CallArrays::output(py::handle object, std::string_view name) {
+  return as_output(take(object, name), name);
+}
+
+ConstArrayView CallArrays::flat(py::handle object, std::string_view name) {
+  return as_flat(take(object, name), name);
+}
+
+std::optional<ConstMatrixView> CallArrays::optional_matrix(py::handle object,
+                                                           std::string_view name) {
+  if (object.is_none()) return std::nullopt;
+  return matrix(object, name);
+}
+
+std::optional<ConstArrayView> CallArrays::optional_flat(py::handle object, std::string_view name) {
+  if (object.is_none()) return std::nullopt;
+  return flat(object, name);
+}
+
+bool CallArrays::copied() const {
+  const auto numpy = [](const Taken& taken) { return taken.numpy; };
+  if (std::none_of(taken_.begin(), taken_.end(), numpy)) return false;
+  for (const Taken& taken : taken_) {
+    if (device_.kind != DeviceKind::kCpu && !taken.numpy &&
+        taken.array.device.kind == DeviceKind::kCpu) {
+      refuse_argument(concat(taken.name, ": on ", to_string(taken.array.device), ", expected ",
+                             to_string(device_), " or a numpy array"));
+    }
+  }
+  return true;
 }
 
 OwnedTensor to_tensor(py::handle object, std::string_view name) {

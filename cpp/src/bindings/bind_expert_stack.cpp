@@ -1,12 +1,15 @@
 // ExpertStack, load_gptq_stacked.
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "bindings/arrays.hpp"
 #include "bindings/objects.hpp"
+#include "core/host_ids.hpp"
+#include "core/matrix_checks.hpp"
 #include "marlinq/handle.hpp"
 
 namespace py = pybind11;
@@ -34,10 +37,10 @@ ExpertStackHandle load(const ContextHandle& context,
 
 void batched(const ExpertStackHandle& self, const ContextHandle& context, const py::object& x,
              const std::vector<Dispatch>& dispatches, const py::object& out) {
-  const BorrowedArray in = borrow(x, "x", stream_of(context));
-  const BorrowedArray result = borrow(out, "out", stream_of(context));
-  const ConstMatrixView in_view = as_matrix(in, "x");
-  const MatrixView out_view = as_output(result, "out");
+  CallArrays arrays(context);
+  const ConstMatrixView in = arrays.matrix(x, "x");
+  const MatrixView result = arrays.output(out, "out");
+  const bool copied = arrays.copied();
   std::vector<ExpertDispatch> list;
   list.reserve(dispatches.size());
   for (const auto& [expert, input_row, output_row, rows] : dispatches) {
@@ -45,35 +48,40 @@ void batched(const ExpertStackHandle& self, const ContextHandle& context, const 
         {.expert = expert, .input_row = input_row, .output_row = output_row, .rows = rows});
   }
   const py::gil_scoped_release release;
-  self.gemm_phase_batched(context, in_view, list, out_view);
+  if (copied) {
+    self.gemm_phase_batched_host(context, in, list, result);
+  } else {
+    self.gemm_phase_batched(context, in, list, result);
+  }
 }
 
 void fused(const ExpertStackHandle& self, const ContextHandle& context, const py::object& x,
            const py::object& sorted_token_ids, const py::object& expert_ids,
            const py::object& num_tokens_past_padded, const py::object& out, int block_size,
-           int top_k, std::int64_t num_tokens, const py::object& topk_weights) {
-  const BorrowedArray in = borrow(x, "x", stream_of(context));
-  const BorrowedArray result = borrow(out, "out", stream_of(context));
-  const BorrowedArray ids = borrow(sorted_token_ids, "sorted_token_ids", stream_of(context));
-  const BorrowedArray experts = borrow(expert_ids, "expert_ids", stream_of(context));
-  const BorrowedArray past =
-      borrow(num_tokens_past_padded, "num_tokens_past_padded", stream_of(context));
-  BorrowedArray weights;
-  FusedTiles tiles{.sorted_token_ids = as_flat(ids, "sorted_token_ids"),
-                   .expert_ids = as_flat(experts, "expert_ids"),
-                   .num_tokens_past_padded = as_flat(past, "num_tokens_past_padded"),
-                   .block_size = block_size,
-                   .top_k = top_k,
-                   .num_tokens = num_tokens,
-                   .topk_weights = std::nullopt};
-  if (!topk_weights.is_none()) {
-    weights = borrow(topk_weights, "topk_weights", stream_of(context));
-    tiles.topk_weights = as_flat(weights, "topk_weights");
+           int top_k, std::int64_t num_tokens, const py::object& topk_weights,
+           std::optional<std::int64_t> entries) {
+  CallArrays arrays(context);
+  const ConstMatrixView in = arrays.matrix(x, "x");
+  const MatrixView result = arrays.output(out, "out");
+  const FusedTiles tiles{
+      .sorted_token_ids = arrays.flat(sorted_token_ids, "sorted_token_ids"),
+      .expert_ids = arrays.flat(expert_ids, "expert_ids"),
+      .num_tokens_past_padded = arrays.flat(num_tokens_past_padded, "num_tokens_past_padded"),
+      .block_size = block_size,
+      .top_k = top_k,
+      .num_tokens = num_tokens,
+      .topk_weights = arrays.optional_flat(topk_weights, "topk_weights")};
+  const bool copied = arrays.copied();
+  if (entries) {
+    check_tile_size(block_size);
+    check_tile_entries(*entries, tiles);
   }
-  const ConstMatrixView in_view = as_matrix(in, "x");
-  const MatrixView out_view = as_output(result, "out");
   const py::gil_scoped_release release;
-  self.gemm_phase_fused(context, in_view, tiles, out_view);
+  if (copied) {
+    self.gemm_phase_fused_host(context, in, tiles, result);
+  } else {
+    self.gemm_phase_fused(context, in, tiles, result);
+  }
 }
 
 }  // namespace
@@ -91,11 +99,13 @@ void bind_expert_stack(py::module_& module) {
            "A view of one expert, without a copy.")
       .def("gemm_phase_batched", &batched, py::arg("context"), py::arg("x"), py::arg("dispatches"),
            py::arg("out"), "Dispatches are (expert, input_row, output_row, rows), in any order.")
-      .def("gemm_phase_fused", &fused, py::arg("context"), py::arg("x"),
-           py::arg("sorted_token_ids"), py::arg("expert_ids"), py::arg("num_tokens_past_padded"),
-           py::arg("out"), py::kw_only(), py::arg("block_size"), py::arg("top_k"),
-           py::arg("num_tokens"), py::arg("topk_weights") = py::none(),
-           "Tiles as moe_align_block_size makes them.");
+      .def(
+          "gemm_phase_fused", &fused, py::arg("context"), py::arg("x"), py::arg("sorted_token_ids"),
+          py::arg("expert_ids"), py::arg("num_tokens_past_padded"), py::arg("out"), py::kw_only(),
+          py::arg("block_size"), py::arg("top_k"), py::arg("num_tokens"),
+          py::arg("topk_weights") = py::none(), py::arg("entries") = py::none(),
+          "Tiles as moe_align_block_size makes them; entries is what num_tokens_past_padded holds, "
+          "where the caller knows it, and is checked.");
 
   module.def(
       "load_gptq_stacked", &load, py::arg("context"), py::arg("experts"), py::kw_only(),

@@ -1,12 +1,12 @@
 // Module, Linear, load_gptq, validate.
 #include <pybind11/stl.h>
 
-#include <chrono>
 #include <string>
 #include <utility>
 
 #include "bindings/arrays.hpp"
 #include "bindings/objects.hpp"
+#include "bindings/timing.hpp"
 #include "core/concat.hpp"
 #include "core/zero_point_names.hpp"
 #include "marlinq/error.hpp"
@@ -105,58 +105,32 @@ void check_rows_of_output(const ConstMatrixView& in, const MatrixView& out) {
   }
 }
 
-void check_copied(const BorrowedArray& array, bool numpy, const char* name, Device device) {
-  if (!numpy && array.device.kind == DeviceKind::kCpu) {
-    throw Error(ErrorCode::kInvalidArgument,
-                concat(name, ": on ", to_string(array.device), ", expected ", to_string(device),
-                       " or a numpy array"));
-  }
-}
-
 void forward(const LinearHandle& self, const ContextHandle& context, const py::object& x,
              const py::object& out) {
-  const BorrowedArray in = borrow(x, "x", stream_of(context));
-  const BorrowedArray result = borrow(out, "out", stream_of(context));
-  const ConstMatrixView in_view = as_matrix(in, "x");
-  const MatrixView out_view = as_output(result, "out");
-  check_rows_of_output(in_view, out_view);
-  // numpy knows of no device, so its arrays are copied. Arrays of libraries that do are expected to
-  // lie where the layer is.
-  const bool copies = is_numpy(x) || is_numpy(out);
-  if (copies && context.device().kind != DeviceKind::kCpu) {
-    check_copied(in, is_numpy(x), "x", context.device());
-    check_copied(result, is_numpy(out), "out", context.device());
-  }
+  CallArrays arrays(context);
+  const ConstMatrixView in = arrays.matrix(x, "x");
+  const MatrixView result = arrays.output(out, "out");
+  check_rows_of_output(in, result);
+  const bool copied = arrays.copied();
   const py::gil_scoped_release release;
-  if (copies) {
-    self.forward_host(context, in_view, out_view, in_view.rows);
+  if (copied) {
+    self.forward_host(context, in, result, in.rows);
   } else {
-    self.forward(context, in_view, out_view, in_view.rows);
+    self.forward(context, in, result, in.rows);
   }
 }
 
 double time_forwards(const ContextHandle& context, const std::vector<LinearHandle>& layers,
                      const py::object& x, const py::object& out, std::int64_t first,
                      std::int64_t count) {
-  if (layers.empty() || first < 0 || count < 1) {
-    throw Error(ErrorCode::kInvalidArgument,
-                concat("time_forwards: ", layers.size(), " layers, first ", first, ", count ",
-                       count, ", expected at least 1 layer, first 0 and count 1"));
-  }
-  const BorrowedArray in = borrow(x, "x", stream_of(context));
-  const BorrowedArray result = borrow(out, "out", stream_of(context));
-  const ConstMatrixView in_view = as_matrix(in, "x");
-  const MatrixView out_view = as_output(result, "out");
-  check_rows_of_output(in_view, out_view);
-  const py::gil_scoped_release release;
-  context.synchronise();
-  const auto start = std::chrono::steady_clock::now();
-  for (std::int64_t i = first; i < first + count; ++i) {
-    layers[static_cast<std::size_t>(i) % layers.size()].forward(context, in_view, out_view,
-                                                                in_view.rows);
-  }
-  context.synchronise();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  CallArrays arrays(context);
+  const ConstMatrixView in = arrays.matrix(x, "x");
+  const MatrixView result = arrays.output(out, "out");
+  check_rows_of_output(in, result);
+  return time_in_turn("time_forwards", context, layers, first, count,
+                      [&](const LinearHandle& layer, std::int64_t) {
+                        layer.forward(context, in, result, in.rows);
+                      });
 }
 
 }  // namespace

@@ -7,8 +7,10 @@
 
 #include "bindings/arrays.hpp"
 #include "bindings/objects.hpp"
+#include "bindings/timing.hpp"
 #include "core/concat.hpp"
 #include "core/elements.hpp"
+#include "core/refuse.hpp"
 #include "marlinq/error.hpp"
 #include "marlinq/handle.hpp"
 
@@ -56,23 +58,40 @@ MoeBlockHandle make_block(const ContextHandle& context, const ExpertStackHandle&
 
 void forward(const MoeBlockHandle& self, const ContextHandle& context, const py::object& x,
              const py::object& topk_ids, const py::object& topk_weights, const py::object& out,
-             const py::object& shared_output) {
-  const BorrowedArray in = borrow(x, "x", stream_of(context));
-  const BorrowedArray ids = borrow(topk_ids, "topk_ids", stream_of(context));
-  const BorrowedArray weights = borrow(topk_weights, "topk_weights", stream_of(context));
-  const BorrowedArray result = borrow(out, "out", stream_of(context));
-  BorrowedArray shared;
-  MoeInput input{.x = as_matrix(in, "x"),
-                 .topk_ids = as_matrix(ids, "topk_ids"),
-                 .topk_weights = as_matrix(weights, "topk_weights"),
-                 .shared_output = std::nullopt};
-  if (!shared_output.is_none()) {
-    shared = borrow(shared_output, "shared_output", stream_of(context));
-    input.shared_output = as_matrix(shared, "shared_output");
-  }
-  const MatrixView out_view = as_output(result, "out");
+             const py::object& shared_output, const py::object& residual) {
+  CallArrays arrays(context);
+  const MoeInput input{.x = arrays.matrix(x, "x"),
+                       .topk_ids = arrays.matrix(topk_ids, "topk_ids"),
+                       .topk_weights = arrays.matrix(topk_weights, "topk_weights"),
+                       .shared_output = arrays.optional_matrix(shared_output, "shared_output"),
+                       .residual = arrays.optional_matrix(residual, "residual")};
+  const MatrixView result = arrays.output(out, "out");
+  const bool copied = arrays.copied();
   const py::gil_scoped_release release;
-  self.forward(context, input, out_view);
+  if (copied) {
+    self.forward_host(context, input, result);
+  } else {
+    self.forward(context, input, result);
+  }
+}
+
+double time_blocks(const ContextHandle& context, const std::vector<MoeBlockHandle>& blocks,
+                   const py::object& x, const std::vector<py::object>& topk_ids,
+                   const py::object& topk_weights, const py::object& out, std::int64_t first,
+                   std::int64_t count) {
+  if (topk_ids.empty()) refuse_argument("time_blocks: no topk_ids, expected at least one array");
+  CallArrays arrays(context);
+  MoeInput input;
+  input.x = arrays.matrix(x, "x");
+  input.topk_weights = arrays.matrix(topk_weights, "topk_weights");
+  std::vector<ConstMatrixView> routings;
+  for (const py::object& ids : topk_ids) routings.push_back(arrays.matrix(ids, "topk_ids"));
+  const MatrixView result = arrays.output(out, "out");
+  return time_in_turn("time_blocks", context, blocks, first, count,
+                      [&](const MoeBlockHandle& block, std::int64_t i) {
+                        input.topk_ids = routings[static_cast<std::size_t>(i) % routings.size()];
+                        block.forward(context, input, result);
+                      });
 }
 
 }  // namespace
@@ -89,7 +108,21 @@ void bind_moe(py::module_& module) {
       .def_property_readonly("backend",
                              [](const MoeBlockHandle& self) { return std::string(self.backend()); })
       .def("forward", &forward, py::arg("context"), py::arg("x"), py::arg("topk_ids"),
-           py::arg("topk_weights"), py::arg("out"), py::arg("shared_output") = py::none());
+           py::arg("topk_weights"), py::arg("out"), py::arg("shared_output") = py::none(),
+           py::arg("residual") = py::none());
+
+  module.def(
+      "check_block_options",
+      [](const std::string& activation, const std::string& router_weight) {
+        parse_activation(activation);
+        parse_router_weight(router_weight);
+      },
+      py::arg("activation"), py::arg("router_weight"),
+      "Refuses names that MoeBlock does not take.");
+  module.def("time_blocks", &time_blocks, py::arg("context"), py::arg("blocks"), py::arg("x"),
+             py::arg("topk_ids"), py::arg("topk_weights"), py::arg("out"), py::kw_only(),
+             py::arg("first"), py::arg("count"),
+             "As time_forwards, through the blocks and the arrays of topk_ids in turn.");
 }
 
 }  // namespace marlinq::bindings

@@ -83,20 +83,13 @@ class MarlinExpertStackImpl final : public MarlinExpertStack<B> {
   void gemm_phase_batched(typename B::Context& context, const ConstMatrixView& input,
                           std::span<const ExpertDispatch> dispatches,
                           const MatrixView& output) const override {
-    check_input(input, "x", context.device(), 0, k());
-    check_output(output, "out", context.device(), 0, n_per_expert(), input.dtype);
-    for (std::size_t i = 0; i < dispatches.size(); ++i) {
-      check_dispatch(dispatches[i], i, num_experts(), input.rows, output.rows);
-    }
+    check_batched(input, dispatches, output, context.device(), num_experts(), k(), n_per_expert());
     if (!dispatches.empty()) B::gemm_batched(context, *packed_, input, dispatches, output);
   }
 
   void gemm_phase_fused(typename B::Context& context, const ConstMatrixView& input,
                         const FusedTiles& tiles, const MatrixView& output) const override {
-    check_tiles(tiles, context.device());
-    check_input(input, "x", context.device(), tiles.num_tokens, k());
-    check_output(output, "out", context.device(), tiles.num_tokens * tiles.top_k, n_per_expert(),
-                 input.dtype);
+    check_fused(input, tiles, output, context.device(), k(), n_per_expert());
     if (tiles.num_tokens > 0) B::gemm_fused(context, *packed_, input, tiles, output);
   }
 

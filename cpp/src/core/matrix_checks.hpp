@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <span>
 #include <string_view>
 
 #include "core/concat.hpp"
@@ -56,8 +57,10 @@ inline void check_input(const ConstMatrixView& view, std::string_view name, Devi
   check_matrix(view, name, device, min_rows, cols);
 }
 
-inline void check_output(const MatrixView& view, std::string_view name, Device device,
-                         std::int64_t min_rows, std::int64_t cols, DType input) {
+/// What is of the input's dtype or float32: outputs, and what is added to them.
+template <class View>
+void check_output(const View& view, std::string_view name, Device device, std::int64_t min_rows,
+                  std::int64_t cols, DType input) {
   if (view.dtype != input && view.dtype != DType::kFloat32) {
     refuse_argument(concat(name, ": dtype ", to_string(view.dtype), ", expected the input's ",
                            to_string(input), input == DType::kFloat32 ? "" : " or float32"));
@@ -145,6 +148,25 @@ inline void check_tiles(const FusedTiles& tiles, Device device) {
     check_array(*tiles.topk_weights, "topk_weights", device, DType::kFloat32,
                 tiles.num_tokens * tiles.top_k);
   }
+}
+
+/// Everything about a batched call. Throws invalid_argument.
+inline void check_batched(const ConstMatrixView& input, std::span<const ExpertDispatch> dispatches,
+                          const MatrixView& output, Device device, std::int64_t num_experts,
+                          std::int64_t k, std::int64_t n) {
+  check_input(input, "x", device, 0, k);
+  check_output(output, "out", device, 0, n, input.dtype);
+  for (std::size_t i = 0; i < dispatches.size(); ++i) {
+    check_dispatch(dispatches[i], i, num_experts, input.rows, output.rows);
+  }
+}
+
+/// Everything about a fused call that needs no look at the tiles' contents. Throws invalid_argument.
+inline void check_fused(const ConstMatrixView& input, const FusedTiles& tiles,
+                        const MatrixView& output, Device device, std::int64_t k, std::int64_t n) {
+  check_tiles(tiles, device);
+  check_input(input, "x", device, tiles.num_tokens, k);
+  check_output(output, "out", device, tiles.num_tokens * tiles.top_k, n, input.dtype);
 }
 
 }  // namespace marlinq

@@ -28,7 +28,7 @@ enum class MoeScratch : std::uint8_t {
   kShared
 };
 
-/// How the outputs of a token's experts, and of a shared expert, become its output row.
+/// How the outputs of a token's experts, of a shared expert and a residual become its output row.
 struct MoeCombine {
   ConstMatrixView expert_output;  // f32 [T * top_k, H]
   ConstMatrixView topk_ids;       // [T, top_k]; a negative id adds nothing
@@ -36,6 +36,7 @@ struct MoeCombine {
   ConstMatrixView x;              // for the shared gate
   std::optional<ConstMatrixView> shared;
   std::span<const float> shared_gate;  // [H] or empty
+  std::optional<ConstMatrixView> residual;
 };
 
 template <class B>
@@ -131,6 +132,9 @@ inline void check_moe_input(const MoeInput& input, const MatrixView& output, Dev
       refuse_argument("shared_output: given, but the block runs a shared expert itself");
     check_input(*input.shared_output, "shared_output", device, tokens, hidden);
   }
+  if (input.residual) {
+    check_output(*input.residual, "residual", device, tokens, hidden, input.x.dtype);
+  }
   check_output(output, "out", device, tokens, hidden, input.x.dtype);
 }
 
@@ -173,7 +177,8 @@ class MoeBlockOverPhases final : public MoeBlock<B> {
                        .topk_weights = input.topk_weights,
                        .x = input.x,
                        .shared = input.shared_output,
-                       .shared_gate = parts_.shared_gate};
+                       .shared_gate = parts_.shared_gate,
+                       .residual = input.residual};
     if (parts_.router_weight == RouterWeight::kOnInput) combine.topk_weights.data = nullptr;
     if (parts_.shared) combine.shared = run_shared_expert(context, input.x);
     B::moe_combine(context, combine, output);

@@ -8,6 +8,7 @@
 #include <limits>
 #include <numeric>
 
+#include "core/host_ids.hpp"
 #include "core/matrix_checks.hpp"
 
 namespace marlinq {
@@ -175,12 +176,7 @@ void align_tokens(const ConstMatrixView& topk_ids, int block_size, int num_exper
   const auto bucket_of = [&](std::int64_t index) {
     const std::int64_t row = index / topk_ids.cols;
     const std::int64_t column = index % topk_ids.cols;
-    const std::int64_t id =
-        read_integer(topk_ids.data, topk_ids.dtype, row * topk_ids.row_stride + column);
-    if (id < -1 || id >= num_experts) {
-      refuse_argument(concat("topk_ids: element [", row, ", ", column, "] is ", id,
-                             ", expected -1 to ", num_experts - 1));
-    }
+    const std::int64_t id = checked_topk_id(topk_ids, row, column, num_experts);
     return static_cast<std::size_t>(id < 0 ? num_experts : id);
   };
   std::array<std::int64_t, kMaxExperts + 1> next = {};

@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "core/elements.hpp"
+#include "core/host_ids.hpp"
 #include "core/load_gptq.hpp"
 #include "core/moe_block_over_phases.hpp"
 #include "cpu/context.hpp"
@@ -132,33 +132,16 @@ void CpuBackend::gemm_batched(Context& context, const Packed& packed, const Cons
 
 void CpuBackend::gemm_fused(Context& context, const Packed& packed, const ConstMatrixView& input,
                             const FusedTiles& tiles, const MatrixView& output) {
-  const auto id_at = [](const ConstArrayView& view, std::int64_t i) {
-    return read_integer(view.data, view.dtype, i);
-  };
-  const std::int64_t entries = id_at(tiles.num_tokens_past_padded, 0);
-  if (entries < 0 || entries % tiles.block_size != 0 || entries > tiles.sorted_token_ids.size ||
-      entries / tiles.block_size > tiles.expert_ids.size) {
-    refuse_argument(concat("num_tokens_past_padded: ", entries,
-                           ", expected a multiple of block_size = ", tiles.block_size,
-                           " within sorted_token_ids (", tiles.sorted_token_ids.size,
-                           ") and expert_ids (", tiles.expert_ids.size, ")"));
-  }
+  const std::int64_t entries = checked_tile_entries(tiles);
   cpu::ContextState& state = context.state();
   state.rows.clear();
   state.groups.clear();
   state.zero_rows.clear();
   const std::int64_t ids = tiles.num_tokens * tiles.top_k;
   for (std::int64_t entry = 0; entry < entries; ++entry) {
-    const std::int64_t expert = id_at(tiles.expert_ids, entry / tiles.block_size);
-    if (expert < -1 || expert >= packed.num_experts()) {
-      refuse_argument(concat("expert_ids: element [", entry / tiles.block_size, "] is ", expert,
-                             ", expected -1 to ", packed.num_experts() - 1));
-    }
-    const std::int64_t id = id_at(tiles.sorted_token_ids, entry);
-    if (id < 0) {
-      refuse_argument(
-          concat("sorted_token_ids: element [", entry, "] is ", id, ", expected at least 0"));
-    }
+    const std::int64_t expert =
+        checked_tile_expert(tiles, entry / tiles.block_size, packed.num_experts());
+    const std::int64_t id = checked_tile_id(tiles, entry);
     if (id >= ids) continue;  // padding
     if (expert < 0) {
       state.zero_rows.push_back(id);

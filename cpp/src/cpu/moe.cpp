@@ -58,6 +58,14 @@ const float* float_row(const ConstMatrixView& view, std::int64_t row) {
   return static_cast<const float*>(view.data) + row * view.row_stride;
 }
 
+// sum[i] += factor * matrix[row, first + i]
+void add_scaled(const ConstMatrixView& matrix, float factor, std::int64_t row, std::int64_t first,
+                std::int64_t count, float* sum) {
+  const std::int64_t start = row * matrix.row_stride + first;
+  for (std::int64_t i = 0; i < count; ++i)
+    sum[i] += factor * read_float(matrix.data, matrix.dtype, start + i);
+}
+
 }  // namespace
 
 MatrixView CpuBackend::moe_scratch(Context& context, MoeScratch slot, std::int64_t rows,
@@ -153,11 +161,10 @@ void CpuBackend::moe_combine(Context& context, const MoeCombine& combine,
                         for (std::int64_t i = 0; i < count; ++i) sum[i] += weight * values[i];
                       }
                       if (combine.shared) {
-                        const ConstMatrixView& shared = *combine.shared;
-                        for (std::int64_t i = 0; i < count; ++i) {
-                          sum[i] += factor * read_float(shared.data, shared.dtype,
-                                                        token * shared.row_stride + first + i);
-                        }
+                        add_scaled(*combine.shared, factor, token, first, count, sum);
+                      }
+                      if (combine.residual) {
+                        add_scaled(*combine.residual, 1.0F, token, first, count, sum);
                       }
                       const std::int64_t place = token * output.row_stride + first;
                       isa.from_float(type, sum,

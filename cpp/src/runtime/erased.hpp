@@ -74,6 +74,11 @@ class AnyExpertStack {
                                   std::span<const ExpertDispatch>, const MatrixView&) const = 0;
   virtual void gemm_phase_fused(AnyContext&, const ConstMatrixView&, const FusedTiles&,
                                 const MatrixView&) const = 0;
+  virtual void gemm_phase_batched_host(AnyContext&, const ConstMatrixView&,
+                                       std::span<const ExpertDispatch>,
+                                       const MatrixView&) const = 0;
+  virtual void gemm_phase_fused_host(AnyContext&, const ConstMatrixView&, const FusedTiles&,
+                                     const MatrixView&) const = 0;
 };
 
 class AnyMoeBlock {
@@ -83,6 +88,7 @@ class AnyMoeBlock {
   virtual std::int64_t hidden_size() const noexcept = 0;
   virtual std::int64_t num_experts() const noexcept = 0;
   virtual void forward(AnyContext&, const MoeInput&, const MatrixView&) const = 0;
+  virtual void forward_host(AnyContext&, const MoeInput&, const MatrixView&) const = 0;
 };
 
 /// Marks a context as in use for a scope. Throws invalid_argument if another thread is using it.
@@ -164,7 +170,7 @@ class LinearModel final : public AnyLinear {
                     std::int64_t m) const override {
     auto& model = cast<ContextModel, B>(context, "context");
     const ContextUse use(model.busy());
-    if (model.context().device().kind == DeviceKind::kCpu) {
+    if (model.on_cpu()) {
       linear_->forward(model.context(), input, output, m);
     } else {
       model.staging().forward(model.context(), *linear_, input, output, m);
@@ -203,6 +209,27 @@ class ExpertStackModel final : public AnyExpertStack {
     const ContextUse use(model.busy());
     stack_->gemm_phase_fused(model.context(), input, tiles, output);
   }
+  void gemm_phase_batched_host(AnyContext& context, const ConstMatrixView& input,
+                               std::span<const ExpertDispatch> dispatches,
+                               const MatrixView& output) const override {
+    auto& model = cast<ContextModel, B>(context, "context");
+    const ContextUse use(model.busy());
+    if (model.on_cpu()) {
+      stack_->gemm_phase_batched(model.context(), input, dispatches, output);
+    } else {
+      model.staging().gemm_phase_batched(model.context(), *stack_, input, dispatches, output);
+    }
+  }
+  void gemm_phase_fused_host(AnyContext& context, const ConstMatrixView& input,
+                             const FusedTiles& tiles, const MatrixView& output) const override {
+    auto& model = cast<ContextModel, B>(context, "context");
+    const ContextUse use(model.busy());
+    if (model.on_cpu()) {
+      stack_->gemm_phase_fused(model.context(), input, tiles, output);
+    } else {
+      model.staging().gemm_phase_fused(model.context(), *stack_, input, tiles, output);
+    }
+  }
   const std::shared_ptr<const MarlinExpertStack<B>>& typed() const noexcept { return stack_; }
 
  private:
@@ -222,6 +249,16 @@ class MoeBlockModel final : public AnyMoeBlock {
     auto& model = cast<ContextModel, B>(context, "context");
     const ContextUse use(model.busy());
     block_->forward(model.context(), input, output);
+  }
+  void forward_host(AnyContext& context, const MoeInput& input,
+                    const MatrixView& output) const override {
+    auto& model = cast<ContextModel, B>(context, "context");
+    const ContextUse use(model.busy());
+    if (model.on_cpu()) {
+      block_->forward(model.context(), input, output);
+    } else {
+      model.staging().forward(model.context(), *block_, input, output);
+    }
   }
 
  private:
@@ -306,6 +343,7 @@ class ContextModel final : public AnyContext {
   bool captured() override { return B::captured(context_); }
 
   typename B::Context& context() noexcept { return context_; }
+  bool on_cpu() const { return context_.device().kind == DeviceKind::kCpu; }
   HostStaging<B>& staging() noexcept { return staging_; }
   std::atomic_flag& busy() noexcept { return busy_; }
 

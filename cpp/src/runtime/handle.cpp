@@ -41,6 +41,17 @@ void ExpertStackHandle::gemm_phase_fused(const ContextHandle& context, const Con
                                          const FusedTiles& tiles, const MatrixView& output) const {
   guarded([&] { self_->gemm_phase_fused(context.any(), input, tiles, output); });
 }
+void ExpertStackHandle::gemm_phase_batched_host(const ContextHandle& context,
+                                                const ConstMatrixView& input,
+                                                std::span<const ExpertDispatch> dispatches,
+                                                const MatrixView& output) const {
+  guarded([&] { self_->gemm_phase_batched_host(context.any(), input, dispatches, output); });
+}
+void ExpertStackHandle::gemm_phase_fused_host(const ContextHandle& context,
+                                              const ConstMatrixView& input, const FusedTiles& tiles,
+                                              const MatrixView& output) const {
+  guarded([&] { self_->gemm_phase_fused_host(context.any(), input, tiles, output); });
+}
 
 std::string_view MoeBlockHandle::backend() const noexcept { return self_->backend(); }
 std::int64_t MoeBlockHandle::hidden_size() const noexcept { return self_->hidden_size(); }
@@ -48,6 +59,10 @@ std::int64_t MoeBlockHandle::num_experts() const noexcept { return self_->num_ex
 void MoeBlockHandle::forward(const ContextHandle& context, const MoeInput& input,
                              const MatrixView& output) const {
   guarded([&] { self_->forward(context.any(), input, output); });
+}
+void MoeBlockHandle::forward_host(const ContextHandle& context, const MoeInput& input,
+                                  const MatrixView& output) const {
+  guarded([&] { self_->forward_host(context.any(), input, output); });
 }
 
 std::string_view ContextHandle::backend() const noexcept { return self_->backend(); }

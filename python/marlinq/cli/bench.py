@@ -1,10 +1,11 @@
-"""`marlinq bench`: how long products take, beside numpy on the dequantised matrix."""
+"""`marlinq bench`: how long products and whole blocks take, beside what bounds them."""
 
 import argparse
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,20 @@ _EXAMPLES = """\
   marlinq bench
   marlinq bench --shapes 4096x4096,14336x4096 --rows 1,16,128 --compute float32
   marlinq bench path/to/checkpoint --rows 1 --no-numpy
-  marlinq bench --moe 128,8,2048,768 --rows 1,32
+  marlinq bench --moe qwen3-30b-a3b 64,4,1024,512 --rows 1,32
   marlinq bench --device cuda --rows 1,16,256
+  marlinq bench --device cuda --moe --rows 1,16,64,256,1024
 
 Times are medians of repeated bursts. Every call takes the next of several copies of the weight,
-enough of them to leave the last-level cache; --hot uses one. GB/s counts packed bytes. A GPU gets
-float16 and a burst of calls without a wait between them, so that a kernel shorter than its launch
-takes as long as the launch, and at most 512 copies; numpy is not measured beside it.
+enough of them to leave the last-level cache; --hot uses one. GB/s counts packed bytes, and "of
+memory" is its share of what reading host memory, or copying memory of a GPU, reached in the same
+run. A GPU gets float16 and a burst of calls without a wait between them, so that a kernel shorter
+than its launch takes as long as the launch, and at most 512 copies; numpy is not measured beside
+it.
+
+--moe measures whole mixture-of-experts blocks from routed tokens to combined output; --rows counts
+tokens. Each call takes the next of several random routings, and packed bytes are those of the
+experts that its tokens meet.
 """
 _DEFAULT_SHAPES = "4096x4096,1024x4096,14336x4096,4096x14336"
 _SEED = 20240229
@@ -49,6 +57,7 @@ _ASSUMED_CACHE = 64 << 20
 _LEAST_COLD, _MOST_COLD = 64 << 20, 1 << 30  # bytes that the copies of a weight take together
 _COLD_ON_DEVICE = 256 << 20  # a few times the cache of a GPU
 _MOST_COPIES_ON_DEVICE = 512  # of small weights, which take longer to load than to measure
+_FEWEST_ROUTINGS, _MOST_ROUTINGS = 4, 64
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,13 @@ class _MoeShape:
     inner: int
 
 
+_MODELS = {
+    "qwen3-30b-a3b": _MoeShape(128, 8, 2048, 768),
+    "mixtral-8x7b": _MoeShape(8, 2, 4096, 14336),
+    "deepseek-v3": _MoeShape(256, 8, 7168, 2048),
+}
+
+
 def _shapes(text: str) -> list[tuple[int, int]]:
     shapes = []
     for part in text.split(","):
@@ -81,11 +97,16 @@ def _shapes(text: str) -> list[tuple[int, int]]:
     return shapes
 
 
-def _moe_shape(text: str) -> _MoeShape:
-    numbers = [positive(part) for part in text.split(",")]
-    if len(numbers) != len(fields(_MoeShape)):
-        raise argparse.ArgumentTypeError(f"{text!r}, expected four numbers such as 128,8,2048,768")
-    return _MoeShape(*numbers)
+def _moe_shape(text: str) -> tuple[str, _MoeShape]:
+    if text in _MODELS:
+        return text, _MODELS[text]
+    parts = text.split(",")
+    if len(parts) != len(fields(_MoeShape)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, expected four numbers such as 128,8,2048,768, or one of "
+            f"{', '.join(_MODELS)}"
+        )
+    return "moe", _MoeShape(*(positive(part) for part in parts))
 
 
 def add_command(commands: Commands) -> None:
@@ -103,8 +124,10 @@ def add_command(commands: Commands) -> None:
     parser.add_argument(
         "--moe",
         type=_moe_shape,
+        nargs="*",
         metavar="E,TOP_K,HIDDEN,INNER",
-        help="a whole mixture-of-experts block of random weights",
+        help="whole mixture-of-experts blocks of random weights, by their sizes or by a model's "
+        f"name (default: {', '.join(_MODELS)})",
     )
     parser.add_argument(
         "--rows", type=rows_list, default=[1, 16], help="row counts (default: 1,16)"
@@ -127,13 +150,39 @@ def _last_level_cache() -> int:
     return max(sizes)
 
 
+def _cold_bytes(device: str) -> int:
+    """So many bytes leave no room in the cache for those that were read before them."""
+    if device != "cpu":
+        return _COLD_ON_DEVICE
+    return min(max(2 * _last_level_cache(), _LEAST_COLD), _MOST_COLD)
+
+
 def _copies(nbytes: int, *, hot: bool, device: str = "cpu") -> int:
     if hot:
         return 1
-    if device != "cpu":
-        return max(1, min(-(-_COLD_ON_DEVICE // max(nbytes, 1)), _MOST_COPIES_ON_DEVICE))
-    cold = min(max(2 * _last_level_cache(), _LEAST_COLD), _MOST_COLD)
-    return max(1, -(-cold // max(nbytes, 1)))
+    copies = max(1, -(-_cold_bytes(device) // max(nbytes, 1)))
+    return copies if device == "cpu" else min(copies, _MOST_COPIES_ON_DEVICE)
+
+
+def _memory_speed(context: _core.Context) -> float:
+    """Bytes a second: read by all threads from host memory, or read and written by a GPU's copy."""
+    count = _cold_bytes(context.device) // 4
+    if context.backend != "cpu":
+        source, target = (_core.DeviceBuffer(context, [count], "float32") for _ in range(2))
+
+        def copies(_: int, times: int) -> float:
+            context.synchronise()
+            start = time.perf_counter()
+            for _ in range(times):
+                context.copy(source, target)
+            context.synchronise()
+            return time.perf_counter() - start
+
+        return 2 * 4 * count / _measure(copies, _BURST_SECONDS)
+    pieces = np.array_split(np.ones(count, np.float32), context.threads)
+    with ThreadPoolExecutor(context.threads) as pool:
+        reads = _round([lambda: list(pool.map(np.dot, pieces, pieces))])
+        return 4 * count / _measure(reads, _BURST_SECONDS)
 
 
 def _measure(burst: Callable[[int, int], float], seconds: float) -> float:
@@ -234,15 +283,25 @@ def _matmul(x: Any, weight: Any) -> Callable[[], object]:
     return lambda: np.matmul(x, weight.T, out=out)
 
 
+def _on_device(array: Any, context: _core.Context) -> Any:
+    """The array, or a copy of it on a GPU."""
+    if context.backend == "cpu":
+        return array
+    there = _core.DeviceBuffer(context, array.shape, str(array.dtype))
+    context.copy(array, there)
+    return there
+
+
+def _activations(array: Any, context: _core.Context) -> Any:
+    """The same for rows of x and of outputs, which are float16 on a GPU."""
+    return _on_device(array if context.backend == "cpu" else array.astype(np.float16), context)
+
+
 def _forwards(layers: list[Linear], x: Any, context: _core.Context) -> Callable[[int, int], float]:
-    """Bursts of forwards of x, which is copied to a GPU once and before."""
-    shape, handles = [len(x), layers[0].out_features], [layer._handle for layer in layers]
-    out: Any = np.empty(shape, np.float32)
-    if context.backend != "cpu":
-        x = x.astype(np.float16)
-        there = _core.DeviceBuffer(context, x.shape, "float16")
-        context.copy(x, there)
-        x, out = there, _core.DeviceBuffer(context, shape, "float16")
+    """Bursts of forwards of x."""
+    handles = [layer._handle for layer in layers]
+    out = _activations(np.zeros((len(x), layers[0].out_features), np.float32), context)
+    x = _activations(x, context)
     return lambda first, count: _core.time_forwards(
         context, handles, x, out, first=first, count=count
     )
@@ -313,8 +372,19 @@ def _random_stack(
     )
 
 
-def _bench_moe(options: argparse.Namespace, context: _core.Context) -> list[dict[str, Any]]:
-    shape: _MoeShape = options.moe
+def _routings(shape: _MoeShape, tokens: int, count: int) -> list[Any]:
+    """Ids of distinct experts for each token, uniform."""
+    random = np.random.default_rng(_SEED)
+    scores = (random.random((tokens, shape.experts), np.float32) for _ in range(count))
+    return [
+        np.argpartition(score, shape.top_k - 1)[:, : shape.top_k].astype(np.int32)
+        for score in scores
+    ]
+
+
+def _bench_moe(
+    name: str, shape: _MoeShape, options: argparse.Namespace, context: _core.Context
+) -> list[dict[str, Any]]:
     if shape.top_k > shape.experts:
         raise InvalidArgumentError(f"--moe: top_k {shape.top_k} of {shape.experts} experts")
 
@@ -326,28 +396,45 @@ def _bench_moe(options: argparse.Namespace, context: _core.Context) -> list[dict
     blocks = [block()]
     parts = blocks[0].describe()
     packed = parts["gate_up"]["packed_bytes"] + parts["down"]["packed_bytes"]
-    blocks += [block() for _ in range(_copies(packed, hot=options.hot) - 1)]
-    random = np.random.default_rng(_SEED)
+    blocks += [block() for _ in range(_copies(packed, hot=options.hot, device=context.device) - 1)]
+    handles = [each._handle for each in blocks]
     results = []
     for m in options.rows:
-        x = random.standard_normal((m, shape.hidden), np.float32)
-        ids = np.stack([random.permutation(shape.experts)[: shape.top_k] for _ in range(m)])
-        ids = ids.astype(np.int32)
-        shares = np.full(ids.shape, 1 / shape.top_k, np.float32)
-        out = np.empty_like(x)
+        x = np.random.default_rng(_SEED).standard_normal((m, shape.hidden), np.float32)
+        out = _activations(np.zeros_like(x), context)
+        x = _activations(x, context)
+        count = 1
+        if not options.hot:
+            met = packed * min(m * shape.top_k, shape.experts) // shape.experts
+            count = -(-_cold_bytes(context.device) // max(met, 1))
+            count = min(max(count, _FEWEST_ROUTINGS), _MOST_ROUTINGS)
+        routings = _routings(shape, m, count)
+        met = sum(len(np.unique(ids)) for ids in routings) / count
+        ids = [_on_device(each, context) for each in routings]
+        shares = np.full((m, shape.top_k), 1 / shape.top_k, np.float32)
+        weights = _on_device(shares, context)
 
-        def call(
-            block: MoeBlock, x: Any = x, ids: Any = ids, shares: Any = shares, out: Any = out
-        ) -> Callable[[], object]:
-            return lambda: block(x, ids, shares, out=out, context=context)
+        def burst(
+            first: int,
+            count: int,
+            x: Any = x,
+            ids: Any = ids,
+            weights: Any = weights,
+            out: Any = out,
+        ) -> float:
+            return _core.time_blocks(
+                context, handles, x, ids, weights, out, first=first, count=count
+            )
 
-        seconds = _measure(_round([call(block) for block in blocks]), options.seconds)
-        touched = packed * len(np.unique(ids)) // shape.experts
+        seconds = _measure(burst, options.seconds)
+        touched = round(packed * met / shape.experts)
         flops = 2 * m * shape.top_k * 3 * shape.hidden * shape.inner
         results.append(
             {
-                "name": f"moe {shape.experts} experts, top {shape.top_k}",
+                "name": f"{name} {shape.experts} experts, top {shape.top_k}",
                 "count": 1,
+                "experts": shape.experts,
+                "top_k": shape.top_k,
                 "n": shape.inner,
                 "k": shape.hidden,
                 "bits": parts["gate_up"]["bits"],
@@ -358,6 +445,7 @@ def _bench_moe(options: argparse.Namespace, context: _core.Context) -> list[dict
                 "device": context.device,
                 "threads": context.threads,
                 "copies": len(blocks),
+                "routings": len(ids),
                 "m": m,
                 "packed_bytes": touched,
                 "seconds": seconds,
@@ -371,9 +459,10 @@ def _bench_moe(options: argparse.Namespace, context: _core.Context) -> list[dict
 
 
 def _print(results: list[dict[str, Any]]) -> None:
-    numeric = ("count", "N x K", "m", "packed", "time", "GB/s", "GFLOP/s", "numpy", "ratio")
+    measured = ("m", "packed", "time", "GB/s", "of memory", "GFLOP/s", "numpy", "ratio")
+    numeric = ("count", "N x K", *measured)
     print_table(
-        ("weight", "count", "N x K", "format", "kernel", *numeric[2:]),
+        ("weight", "count", "N x K", "format", "kernel", *measured),
         (
             (
                 r["name"],
@@ -385,6 +474,7 @@ def _print(results: list[dict[str, Any]]) -> None:
                 size(r["packed_bytes"]),
                 duration(r["seconds"]),
                 f"{r['gb_per_second']:.1f}",
+                "" if r["memory_share"] is None else f"{r['memory_share']:.0%}",
                 f"{r['gflop_per_second']:.0f}",
                 "" if r["numpy_seconds"] is None else duration(r["numpy_seconds"]),
                 "" if r["speedup"] is None else f"{r['speedup']:.2f}",
@@ -406,7 +496,11 @@ def _run(options: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MarlinqWarning)
         if options.moe is not None:
-            results += _bench_moe(options, context)
+            blocks = options.moe or list(_MODELS.items())
+            with progress("measuring", len(blocks)) as advance:
+                for name, shape in blocks:
+                    advance(name)
+                    results += _bench_moe(name, shape, options, context)
         if options.moe is None or options.shapes:
             cases = _random_cases if options.checkpoint is None else _checkpoint_cases
             listed = list(cases(options, context))
@@ -414,8 +508,19 @@ def _run(options: argparse.Namespace) -> int:
                 for case in listed:
                     advance(case.name)
                     results += _bench_case(case, options, context)
+    # Weights that stay in a cache are not bound by memory.
+    memory = None if options.hot else _memory_speed(context) / 1e9
+    for result in results:
+        result["memory_share"] = None if memory is None else result["gb_per_second"] / memory
     if options.json:
-        print_json({"device": context.device, "threads": context.threads, "results": results})
+        print_json(
+            {
+                "device": context.device,
+                "threads": context.threads,
+                "memory_gb_per_second": memory,
+                "results": results,
+            }
+        )
     else:
         _print(results)
         print_line("")
@@ -423,4 +528,9 @@ def _run(options: argparse.Namespace) -> int:
             print_line(f"{context.threads} threads; ratio: numpy's time on float32 over marlinq's")
         else:
             print_line(f"{context.device}, float16, calls without a wait between them")
+        if memory is not None:
+            how = (
+                "read by all threads" if context.backend == "cpu" else "read and written by a copy"
+            )
+            print_line(f"memory: {memory:.1f} GB/s, {how}")
     return 0

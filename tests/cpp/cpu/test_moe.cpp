@@ -214,6 +214,29 @@ TEST_P(MoeTest, SharedOutputOfTheCaller) {
   }
 }
 
+// Beside every other part, and into the memory that it comes from.
+TEST_P(MoeTest, Residual) {
+  Block block(4, context_, options());
+  block.add_shared_expert(context_);
+  const auto moe = CpuBackend::make_moe_block(context_, block.parts);
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    for (const DType residual_dtype : {dtype, DType::kFloat32}) {
+      const Input input(12, 2, 4, dtype, DType::kInt32, 30, 24);
+      Matrix residual = test::random_matrix(12, kHidden, residual_dtype, 25, 1);
+      std::vector<double> expected = block.reference.forward(input.x, input.ids, input.weights);
+      const std::vector<double> added = residual.values();
+      for (std::size_t i = 0; i < expected.size(); ++i) expected[i] += added[i];
+      MoeInput view = input.view();
+      view.residual = residual.input();
+      Matrix out(12, kHidden, dtype, 2);
+      moe->forward(context_, view, out.view());
+      EXPECT_TRUE(block_matches(out, expected));
+      moe->forward(context_, view, residual.view());
+      EXPECT_TRUE(block_matches(residual, expected));
+    }
+  }
+}
+
 TEST_P(MoeTest, RouterWeightOnTheInput) {
   Block block(4, context_, options());
   block.parts.router_weight = RouterWeight::kOnInput;
@@ -363,6 +386,19 @@ TEST_F(MoeRefusalTest, InputsThatDoNotFit) {
   refused({"shared_output: 95 columns", "expected 96"}, [&](auto& v, auto&) {
     v.shared_output = shared.input();
     v.shared_output->cols = 95;
+  });
+  const Matrix residual(10, kHidden, DType::kFloat16);
+  refused({"residual: 95 columns", "expected 96"}, [&](auto& v, auto&) {
+    v.residual = residual.input();
+    v.residual->cols = 95;
+  });
+  refused({"residual: 9 rows", "at least 10"}, [&](auto& v, auto&) {
+    v.residual = residual.input();
+    v.residual->rows = 9;
+  });
+  refused({"residual: dtype bfloat16", "the input's float16 or float32"}, [&](auto& v, auto&) {
+    v.residual = residual.input();
+    v.residual->dtype = DType::kBFloat16;
   });
   refused({"out: 9 rows", "at least 10"}, [](auto&, auto& to) { to.rows = 9; });
   refused({"out: dtype bfloat16", "float16 or float32"},
