@@ -1,8 +1,8 @@
 # Decides whether the CUDA backend is built. Sets MARLINQ_CUDA (ON or OFF) and the property MARLINQ_CUDA_NOTE, a line
 # for people that says which way it went and why; `marlinq info` repeats it.
 
-# The oldest nvcc with C++20, and the oldest CMake that knows the C++20 flag of every such nvcc.
-set(marlinq_oldest_nvcc 12.0)
+# The oldest nvcc with more than 4 KB of kernel parameters, and the oldest CMake that knows the C++20 flag of every such nvcc.
+set(marlinq_oldest_nvcc 12.1)
 set(marlinq_oldest_cmake 3.31)
 
 # Sets `result` to why AUTO cannot build for CUDA, empty if it can; else CMAKE_CUDA_COMPILER is known to work.

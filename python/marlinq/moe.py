@@ -1,5 +1,6 @@
 """Mixture-of-experts blocks and the routing that feeds them."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from marlinq import _core
 from marlinq._arrays import Array, allocate, device_of, given, same_kind, shape_of, to_float32
-from marlinq._context import Call, context_for
+from marlinq._context import Call, context_for, needs_wait
 from marlinq.errors import InvalidArgumentError
 from marlinq.linear import ExpertStack, Linear
 
@@ -203,14 +204,17 @@ def route(
     scale: float = 1.0,
     context: _core.Context | None = None,
 ) -> tuple[Array, Array]:
-    """Chooses experts for each token.
+    """Chooses experts for each token, on the device of the logits.
+
+    On a GPU, work goes to the current stream as a `Linear`'s does, and can be captured in a CUDA
+    graph. Scores are float64 on the CPU and float32 on a GPU.
 
     Args:
         logits: `[T, E]`, float32, float16 or bfloat16.
         top_k: Experts a token, 1 to 16.
         scoring: "softmax" over all experts, or "sigmoid" of each.
         renormalise: Whether to divide the chosen weights by their sum.
-        correction_bias: float32 `[E]`, added to the scores for the choice alone.
+        correction_bias: float32 `[E]` in host memory, added to the scores for the choice alone.
         num_groups: The experts form this many equal groups.
         top_groups: Only the best so many groups are chosen from.
         scale: The weights are multiplied by it at the end.
@@ -226,6 +230,7 @@ def route(
     shape = shape_of(logits, "logits")
     if top_k < 1:
         raise InvalidArgumentError(f"top_k: {top_k}, expected at least 1")
+    own = context is None
     context = context_for(device_of(logits), context, logits)
     ids = allocate(logits, (*shape[:-1], top_k), context, "int32")
     weights = allocate(logits, (*shape[:-1], top_k), context, "float32")
@@ -242,29 +247,62 @@ def route(
         top_groups=top_groups,
         scale=scale,
     )
+    if own and context.device != "cpu" and needs_wait(logits):
+        context.synchronise()
     return ids.array(), weights.array()
 
 
 def moe_align_block_size(
-    topk_ids: Array, block_size: int, num_experts: int, expert_map: Array | None = None
-) -> tuple[Array, Array, int]:
-    """Sorts the routed tokens into tiles of one expert each, on the host.
+    topk_ids: Array,
+    block_size: int,
+    num_experts: int,
+    expert_map: Array | None = None,
+    *,
+    context: _core.Context | None = None,
+) -> tuple[Array, Array, Array | int]:
+    """Sorts the routed tokens into tiles of one expert each, on the device of the ids.
+
+    On a GPU nothing is read by the host, so that the call can be captured in a CUDA graph: the
+    lists have room for any routing, and what lies past their end is padding, the id T * top_k and
+    the expert -1. Ids out of range count as -1 there.
 
     Args:
         topk_ids: `[T, top_k]`, int32 or int64, values -1 to num_experts - 1.
         block_size: Entries a tile: 8, 16, 32, 48 or 64.
         num_experts: 1 to 1024.
-        expert_map: int32 `[num_experts]`: what each expert is called here, -1 for "not here".
+        expert_map: int32 `[num_experts]`: what each expert is called here, -1 for "not here". For
+            ids on a GPU it lies there, or in host memory, whose values a captured graph keeps.
+        context: Used instead of this thread's own context for the device of topk_ids.
 
     Returns:
         (sorted_token_ids int32, expert_ids int32, num_tokens_past_padded): as
         `ExpertStack.gemm_phase_fused` takes them, stable in order, arrays of the library of
-        topk_ids.
+        topk_ids. num_tokens_past_padded is an int, on a GPU an array int32 `[1]`.
 
     Raises:
-        InvalidArgumentError: A shape, dtype, id or size does not fit.
+        InvalidArgumentError: A shape, dtype or size does not fit, or an id in host memory.
     """
-    shape_of(topk_ids, "topk_ids")
+    shape = shape_of(topk_ids, "topk_ids")
+    device = device_of(topk_ids)
+    if device != "cpu":
+        own = context is None
+        context = context_for(device, context, topk_ids)
+        entries = _core.most_aligned_ids(math.prod(shape), block_size, num_experts)
+        lists = [
+            allocate(topk_ids, (size,), context, "int32")
+            for size in (entries, entries // block_size, 1)
+        ]
+        _core.moe_align_block_size_into(
+            context,
+            topk_ids,
+            *(output.target for output in lists),
+            block_size=block_size,
+            num_experts=num_experts,
+            expert_map=expert_map,
+        )
+        if own and needs_wait(topk_ids):
+            context.synchronise()
+        return lists[0].array(), lists[1].array(), lists[2].array()
     tokens, experts, count = _core.moe_align_block_size(
         topk_ids, block_size, num_experts, expert_map
     )

@@ -40,7 +40,7 @@ concept BackendQuantMarlin =
              std::span<const GptqTensors> experts, const GptqSpec& spec, const LoadOptions& options,
              std::int64_t elements, const MoeBlockParts<B>& parts, const ConstMatrixView& in,
              const MatrixView& out, const RouteOptions& route_options,
-             std::span<const std::int32_t> expert_map, DType dtype) {
+             const ConstArrayView& expert_map, const ArrayView& list, int count, DType dtype) {
       { B::load_gptq(context, layer, spec, options) } -> std::same_as<std::unique_ptr<Linear<B>>>;
       {
         B::load_gptq_stacked(context, experts, spec, options)
@@ -48,6 +48,9 @@ concept BackendQuantMarlin =
       { B::pregrow_marlin_gather_scratch(context, elements) } -> std::same_as<void>;
       { B::make_moe_block(context, parts) } -> std::same_as<std::unique_ptr<MoeBlock<B>>>;
       { B::route(context, in, route_options, out, out) } -> std::same_as<void>;
+      {
+        B::moe_align_block_size(context, in, count, count, expert_map, list, list, list)
+      } -> std::same_as<void>;
       { B::allocate(context, dtype, elements) } -> std::same_as<typename B::Buffer>;
       { buffer.data() } -> std::same_as<void*>;
       { B::copy(context, in, out) } -> std::same_as<void>;
@@ -85,11 +88,25 @@ struct QuantMarlinDefaults {
     unsupported("make_moe_block");
   }
 
-  /// marlinq::route on the backend's own memory.
+  /// marlinq::route on the backend's own memory. A GPU scores in float32: experts whose scores differ
+  /// by less than that can tell may come in another order than on the CPU.
   template <class Context>
   static void route(Context&, const ConstMatrixView&, const RouteOptions&, const MatrixView&,
                     const MatrixView&) {
     unsupported("route");
+  }
+
+  /// marlinq::moe_align_block_size on the backend's own memory: topk_ids, block_size, num_experts,
+  /// expert_map (i32 [num_experts], there or on the host; size 0: none), and the lists that are
+  /// written: sorted_token_ids (i32, most_aligned_ids entries or more), expert_ids (i32, one for each
+  /// block_size of these or more) and num_tokens_past_padded (i32 [1]). Entries past the end of what
+  /// counts are padding: the id T * top_k, and the expert -1. On a GPU, where ids are not read by the
+  /// host, those out of range count as -1. Throws invalid_argument.
+  template <class Context>
+  static void moe_align_block_size(Context&, const ConstMatrixView&, int, int,
+                                   const ConstArrayView&, const ArrayView&, const ArrayView&,
+                                   const ArrayView&) {
+    unsupported("moe_align_block_size");
   }
 
   /// Zeroed memory on the context's device. Throws out_of_memory.

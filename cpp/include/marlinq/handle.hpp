@@ -157,6 +157,12 @@ class MARLINQ_API ContextHandle {
   void pregrow_marlin_gather_scratch(std::int64_t required_elements) const;
   void route(const ConstMatrixView& logits, const RouteOptions& options, const MatrixView& ids,
              const MatrixView& weights) const;
+  /// As QuantMarlinDefaults<B>::moe_align_block_size: tiles of topk_ids [T, top_k] in memory of the
+  /// context's device. `expert_map` is there or in host memory; size 0: none.
+  void moe_align_block_size(const ConstMatrixView& topk_ids, int block_size, int num_experts,
+                            const ConstArrayView& expert_map, const ArrayView& sorted_token_ids,
+                            const ArrayView& expert_ids,
+                            const ArrayView& num_tokens_past_padded) const;
 
   /// Zeroed memory on the context's device. Throws out_of_memory.
   BufferHandle allocate(DType dtype, std::int64_t size) const;

@@ -1,6 +1,7 @@
 // Routing of tokens to experts: top-k choice and tile lists, and their host implementations.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 #include <string_view>
@@ -41,6 +42,14 @@ struct RouteOptions {
 /// Throws invalid_argument.
 MARLINQ_API void route(const ConstMatrixView& logits, const RouteOptions& options,
                        const MatrixView& ids, const MatrixView& weights);
+
+/// How many entries of sorted_token_ids moe_align_block_size fills for so many ids at most, whatever
+/// they are; a multiple of block_size.
+constexpr std::int64_t most_aligned_ids(std::int64_t ids, int block_size,
+                                        int num_experts) noexcept {
+  const std::int64_t buckets = std::min<std::int64_t>(ids, std::int64_t{num_experts} + 1);
+  return (ids + buckets * (block_size - 1)) / block_size * block_size;
+}
 
 /// Tile lists on the host; see FusedTiles for their meaning.
 struct TokenTiles {

@@ -66,11 +66,20 @@ constexpr ConstMatrixView as_const(const MatrixView& view) noexcept {
 }
 
 /// A contiguous one-dimensional array that somebody else owns.
-struct ConstArrayView {
-  const void* data = nullptr;
+template <class Pointer>
+struct BasicArrayView {
+  Pointer data = nullptr;
   DType dtype = DType::kInt32;
   Device device = {};
   std::int64_t size = 0;
 };
+
+using ConstArrayView = BasicArrayView<const void*>;
+using ArrayView = BasicArrayView<void*>;
+
+/// The same memory, read only.
+constexpr ConstArrayView as_const(const ArrayView& view) noexcept {
+  return {view.data, view.dtype, view.device, view.size};
+}
 
 }  // namespace marlinq

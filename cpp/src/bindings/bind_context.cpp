@@ -10,6 +10,8 @@
 #include "bindings/objects.hpp"
 #include "core/concat.hpp"
 #include "core/matrix_checks.hpp"
+#include "core/refuse.hpp"
+#include "core/routing.hpp"
 #include "marlinq/error.hpp"
 #include "marlinq/registry.hpp"
 #include "marlinq/routing.hpp"
@@ -108,6 +110,45 @@ py::typing::Tuple<Ids, Ids, py::int_> align(const py::object& topk_ids, int bloc
                         tiles.num_tokens_past_padded);
 }
 
+ArrayView writable(const BorrowedArray& array, const char* name) {
+  if (array.read_only)
+    refuse_argument(concat(name, ": read-only, expected an array that can be written"));
+  const ConstArrayView view = as_flat(array, name);
+  return {.data = array.data, .dtype = view.dtype, .device = view.device, .size = view.size};
+}
+
+void align_into(const ContextHandle& context, const py::object& topk_ids,
+                const py::object& sorted_token_ids, const py::object& expert_ids,
+                const py::object& num_tokens_past_padded, int block_size, int num_experts,
+                const py::object& expert_map) {
+  const auto take = [&](const py::object& object, const char* name) {
+    return borrow(object, name, stream_of(context));
+  };
+  const BorrowedArray ids = take(topk_ids, "topk_ids");
+  const BorrowedArray tokens = take(sorted_token_ids, "sorted_token_ids");
+  const BorrowedArray experts = take(expert_ids, "expert_ids");
+  const BorrowedArray past = take(num_tokens_past_padded, "num_tokens_past_padded");
+  BorrowedArray map;
+  ConstArrayView map_view;
+  if (!expert_map.is_none()) {
+    map = take(expert_map, "expert_map");
+    map_view = as_flat(map, "expert_map");
+  }
+  const ConstMatrixView ids_view = as_matrix(ids, "topk_ids");
+  const ArrayView tokens_view = writable(tokens, "sorted_token_ids");
+  const ArrayView experts_view = writable(experts, "expert_ids");
+  const ArrayView past_view = writable(past, "num_tokens_past_padded");
+  const py::gil_scoped_release release;
+  context.moe_align_block_size(ids_view, block_size, num_experts, map_view, tokens_view,
+                               experts_view, past_view);
+}
+
+std::int64_t most_aligned(std::int64_t ids, int block_size, int num_experts) {
+  check_tile_size(block_size);
+  check_num_experts(num_experts);
+  return most_aligned_ids(ids, block_size, num_experts);
+}
+
 }  // namespace
 
 void bind_context(py::module_& module) {
@@ -163,6 +204,14 @@ Raises:
   module.def("moe_align_block_size", &align, py::arg("topk_ids"), py::arg("block_size"),
              py::arg("num_experts"), py::arg("expert_map") = py::none(),
              "(sorted_token_ids i32, expert_ids i32, num_tokens_past_padded).");
+  module.def("moe_align_block_size_into", &align_into, py::arg("context"), py::arg("topk_ids"),
+             py::arg("sorted_token_ids"), py::arg("expert_ids"), py::arg("num_tokens_past_padded"),
+             py::kw_only(), py::arg("block_size"), py::arg("num_experts"),
+             py::arg("expert_map") = py::none(),
+             "Writes the lists (i32) on the context's device, padded to their ends.");
+  module.def("most_aligned_ids", &most_aligned, py::arg("ids"), py::arg("block_size"),
+             py::arg("num_experts"),
+             "How many entries sorted_token_ids needs for any routing of so many ids.");
 }
 
 }  // namespace marlinq::bindings

@@ -1,5 +1,6 @@
-// Routing on the host. The grouped choice follows DeepSeek-V2 (best expert of a group) and
-// DeepSeek-V3 (sum of the best two, with the correction bias), as their published model code does.
+// The checks of routing, and routing on the host. The grouped choice follows DeepSeek-V2 (best
+// expert of a group) and DeepSeek-V3 (sum of the best two, with the correction bias), as their
+// published model code does.
 #include "core/routing.hpp"
 
 #include <algorithm>
@@ -15,50 +16,6 @@ namespace marlinq {
 namespace {
 
 constexpr double kNever = -std::numeric_limits<double>::infinity();
-
-void check_route(const ConstMatrixView& logits, const RouteOptions& options, const MatrixView& ids,
-                 const MatrixView& weights) {
-  const Device host{};
-  const std::int64_t experts = logits.cols;
-  check_input(logits, "logits", host, 0, experts);
-  if (experts < 1 || experts > kMaxExperts) {
-    refuse_argument(concat("logits: ", experts, " experts, expected 1 to ", kMaxExperts));
-  }
-  if (options.top_k < 1 || options.top_k > std::min<std::int64_t>(kMaxTopK, experts)) {
-    refuse_argument(concat("top_k: ", options.top_k, ", expected 1 to ",
-                           std::min<std::int64_t>(kMaxTopK, experts), " for ", experts,
-                           " experts"));
-  }
-  if (options.num_groups < 1 || experts % options.num_groups != 0) {
-    refuse_argument(concat("num_groups: ", options.num_groups, ", expected a divisor of ", experts,
-                           " experts"));
-  }
-  if (options.top_groups < 1 || options.top_groups > options.num_groups ||
-      options.top_groups * (experts / options.num_groups) < options.top_k) {
-    refuse_argument(concat("top_groups: ", options.top_groups, ", expected 1 to ",
-                           options.num_groups, " and at least top_k = ", options.top_k,
-                           " experts in them"));
-  }
-  if (!options.correction_bias.empty() &&
-      static_cast<std::int64_t>(options.correction_bias.size()) != experts) {
-    refuse_argument(concat("correction_bias: ", options.correction_bias.size(),
-                           " elements, expected ", experts));
-  }
-  for (std::size_t e = 0; e < options.correction_bias.size(); ++e) {
-    if (!std::isfinite(options.correction_bias[e])) {
-      refuse_argument(concat("correction_bias: element [", e, "] is ", options.correction_bias[e],
-                             ", expected a finite number"));
-    }
-  }
-  check_matrix(ids, "ids", host, logits.rows, options.top_k);
-  check_matrix(weights, "weights", host, logits.rows, options.top_k);
-  if (ids.dtype != DType::kInt32) {
-    refuse_argument(concat("ids: dtype ", to_string(ids.dtype), ", expected int32"));
-  }
-  if (weights.dtype != DType::kFloat32) {
-    refuse_argument(concat("weights: dtype ", to_string(weights.dtype), ", expected float32"));
-  }
-}
 
 // Logits to scores. A NaN scores 0.
 void score(std::vector<double>& values, Scoring scoring) {
@@ -103,11 +60,97 @@ void keep_top_groups(std::vector<double>& choice, const RouteOptions& options) {
   }
 }
 
+// The part that is the same for lists in host memory and elsewhere.
+void check_align(const ConstMatrixView& topk_ids, int block_size, int num_experts,
+                 std::int64_t map_size, Device device) {
+  if (topk_ids.dtype != DType::kInt32 && topk_ids.dtype != DType::kInt64) {
+    refuse_argument(
+        concat("topk_ids: dtype ", to_string(topk_ids.dtype), ", expected int32 or int64"));
+  }
+  check_matrix(topk_ids, "topk_ids", device, 0, topk_ids.cols);
+  check_tile_size(block_size);
+  check_num_experts(num_experts);
+  if (map_size != 0 && map_size != num_experts) {
+    refuse_argument(concat("expert_map: ", map_size, " elements, expected ", num_experts));
+  }
+  const std::int64_t ids = topk_ids.rows * topk_ids.cols;
+  if (ids > std::numeric_limits<std::int32_t>::max() / 2) {
+    refuse_argument(concat("topk_ids: ", ids, " elements, expected at most ",
+                           std::numeric_limits<std::int32_t>::max() / 2));
+  }
+}
+
 }  // namespace
+
+void check_route(const ConstMatrixView& logits, const RouteOptions& options, const MatrixView& ids,
+                 const MatrixView& weights, Device device) {
+  const std::int64_t experts = logits.cols;
+  check_input(logits, "logits", device, 0, experts);
+  if (experts < 1 || experts > kMaxExperts) {
+    refuse_argument(concat("logits: ", experts, " experts, expected 1 to ", kMaxExperts));
+  }
+  if (options.top_k < 1 || options.top_k > std::min<std::int64_t>(kMaxTopK, experts)) {
+    refuse_argument(concat("top_k: ", options.top_k, ", expected 1 to ",
+                           std::min<std::int64_t>(kMaxTopK, experts), " for ", experts,
+                           " experts"));
+  }
+  if (options.num_groups < 1 || experts % options.num_groups != 0) {
+    refuse_argument(concat("num_groups: ", options.num_groups, ", expected a divisor of ", experts,
+                           " experts"));
+  }
+  if (options.top_groups < 1 || options.top_groups > options.num_groups ||
+      options.top_groups * (experts / options.num_groups) < options.top_k) {
+    refuse_argument(concat("top_groups: ", options.top_groups, ", expected 1 to ",
+                           options.num_groups, " and at least top_k = ", options.top_k,
+                           " experts in them"));
+  }
+  if (!options.correction_bias.empty() &&
+      static_cast<std::int64_t>(options.correction_bias.size()) != experts) {
+    refuse_argument(concat("correction_bias: ", options.correction_bias.size(),
+                           " elements, expected ", experts));
+  }
+  for (std::size_t e = 0; e < options.correction_bias.size(); ++e) {
+    if (!std::isfinite(options.correction_bias[e])) {
+      refuse_argument(concat("correction_bias: element [", e, "] is ", options.correction_bias[e],
+                             ", expected a finite number"));
+    }
+  }
+  check_matrix(ids, "ids", device, logits.rows, options.top_k);
+  check_matrix(weights, "weights", device, logits.rows, options.top_k);
+  if (ids.dtype != DType::kInt32) {
+    refuse_argument(concat("ids: dtype ", to_string(ids.dtype), ", expected int32"));
+  }
+  if (weights.dtype != DType::kFloat32) {
+    refuse_argument(concat("weights: dtype ", to_string(weights.dtype), ", expected float32"));
+  }
+}
+
+void check_num_experts(int num_experts) {
+  if (num_experts < 1 || num_experts > kMaxExperts) {
+    refuse_argument(concat("num_experts: ", num_experts, ", expected 1 to ", kMaxExperts));
+  }
+}
+
+void check_align(const ConstMatrixView& topk_ids, int block_size, int num_experts,
+                 const ConstArrayView& expert_map, const ArrayView& sorted_token_ids,
+                 const ArrayView& expert_ids, const ArrayView& num_tokens_past_padded,
+                 Device device) {
+  check_align(topk_ids, block_size, num_experts, expert_map.size, device);
+  if (expert_map.size != 0) {
+    const Device host{};
+    check_array(expert_map, "expert_map", expert_map.device == host ? host : device, DType::kInt32,
+                num_experts);
+  }
+  const std::int64_t most =
+      most_aligned_ids(topk_ids.rows * topk_ids.cols, block_size, num_experts);
+  check_array(as_const(sorted_token_ids), "sorted_token_ids", device, DType::kInt32, most);
+  check_array(as_const(expert_ids), "expert_ids", device, DType::kInt32, most / block_size);
+  check_array(as_const(num_tokens_past_padded), "num_tokens_past_padded", device, DType::kInt32, 1);
+}
 
 void route(const ConstMatrixView& logits, const RouteOptions& options, const MatrixView& ids,
            const MatrixView& weights) {
-  check_route(logits, options, ids, weights);
+  check_route(logits, options, ids, weights, Device{});
   const auto experts = static_cast<std::size_t>(logits.cols);
   std::vector<double> scores(experts);
   std::vector<double> choice(experts);
@@ -155,23 +198,9 @@ TokenTiles moe_align_block_size(const ConstMatrixView& topk_ids, int block_size,
 
 void align_tokens(const ConstMatrixView& topk_ids, int block_size, int num_experts,
                   std::span<const std::int32_t> expert_map, TokenTiles& tiles) {
-  if (topk_ids.dtype != DType::kInt32 && topk_ids.dtype != DType::kInt64) {
-    refuse_argument(
-        concat("topk_ids: dtype ", to_string(topk_ids.dtype), ", expected int32 or int64"));
-  }
-  check_matrix(topk_ids, "topk_ids", Device{}, 0, topk_ids.cols);
-  check_tile_size(block_size);
-  if (num_experts < 1 || num_experts > kMaxExperts) {
-    refuse_argument(concat("num_experts: ", num_experts, ", expected 1 to ", kMaxExperts));
-  }
-  if (!expert_map.empty() && static_cast<std::int64_t>(expert_map.size()) != num_experts) {
-    refuse_argument(concat("expert_map: ", expert_map.size(), " elements, expected ", num_experts));
-  }
+  check_align(topk_ids, block_size, num_experts, static_cast<std::int64_t>(expert_map.size()),
+              Device{});
   const std::int64_t ids = topk_ids.rows * topk_ids.cols;
-  if (ids > std::numeric_limits<std::int32_t>::max() / 2) {
-    refuse_argument(concat("topk_ids: ", ids, " elements, expected at most ",
-                           std::numeric_limits<std::int32_t>::max() / 2));
-  }
   // Bucket e < num_experts is expert e; the last bucket is -1.
   const auto bucket_of = [&](std::int64_t index) {
     const std::int64_t row = index / topk_ids.cols;

@@ -1,4 +1,4 @@
-// moe_align_block_size into lists that a context keeps.
+// What the routing of every backend shares: the checks, and lists that a context keeps.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,20 @@
 #include "marlinq/routing.hpp"
 
 namespace marlinq {
+
+/// Everything about the arguments of route on a device that needs no look at the logits. Throws
+/// invalid_argument.
+void check_route(const ConstMatrixView& logits, const RouteOptions& options, const MatrixView& ids,
+                 const MatrixView& weights, Device device);
+
+void check_num_experts(int num_experts);
+
+/// Everything about the arguments of moe_align_block_size with lists on a device that needs no look at
+/// the ids. Throws invalid_argument.
+void check_align(const ConstMatrixView& topk_ids, int block_size, int num_experts,
+                 const ConstArrayView& expert_map, const ArrayView& sorted_token_ids,
+                 const ArrayView& expert_ids, const ArrayView& num_tokens_past_padded,
+                 Device device);
 
 /// As moe_align_block_size, reusing the memory of `tiles`.
 void align_tokens(const ConstMatrixView& topk_ids, int block_size, int num_experts,

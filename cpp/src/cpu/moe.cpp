@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "core/elements.hpp"
 #include "core/matrix_checks.hpp"
@@ -95,6 +96,30 @@ FusedTiles CpuBackend::moe_align(Context& context, const ConstMatrixView& topk_i
           .top_k = static_cast<int>(topk_ids.cols),
           .num_tokens = topk_ids.rows,
           .topk_weights = std::nullopt};
+}
+
+void CpuBackend::moe_align_block_size(Context& context, const ConstMatrixView& topk_ids,
+                                      int block_size, int num_experts,
+                                      const ConstArrayView& expert_map,
+                                      const ArrayView& sorted_token_ids,
+                                      const ArrayView& expert_ids,
+                                      const ArrayView& num_tokens_past_padded) {
+  check_align(topk_ids, block_size, num_experts, expert_map, sorted_token_ids, expert_ids,
+              num_tokens_past_padded, context.device());
+  TokenTiles& tiles = context.state().tiles;
+  align_tokens(topk_ids, block_size, num_experts,
+               {static_cast<const std::int32_t*>(expert_map.data),
+                static_cast<std::size_t>(expert_map.size)},
+               tiles);
+  const auto fill = [](const ArrayView& list, const std::vector<std::int32_t>& values,
+                       std::int32_t padding) {
+    auto* out = static_cast<std::int32_t*>(list.data);
+    std::fill(std::copy(values.begin(), values.end(), out), out + list.size, padding);
+  };
+  fill(sorted_token_ids, tiles.sorted_token_ids,
+       static_cast<std::int32_t>(topk_ids.rows * topk_ids.cols));
+  fill(expert_ids, tiles.expert_ids, -1);
+  *static_cast<std::int32_t*>(num_tokens_past_padded.data) = tiles.num_tokens_past_padded;
 }
 
 void CpuBackend::moe_activate(Context& context, Activation activation,

@@ -42,6 +42,8 @@ class AnyContext {
   virtual void pregrow_marlin_gather_scratch(std::int64_t) = 0;
   virtual void route(const ConstMatrixView&, const RouteOptions&, const MatrixView&,
                      const MatrixView&) = 0;
+  virtual void moe_align_block_size(const ConstMatrixView&, int, int, const ConstArrayView&,
+                                    const ArrayView&, const ArrayView&, const ArrayView&) = 0;
   virtual BufferHandle allocate(DType, std::int64_t) = 0;
   virtual void copy(const ConstMatrixView&, const MatrixView&) = 0;
   virtual void synchronise() = 0;
@@ -324,6 +326,14 @@ class ContextModel final : public AnyContext {
              const MatrixView& weights) override {
     const ContextUse use(busy_);
     B::route(context_, logits, options, ids, weights);
+  }
+  void moe_align_block_size(const ConstMatrixView& topk_ids, int block_size, int num_experts,
+                            const ConstArrayView& expert_map, const ArrayView& sorted_token_ids,
+                            const ArrayView& expert_ids,
+                            const ArrayView& num_tokens_past_padded) override {
+    const ContextUse use(busy_);
+    B::moe_align_block_size(context_, topk_ids, block_size, num_experts, expert_map,
+                            sorted_token_ids, expert_ids, num_tokens_past_padded);
   }
   BufferHandle allocate(DType dtype, std::int64_t size) override {
     const ContextUse use(busy_);

@@ -89,6 +89,16 @@ void ContextHandle::route(const ConstMatrixView& logits, const RouteOptions& opt
                           const MatrixView& ids, const MatrixView& weights) const {
   guarded([&] { self_->route(logits, options, ids, weights); });
 }
+void ContextHandle::moe_align_block_size(const ConstMatrixView& topk_ids, int block_size,
+                                         int num_experts, const ConstArrayView& expert_map,
+                                         const ArrayView& sorted_token_ids,
+                                         const ArrayView& expert_ids,
+                                         const ArrayView& num_tokens_past_padded) const {
+  guarded([&] {
+    self_->moe_align_block_size(topk_ids, block_size, num_experts, expert_map, sorted_token_ids,
+                                expert_ids, num_tokens_past_padded);
+  });
+}
 BufferHandle ContextHandle::allocate(DType dtype, std::int64_t size) const {
   return guarded([&] { return self_->allocate(dtype, size); });
 }

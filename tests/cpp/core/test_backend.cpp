@@ -29,6 +29,8 @@ TEST(NullBackendTest, MoeAndRoutingNameBackendAndOperation) {
                [&] { NullBackend::make_moe_block(context, {}); });
   expect_error(ErrorCode::kUnsupported, {"backend 'null'", "route"},
                [&] { NullBackend::route(context, {}, {}, {}, {}); });
+  expect_error(ErrorCode::kUnsupported, {"backend 'null'", "moe_align_block_size"},
+               [&] { NullBackend::moe_align_block_size(context, {}, 8, 1, {}, {}, {}, {}); });
 }
 
 TEST(NullBackendTest, PregrowDoesNothing) {

@@ -395,6 +395,29 @@ TEST(AlignTest, Empty) {
   EXPECT_EQ(tiles.num_tokens_past_padded, 0);
 }
 
+// Enough for the routing that pads most: an id each for as many experts as there are, and for -1.
+TEST(AlignTest, MostAlignedIds) {
+  for (const int block_size : {8, 48, 64}) {
+    for (const int experts : {1, 2, 60, 1024}) {
+      for (const std::int64_t count : {0, 1, 2, 3, 61, 500, 1025, 1026, 3000}) {
+        Matrix ids(count, 1, DType::kInt32);
+        for (std::int64_t i = 0; i < count; ++i) {
+          const std::int64_t bucket = std::min<std::int64_t>(i, experts);
+          ids.set(i, 0, bucket == experts ? -1.0 : static_cast<double>(bucket));
+        }
+        const TokenTiles tiles = moe_align_block_size(ids.input(), block_size, experts);
+        const std::int64_t most = most_aligned_ids(count, block_size, experts);
+        EXPECT_LE(tiles.num_tokens_past_padded, most);
+        EXPECT_EQ(most % block_size, 0);
+        // No more than that, where the last bucket is full of all that is left.
+        if (count <= experts + 1) {
+          EXPECT_EQ(tiles.num_tokens_past_padded, most);
+        }
+      }
+    }
+  }
+}
+
 TEST(AlignTest, StableByHand) {
   Matrix ids(3, 2, DType::kInt32);
   const std::vector<double> values = {1, 0, 1, -1, 0, 1};

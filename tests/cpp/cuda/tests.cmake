@@ -26,7 +26,8 @@ marlinq_add_test(gpu
   cpp/cuda/counted_memory.cpp
   cpp/cuda/packed_layer.cpp
   cpp/cuda/test_backend_load.cpp
-  cpp/cuda/test_load.cpp)
+  cpp/cuda/test_load.cpp
+  cpp/cuda/test_moe_kernels.cpp)
 target_include_directories(test_gpu PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
 target_link_libraries(test_gpu PRIVATE CUDA::cudart_static)
 foreach(function cudaMalloc cudaFree cudaHostAlloc cudaFreeHost)

@@ -147,6 +147,72 @@ TEST_F(HandleTest, AnExpertOutlivesItsStack) {
   EXPECT_TRUE(test::matches(out, test::multiply(x.values(), 9, gate_up.dense()[1]), 9));
 }
 
+// --- routing through a context ---
+
+ArrayView list_of(std::vector<std::int32_t>& values) {
+  return {.data = values.data(), .size = static_cast<std::int64_t>(values.size())};
+}
+
+TEST_F(HandleTest, AlignsIntoTheCallersLists) {
+  Matrix ids(5, 2, DType::kInt64, 3);
+  const std::vector<double> values = {2, 0, -1, 2, 2, 1, 0, 2, 2, -1};
+  for (int i = 0; i < 10; ++i) ids.set(i / 2, i % 2, values[static_cast<std::size_t>(i)]);
+  ASSERT_EQ(most_aligned_ids(10, 8, 3), 32);
+  std::vector<std::int32_t> tokens(40, -7);
+  std::vector<std::int32_t> experts(6, -7);
+  std::vector<std::int32_t> past(1);
+  const std::vector<std::int32_t> map = {5, -1, 9};
+  const auto align = [&](const ConstArrayView& expert_map) {
+    cpu.moe_align_block_size(ids.input(), 8, 3, expert_map, list_of(tokens), list_of(experts),
+                             list_of(past));
+  };
+  align({});
+  EXPECT_EQ(tokens, (std::vector<std::int32_t>{1,  6,  10, 10, 10, 10, 10, 10, 5,  10,  //
+                                               10, 10, 10, 10, 10, 10, 0,  3,  4,  7,   //
+                                               8,  10, 10, 10, 2,  9,  10, 10, 10, 10,  //
+                                               10, 10, 10, 10, 10, 10, 10, 10, 10, 10}));
+  EXPECT_EQ(experts, (std::vector<std::int32_t>{0, 1, 2, -1, -1, -1}));
+  EXPECT_EQ(past[0], 32);
+  align({.data = map.data(), .size = 3});
+  EXPECT_EQ(experts, (std::vector<std::int32_t>{5, -1, 9, -1, -1, -1}));
+}
+
+TEST_F(HandleTest, ListsWithoutRoomAreRefused) {
+  Matrix ids(5, 2, DType::kInt32);
+  ids.fill(0);
+  std::vector<std::int32_t> tokens(32);
+  std::vector<std::int32_t> experts(4);
+  std::vector<std::int32_t> past(1);
+  const auto refused = [&](std::initializer_list<std::string_view> parts, ConstArrayView map,
+                           ArrayView token_list, ArrayView expert_list, ArrayView count) {
+    expect_refused(parts, [&] {
+      cpu.moe_align_block_size(ids.input(), 8, 3, map, token_list, expert_list, count);
+    });
+  };
+  const ArrayView a = list_of(tokens);
+  const ArrayView b = list_of(experts);
+  const ArrayView c = list_of(past);
+  const auto with = [](ArrayView view, auto change) {
+    change(view);
+    return view;
+  };
+  const auto shorter = [](ArrayView& view) { --view.size; };
+  const auto elsewhere = [](ArrayView& view) { view.device = {DeviceKind::kCuda, 0}; };
+  const auto wide = [](ArrayView& view) { view.dtype = DType::kInt64; };
+  const auto null = [](ArrayView& view) { view.data = nullptr; };
+  refused({"sorted_token_ids: 31 elements, expected at least 32"}, {}, with(a, shorter), b, c);
+  refused({"sorted_token_ids: on cuda:0, expected cpu"}, {}, with(a, elsewhere), b, c);
+  refused({"sorted_token_ids: null data"}, {}, with(a, null), b, c);
+  refused({"expert_ids: 3 elements, expected at least 4"}, {}, a, with(b, shorter), c);
+  refused({"expert_ids: dtype int64, expected int32"}, {}, a, with(b, wide), c);
+  refused({"num_tokens_past_padded: 0 elements, expected at least 1"}, {}, a, b, with(c, shorter));
+  refused({"expert_map: 4 elements, expected 3"}, as_const(b), a, b, c);
+  refused({"expert_map: dtype int64, expected int32"}, as_const(with(with(b, shorter), wide)), a, b,
+          c);
+  refused({"expert_map: on cuda:0, expected cpu"}, as_const(with(with(b, shorter), elsewhere)), a,
+          b, c);
+}
+
 // --- the defaults of the trait, behind a handle ---
 
 TEST_F(HandleTest, ABackendThatOverridesNothing) {
@@ -159,6 +225,8 @@ TEST_F(HandleTest, ABackendThatOverridesNothing) {
                [&] { context.load_gptq_stacked(gate_up.tensors(), gate_up.spec()); });
   expect_error(ErrorCode::kUnsupported, {"'null'", "route"},
                [&] { context.route({}, {}, {}, {}); });
+  expect_error(ErrorCode::kUnsupported, {"'null'", "moe_align_block_size"},
+               [&] { context.moe_align_block_size({}, 8, 1, {}, {}, {}, {}); });
   expect_error(ErrorCode::kUnsupported, {"'null'", "make_moe_block"},
                [&] { context.make_moe_block({.gate_up = null_stack(), .down = null_stack()}); });
   EXPECT_NO_THROW(context.pregrow_marlin_gather_scratch(1 << 20));

@@ -8,6 +8,8 @@ namespace {
 
 double sigmoid_of(double x) { return 1 / (1 + std::exp(-x)); }
 
+}  // namespace
+
 double activation_of(Activation activation, double g, double u) {
   switch (activation) {
     case Activation::kSilu:
@@ -26,8 +28,6 @@ double activation_of(Activation activation, double g, double u) {
   }
   return 0;
 }
-
-}  // namespace
 
 Matrix random_topk_ids(std::int64_t tokens, int top_k, std::int64_t experts, DType dtype,
                        int percent_absent, Random& random, std::int64_t extra_stride) {

@@ -12,6 +12,9 @@
 
 namespace marlinq::test {
 
+/// What an activation makes of g and u.
+double activation_of(Activation activation, double g, double u);
+
 struct MoeReference {
   std::vector<Dense> gate_up;
   std::vector<Dense> down;

@@ -83,6 +83,11 @@ struct MARLINQ_API CpuBackend : QuantMarlinDefaults<CpuBackend> {
       Context& context, const MoeBlockParts<CpuBackend>& parts);
   static void route(Context& context, const ConstMatrixView& logits, const RouteOptions& options,
                     const MatrixView& ids, const MatrixView& weights);
+  static void moe_align_block_size(Context& context, const ConstMatrixView& topk_ids,
+                                   int block_size, int num_experts,
+                                   const ConstArrayView& expert_map,
+                                   const ArrayView& sorted_token_ids, const ArrayView& expert_ids,
+                                   const ArrayView& num_tokens_past_padded);
   static Buffer allocate(Context& context, DType dtype, std::int64_t size);
   static void copy(Context& context, const ConstMatrixView& from, const MatrixView& to);
   static void synchronise(Context&) {}

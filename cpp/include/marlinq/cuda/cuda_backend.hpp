@@ -83,6 +83,16 @@ struct MARLINQ_API CudaBackend : QuantMarlinDefaults<CudaBackend> {
   static void pregrow_marlin_gather_scratch(Context& context, std::int64_t required_elements);
   static std::unique_ptr<MoeBlock<CudaBackend>> make_moe_block(
       Context& context, const MoeBlockParts<CudaBackend>& parts);
+  /// A correction bias travels in the kernel's parameters: nothing is uploaded, and a captured graph
+  /// keeps it.
+  static void route(Context& context, const ConstMatrixView& logits, const RouteOptions& options,
+                    const MatrixView& ids, const MatrixView& weights);
+  /// An expert_map in host memory travels likewise.
+  static void moe_align_block_size(Context& context, const ConstMatrixView& topk_ids,
+                                   int block_size, int num_experts,
+                                   const ConstArrayView& expert_map,
+                                   const ArrayView& sorted_token_ids, const ArrayView& expert_ids,
+                                   const ArrayView& num_tokens_past_padded);
   static Buffer allocate(Context& context, DType dtype, std::int64_t size);
   static void copy(Context& context, const ConstMatrixView& from, const MatrixView& to);
   static void synchronise(Context& context);

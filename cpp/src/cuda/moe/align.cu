@@ -193,7 +193,7 @@ __device__ __forceinline__ void place_ids(const TopkIds& topk_ids, const Runs& r
   }
 }
 
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     sort_kernel(const TopkIds topk_ids, const Runs runs, int32_t max_rows,
                 const ExpertTiles tiles) {
   extern __shared__ int32_t shared[];
@@ -247,7 +247,7 @@ struct HostNames {
 };
 
 template <class Names>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     align_kernel(const TopkIds topk_ids, const Runs runs, int32_t block_size,
                  const AlignedTiles tiles, const __grid_constant__ Names names) {
   extern __shared__ int32_t shared[];

@@ -287,6 +287,7 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
           .x = float_matrix(input_.x),
           .out = float_output(output_),
           .hidden = static_cast<std::int32_t>(block_.hidden_size())};
+      if (input_.residual) problem.residual = float_matrix(*input_.residual);
       if (input_.shared_output) problem.shared = float_matrix(*input_.shared_output);
       if (block_.parts_.shared) {
         const FloatOutput shared = shared_output();
