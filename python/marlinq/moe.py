@@ -8,7 +8,7 @@ import numpy as np
 
 from marlinq import _core
 from marlinq._arrays import Array, allocate, device_of, given, same_kind, shape_of, to_float32
-from marlinq._context import Call, context_for, needs_wait
+from marlinq._context import Call, context_for
 from marlinq.errors import InvalidArgumentError
 from marlinq.linear import ExpertStack, Linear
 
@@ -230,8 +230,8 @@ def route(
     shape = shape_of(logits, "logits")
     if top_k < 1:
         raise InvalidArgumentError(f"top_k: {top_k}, expected at least 1")
-    own = context is None
-    context = context_for(device_of(logits), context, logits)
+    call = Call(device_of(logits), context, logits)
+    context = call.context
     ids = allocate(logits, (*shape[:-1], top_k), context, "int32")
     weights = allocate(logits, (*shape[:-1], top_k), context, "float32")
     _core.route(
@@ -247,8 +247,7 @@ def route(
         top_groups=top_groups,
         scale=scale,
     )
-    if own and context.device != "cpu" and needs_wait(logits):
-        context.synchronise()
+    call.finish(logits)
     return ids.array(), weights.array()
 
 
@@ -285,8 +284,8 @@ def moe_align_block_size(
     shape = shape_of(topk_ids, "topk_ids")
     device = device_of(topk_ids)
     if device != "cpu":
-        own = context is None
-        context = context_for(device, context, topk_ids)
+        call = Call(device, context, topk_ids)
+        context = call.context
         entries = _core.most_aligned_ids(math.prod(shape), block_size, num_experts)
         lists = [
             allocate(topk_ids, (size,), context, "int32")
@@ -300,8 +299,7 @@ def moe_align_block_size(
             num_experts=num_experts,
             expert_map=expert_map,
         )
-        if own and needs_wait(topk_ids):
-            context.synchronise()
+        call.finish(topk_ids)
         return lists[0].array(), lists[1].array(), lists[2].array()
     tokens, experts, count = _core.moe_align_block_size(
         topk_ids, block_size, num_experts, expert_map
