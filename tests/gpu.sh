@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What needs a GPU, in one command: builds marlinq, runs the GPU tests of Python and C++, the example, a small program
+# What needs a GPU, in one command: builds marlinq, runs the GPU tests of Python and C++, the examples, a small program
 # under the tools of compute-sanitizer, and the benchmarks. Every part runs whatever failed before it; a summary tells
 # all, and the exit code is 1 if any part failed.
 #
@@ -75,9 +75,10 @@ build_against_site() {
 }
 
 example() {
-  build_against_site cpp/examples/embed_cuda embed_cuda
-  "$work/embed_cuda/embed_cuda" | tee "$work/embed_cuda/output"
-  grep -q "y = 36 72" "$work/embed_cuda/output"
+  build_against_site "cpp/examples/$1" "$1"
+  "$work/$1/$1" | tee "$work/$1/output"
+  grep -q "on cuda:0" "$work/$1/output"
+  grep -q "y = 36 72" "$work/$1/output"
 }
 
 sanitized_program() {
@@ -110,7 +111,7 @@ if [ $cpp_tests = ON ]; then
 else
   not_run "C++ tests: GoogleTest was not found; CMAKE_PREFIX_PATH may name where it is"
 fi
-part "embed_cuda" example
+for name in embed_cuda embed_moe; do part "$name" example $name; done
 part "the program for the sanitizers, without one" sanitized_program
 if [ -x "$sanitizer" ]; then
   part "memcheck" sanitize memcheck --leak-check full
@@ -120,6 +121,8 @@ else
   failed=1
 fi
 part "bench" keep bench.json python3 -m marlinq bench --device cuda --rows 1,16,64,256 --seconds 0.1 --json
+part "bench of blocks" keep bench_moe.json python3 -m marlinq bench --device cuda --moe --rows 1,16,64,256,1024 \
+  --seconds 0.1 --json
 part "loading" keep load.json "$work/build/tests/bench/load_layers"
 part "plans" keep plans.csv "$work/build/tests/bench/sm80_plans" fp16 4096x4096 m=1,16,64,1024
 

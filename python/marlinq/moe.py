@@ -134,10 +134,9 @@ class MoeBlock:
     ) -> Array:
         """Runs the block.
 
-        On a GPU nothing is read by the host, so that the call can be captured in a CUDA graph, and
-        replays route as the arrays say then; ids there that are not -1 to num_experts - 1 are the
-        caller's mistake. Arrays are on the block's device, or of numpy, and used or copied as those
-        of a `Linear`.
+        Arrays are on the block's device or of numpy, and used or copied as those of a `Linear`. On
+        a GPU nothing is read by the host, so that the call can be captured in a CUDA graph, whose
+        replays route as the arrays say then; an id there that is no expert counts as -1.
 
         Args:
             x: `[T, H]`, float32, float16 or bfloat16.

@@ -4,6 +4,8 @@ Importing it skips the importing file, visibly, where there is no torch. Nothing
 elements: references of large layers are products of float64 on the GPU.
 """
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import marlinq
@@ -180,10 +182,13 @@ class DeviceStack:
         lists["g_idx"] = [None if e % 4 == 0 else one for e, one in enumerate(lists["g_idx"])]
         return lists
 
-    def load(self, **options: Any) -> marlinq.ExpertStack:
+    def load(
+        self, device: str = DEVICE, arrays: dict[str, Any] | None = None, **options: Any
+    ) -> marlinq.ExpertStack:
+        """The stack on a device; `arrays` is what `arrays()` returned, where that was called."""
         return marlinq.load_gptq_stacked(
-            **self.arrays(),
-            device=DEVICE,
+            **(self.arrays() if arrays is None else arrays),
+            device=device,
             bits=self.bits,
             group_size=self.group_size,
             k=self.k,
@@ -308,3 +313,22 @@ def untouched(store: Tensor, out: Tensor) -> bool:
 def host(tensor: Tensor) -> np.ndarray[Any, Any]:
     """float32 numbers of a tensor of any type."""
     return tensor.float().cpu().numpy()
+
+
+def in_threads(count: int, work: Callable[[int], None]) -> None:
+    """Runs work(0), work(1), ... at once; the first exception of any is raised."""
+    errors: list[BaseException] = []
+
+    def guarded(index: int) -> None:
+        try:
+            work(index)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]

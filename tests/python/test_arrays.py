@@ -460,7 +460,7 @@ def test_forwards_are_timed_in_turn(linear: marlinq.Linear) -> None:
     assert _core.time_forwards(own, handles, x, out, first=1, count=3) > 0
     np.testing.assert_array_equal(out, linear(x))
     for layers, first, count in (([], 0, 1), (handles, -1, 1), (handles, 0, 0)):
-        with pytest.raises(InvalidArgumentError, match="expected at least 1 layer, first 0 and"):
+        with pytest.raises(InvalidArgumentError, match="expected at least 1 handle, first 0 and"):
             _core.time_forwards(own, layers, x, out, first=first, count=count)
 
 

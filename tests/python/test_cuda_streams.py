@@ -1,8 +1,6 @@
 """The CUDA backend on streams, threads, graphs and devices: the same bits, no allocation."""
 
 import gc
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import marlinq
@@ -12,6 +10,7 @@ from cuda_support import (
     DEVICES,
     TYPES,
     DeviceLayer,
+    in_threads,
     needs_device,
     needs_two_devices,
     normal,
@@ -22,25 +21,6 @@ from marlinq._context import context_for
 from marlinq.errors import InvalidArgumentError
 
 pytestmark = needs_device
-
-
-def in_threads(count: int, work: Callable[[int], None]) -> None:
-    """Runs work(0), work(1), ... at once; the first exception of any is raised."""
-    errors: list[BaseException] = []
-
-    def guarded(index: int) -> None:
-        try:
-            work(index)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(index,)) for index in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
 
 
 @pytest.mark.parametrize("act_order", [False, True])

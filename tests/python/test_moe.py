@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gptq_writer import Array, Expected, Layer, make_layer, stack_arrays
+from marlinq import _core
 from marlinq.errors import InvalidArgumentError
 from support import MOE_BOUND, assert_close, normal
 
@@ -446,3 +447,24 @@ def test_two_shared_experts_are_refused() -> None:
     x = normal((5, HIDDEN), 10)
     with pytest.raises(InvalidArgumentError, match="shared_output: given, but the block runs"):
         block(x, ids, weights, shared_output=x)
+
+
+def test_timing_in_turn(context: marlinq.Context) -> None:
+    """What bench calls: blocks and routings in turn, the last call's output stays."""
+    handles = [marlinq.MoeBlock(*load_stacks(), activation=a)._handle for a in ("silu", "gelu")]
+    x = normal((5, HIDDEN), 16)
+    weights = np.full((5, 2), 0.5, np.float32)
+    routings = [np.full((5, 2), expert, np.int32) for expert in range(3)]
+    out = np.empty((5, HIDDEN), np.float32)
+    seconds = _core.time_blocks(context, handles, x, routings, weights, out, first=2, count=3)
+    assert seconds > 0
+    wanted = marlinq.MoeBlock(*load_stacks())(x, routings[1], weights)
+    np.testing.assert_array_equal(out, wanted)  # call 4: the first block, the second routing
+    for blocks, ids, options, message in (
+        ([], routings, {"first": 0, "count": 1}, "time_blocks: 0 handles, first 0, count 1"),
+        (handles, routings, {"first": -1, "count": 1}, "2 handles, first -1, count 1"),
+        (handles, routings, {"first": 0, "count": 0}, "first 0, count 0, expected at least"),
+        (handles, [], {"first": 0, "count": 1}, "time_blocks: no topk_ids, expected at least"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=message):
+            _core.time_blocks(context, blocks, x, ids, weights, out, **options)

@@ -21,8 +21,8 @@ double time_in_turn(std::string_view name, const ContextHandle& context,
                     const std::vector<Handle>& handles, std::int64_t first, std::int64_t count,
                     const Call& call) {
   if (handles.empty() || first < 0 || count < 1) {
-    refuse_argument(concat(name, ": ", handles.size(), " layers, first ", first, ", count ", count,
-                           ", expected at least 1 layer, first 0 and count 1"));
+    refuse_argument(concat(name, ": ", handles.size(), " handles, first ", first, ", count ", count,
+                           ", expected at least 1 handle, first 0 and count 1"));
   }
   const pybind11::gil_scoped_release release;
   context.synchronise();

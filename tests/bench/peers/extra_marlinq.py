@@ -3,6 +3,12 @@
 The harness imports `extra_*.py` from folders that it is told of. A peer has a name, a version, the
 dtypes it takes, and `prepare(n, k, q, s, dtype, copies)`, which gets codes q `[k, n]` (uint8, zero
 point 8) and scales s `[k / 128, n]` and returns functions of x, one for each copy of the weight.
+
+The peers of mixture-of-experts products get q `[E, k, n]`; their `fn(copy, x, ids, kind)` returns a
+function of nothing that gives a row `[n]` for each of the ids `[T, top_k]`: of the token's row of x
+where kind is "up", of a row of its own where it is "down". Those of blocks get q and s of gate_up
+and of down; theirs is `fn(copy, x, ids, weights)`. After a run the harness deletes the attributes W
+and a.
 """
 
 from collections.abc import Callable
@@ -11,24 +17,25 @@ import marlinq
 import torch
 
 MOST_ROWS = 8192  # of x
+OPTIONS = {"bits": 4, "checkpoint_format": "gptq_v2", "device": "cuda:0"}
 
 
 def _pack(values: torch.Tensor) -> torch.Tensor:
-    """Eight codes an int32 along the first dimension, the first in the lowest bits."""
-    packed = torch.zeros(
-        (values.shape[0] // 8, values.shape[1]), dtype=torch.int32, device=values.device
-    )
+    """Eight codes an int32 along the second last dimension, the first in the lowest bits."""
+    *lead, rows, columns = values.shape
+    packed = torch.zeros((*lead, rows // 8, columns), dtype=torch.int32, device=values.device)
     for i in range(8):
-        packed |= values[i::8].to(torch.int32) << (4 * i)
+        packed |= values[..., i::8, :].to(torch.int32) << (4 * i)
     return packed
 
 
-def _grow_scratch_of_captures(layer: marlinq.Linear, dtype: torch.dtype) -> None:
-    """Runs the most rows on the stream that torch captures on: scratch cannot grow in a capture."""
+def _grow_scratch_of_captures(run: Callable[[], object]) -> None:
+    """Runs something on the stream that torch captures on: scratch cannot grow in a capture."""
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros(1, device="cuda")
+    torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.graph.default_capture_stream):
-        layer(torch.zeros(MOST_ROWS, layer.in_features, dtype=dtype, device="cuda"))
+        run()
     torch.cuda.synchronize()
 
 
@@ -69,17 +76,97 @@ class Marlinq:
         }
         if self.act_order:
             tensors["g_idx"] = group_of_row.int().cpu()
-        options = {
-            "bits": 4,
-            "group_size": k // groups,
-            "checkpoint_format": "gptq_v2",
-            "device": "cuda:0",
-            "kernel": self.kernel,
-        }
+        options = OPTIONS | {"group_size": k // groups, "kernel": self.kernel}
         layers = [marlinq.load_gptq(**tensors, **options) for _ in range(copies)]
         if self.act_order:
-            _grow_scratch_of_captures(layers[0], dtype)
+            most = torch.zeros(MOST_ROWS, k, dtype=dtype, device="cuda")
+            _grow_scratch_of_captures(lambda: layers[0](most))
         return layers
+
+
+def _load_stacks(
+    q: torch.Tensor, s: torch.Tensor, kernel: str | None, copies: int
+) -> list[marlinq.ExpertStack]:
+    """Copies of a stack: each has memory of its own, and they hold the same."""
+    qweights, scales = list(_pack(q).cpu()), list(s.cpu())
+    options = OPTIONS | {"group_size": q.shape[1] // s.shape[1], "kernel": kernel}
+    return [marlinq.load_gptq_stacked(qweights, scales, **options) for _ in range(copies)]
+
+
+class _Experts:
+    """What the peers of products and of blocks share."""
+
+    version = Marlinq.version
+    dtypes = Marlinq.dtypes
+
+    def __init__(self, kernel: str | None = None) -> None:
+        self.kernel = kernel
+        self.name = "-".join(["marlinq", *([] if kernel is None else [kernel])])
+        self._most = 0
+
+    def _ready(
+        self, ids: torch.Tensor, run: Callable[[], torch.Tensor]
+    ) -> Callable[[], torch.Tensor]:
+        """Makes room for so many ids, once."""
+        if ids.numel() > self._most:
+            _grow_scratch_of_captures(run)
+            self._most = ids.numel()
+        return run
+
+
+class MarlinqExperts(_Experts):
+    """The product of a stack, through tile lists that are made before."""
+
+    def prepare(
+        self,
+        _experts: int,
+        _n: int,
+        _k: int,
+        q: torch.Tensor,
+        s: torch.Tensor,
+        _dtype: torch.dtype,
+        copies: int,
+    ) -> None:
+        self._most = 0
+        self.W = _load_stacks(q, s, self.kernel, copies)
+
+    def fn(
+        self, copy: int, x: torch.Tensor, ids: torch.Tensor, kind: str
+    ) -> Callable[[], torch.Tensor]:
+        stack = self.W[copy]
+        count, experts = ids.numel(), stack.num_experts
+        sizes = (8, 16, 32, 48, 64)
+        block_size = next((size for size in sizes if count / experts / size < 0.9), sizes[-1])
+        tokens, owners, entries = marlinq.moe_align_block_size(ids.cpu(), block_size, experts)
+        lists = tokens.cuda(), owners.cuda(), torch.tensor([entries]).int().cuda()
+        top_k = ids.shape[1] if kind == "up" else 1
+        options = {"block_size": block_size, "top_k": top_k, "num_tokens": count // top_k}
+        return self._ready(ids, lambda: stack.gemm_phase_fused(x, *lists, **options))
+
+
+class MarlinqBlock(_Experts):
+    """A whole block."""
+
+    def prepare(
+        self,
+        _experts: int,
+        _top_k: int,
+        _hidden: int,
+        _inner: int,
+        gate_up: tuple[torch.Tensor, torch.Tensor],
+        down: tuple[torch.Tensor, torch.Tensor],
+        _dtype: torch.dtype,
+        copies: int,
+    ) -> None:
+        self._most = 0
+        stacks = (_load_stacks(*part, self.kernel, copies) for part in (gate_up, down))
+        self.a = [marlinq.MoeBlock(*pair) for pair in zip(*stacks, strict=True)]
+
+    def fn(
+        self, copy: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> Callable[[], torch.Tensor]:
+        block = self.a[copy]
+        return self._ready(ids, lambda: block(x, ids, weights))
 
 
 PEERS = {
@@ -87,4 +174,12 @@ PEERS = {
     "marlinq-sm80": lambda _: [Marlinq("sm80")],
     "marlinq-sm80-asym": lambda _: [Marlinq("sm80", asymmetric=True)],
     "marlinq-sm80-act-order": lambda _: [Marlinq("sm80", act_order=True)],
+}
+MOE_PEERS = {
+    "marlinq": lambda _: [MarlinqExperts()],
+    "marlinq-sm80": lambda _: [MarlinqExperts("sm80")],
+}
+BLOCK_PEERS = {
+    "marlinq": lambda _: [MarlinqBlock()],
+    "marlinq-sm80": lambda _: [MarlinqBlock("sm80")],
 }

@@ -57,8 +57,7 @@ std::vector<Target> targets() {
 }
 
 // What a backend does not do yet. It has to say so, and a backend that learns it fails here.
-constexpr std::array<std::pair<std::string_view, std::string_view>, 1> kLacking = {
-    {{"cuda", "load_gptq_stacked"}}};
+constexpr std::array<std::pair<std::string_view, std::string_view>, 0> kLacking = {};
 
 class ConformanceTest : public ::testing::TestWithParam<Target> {
  protected:
@@ -109,6 +108,10 @@ class ConformanceTest : public ::testing::TestWithParam<Target> {
     return test::matches_within(
         out, expected, m,
         x == DType::kBFloat16 ? test::tolerances::kCudaBfloat16 : test::tolerances::kCudaFloat16);
+  }
+  /// Of a block with float16 activations and a float32 output.
+  double block_bound() const {
+    return on_cpu() ? test::tolerances::kMoeFloat32 : test::tolerances::kCudaMoeFloat16;
   }
 
   std::optional<ContextHandle> context_;
@@ -268,13 +271,14 @@ TEST_P(ConformanceTest, StackPhases) {
   EXPECT_EQ(stack.num_experts(), 5);
   EXPECT_EQ(stack.n_per_expert(), 48);
   const Matrix x = test::random_matrix(30, 96, DType::kFloat16, 5);
+  const DeviceMatrix input(context(), x);
   const std::vector<double> values = x.values();
 
   for (std::int64_t e = 0; e < 5; ++e) {
-    Matrix out(30, 48, DType::kFloat32);
-    stack.expert(e).forward(context(), x.input(), out.view(), 30);
+    Matrix out(30, 48, DType::kFloat32, 1);
+    test::forward(stack.expert(e), context(), x, out, 30);
     EXPECT_TRUE(
-        test::matches(out, test::multiply(values, 30, dense[static_cast<std::size_t>(e)]), 30))
+        matches(out, test::multiply(values, 30, dense[static_cast<std::size_t>(e)]), 30, x.dtype()))
         << "expert " << e;
   }
 
@@ -283,8 +287,11 @@ TEST_P(ConformanceTest, StackPhases) {
       {.expert = 0, .input_row = 20, .output_row = 20, .rows = 10},
       {.expert = 2, .input_row = 10, .output_row = 10, .rows = 10},
       {.expert = 4, .input_row = 0, .output_row = 0, .rows = 10}};
-  Matrix batched(30, 48, DType::kFloat32);
-  stack.gemm_phase_batched(context(), x.input(), dispatches, batched.view());
+  Matrix batched(31, 48, DType::kFloat32, 1);
+  test::with_output(context(), batched, [&](const MatrixView& out) {
+    stack.gemm_phase_batched(context(), input.input(), dispatches, out);
+    stack.gemm_phase_batched(context(), input.input(), {}, out);
+  });
   Matrix ids(30, 1, DType::kInt32);
   test::Product expected{.m = 30, .n = 48, .y = {}, .energy = {}};
   for (std::int64_t row = 0; row < 30; ++row) {
@@ -296,71 +303,128 @@ TEST_P(ConformanceTest, StackPhases) {
     expected.y.insert(expected.y.end(), one.y.begin(), one.y.end());
     expected.energy.push_back(one.energy[0]);
   }
-  EXPECT_TRUE(test::matches(batched, expected, 30));
+  EXPECT_TRUE(matches(batched, expected, 30, x.dtype()));
 
   for (const int block_size : {8, 16, 32, 48, 64}) {
-    const TokenTiles tiles = moe_align_block_size(ids.input(), block_size, 5);
-    const auto array = [](const void* data, std::size_t size) {
-      return ConstArrayView{
-          .data = data, .dtype = DType::kInt32, .size = static_cast<std::int64_t>(size)};
-    };
-    Matrix fused(30, 48, DType::kFloat32);
-    stack.gemm_phase_fused(
-        context(), x.input(),
-        {.sorted_token_ids = array(tiles.sorted_token_ids.data(), tiles.sorted_token_ids.size()),
-         .expert_ids = array(tiles.expert_ids.data(), tiles.expert_ids.size()),
-         .num_tokens_past_padded = array(&tiles.num_tokens_past_padded, 1),
-         .block_size = block_size,
-         .top_k = 1,
-         .num_tokens = 30,
-         .topk_weights = std::nullopt},
-        fused.view());
-    EXPECT_TRUE(test::matches(fused, expected, 30)) << "block size " << block_size;
+    const test::DeviceTiles tiles(context(), moe_align_block_size(ids.input(), block_size, 5));
+    Matrix fused(30, 48, DType::kFloat32, 1);
+    test::with_output(context(), fused, [&](const MatrixView& out) {
+      stack.gemm_phase_fused(context(), input.input(), tiles.view(block_size, 1, 30), out);
+    });
+    EXPECT_TRUE(matches(fused, expected, 30, x.dtype())) << "block size " << block_size;
   }
+
+  // Two ids a token, one of which is not here: a row of zeros.
+  Matrix pairs(15, 2, DType::kInt32);
+  test::Product both{.m = 30, .n = 48, .y = {}, .energy = {}};
+  for (std::int64_t id = 0; id < 30; ++id) {
+    const bool here = id % 3 != 0;
+    pairs.set(id / 2, id % 2, here ? 3.0 : -1.0);
+    const auto row = values.begin() + id / 2 * 96;
+    const test::Product one = test::multiply({row, row + 96}, 1, dense[3]);
+    for (const double y : one.y) both.y.push_back(here ? y : 0.0);
+    both.energy.push_back(here ? one.energy[0] : 0.0);
+  }
+  const test::DeviceTiles tiles(context(), moe_align_block_size(pairs.input(), 16, 5));
+  Matrix fused(30, 48, DType::kFloat32, 1);
+  test::with_output(context(), fused, [&](const MatrixView& out) {
+    stack.gemm_phase_fused(context(), input.input(), tiles.view(16, 2, 15), out);
+  });
+  EXPECT_TRUE(matches(fused, both, 30, x.dtype()));
 }
 
-TEST_P(ConformanceTest, RoutedMoeBlock) {
-  const Experts gate_up = test::make_experts(
-      6, 2, {.k = 64, .n = 48, .group_size = 32, .order = Order::kActOrder, .seed = 1});
-  const Experts down = test::make_experts(6, 1, {.k = 48, .n = 64, .group_size = 16, .seed = 90});
-  test::MoeReference reference;
-  reference.gate_up = gate_up.dense();
-  reference.down = down.dense();
-  const Matrix x = test::random_matrix(25, 64, DType::kFloat16, 8);
-  const Matrix logits = test::random_matrix(25, 6, DType::kFloat16, 9);
-  Matrix ids(25, 2, DType::kInt32);
-  Matrix weights(25, 2, DType::kFloat32);
-  {
+TEST_P(ConformanceTest, Routing) {
+  const Matrix logits = test::random_matrix(150, 6, DType::kFloat16, 9);
+  Matrix ids(150, 2, DType::kInt32, 1);
+  Matrix weights(150, 2, DType::kFloat32, 2);
+  const auto route = [&] {
     const DeviceMatrix in(context(), logits);
     const DeviceMatrix chosen(context(), ids);
     const DeviceMatrix shares(context(), weights);
     context().route(in.input(), {.top_k = 2}, chosen.view(), shares.view());
     chosen.fetch(ids);
     shares.fetch(weights);
+  };
+  if (lacks("route")) {
+    expect_lacking("route", route);
+    GTEST_SKIP() << GetParam().backend << " refuses routing, as it should: it has none yet";
   }
+  route();
+  EXPECT_TRUE(ids.guards_intact());
+  EXPECT_TRUE(weights.guards_intact());
+  Matrix host_ids(150, 2, DType::kInt32);
+  Matrix host_weights(150, 2, DType::kFloat32);
+  marlinq::route(logits.input(), {.top_k = 2}, host_ids.view(), host_weights.view());
+  EXPECT_EQ(ids.values(), host_ids.values());
+  // Two roundings of the same numbers.
+  EXPECT_TRUE(test::within(weights.values(), host_weights.values(), 0, 2,
+                           2 * test::tolerances::kRoutingWeights));
+}
+
+TEST_P(ConformanceTest, MoeBlock) {
+  const Experts gate_up = test::make_experts(
+      6, 2, {.k = 64, .n = 48, .group_size = 32, .order = Order::kActOrder, .seed = 1});
+  const Experts down = test::make_experts(6, 1, {.k = 48, .n = 64, .group_size = 16, .seed = 90});
   if (lacks("load_gptq_stacked")) {
     expect_lacking("load_gptq_stacked", [&] { load(gate_up); });
-    GTEST_SKIP() << GetParam().backend << " refuses stacks, as it should: it has none yet";
+    GTEST_SKIP() << GetParam().backend << " refuses expert stacks, as it should: it has none yet";
   }
+  test::MoeReference reference;
+  reference.gate_up = gate_up.dense();
+  reference.down = down.dense();
+  const Layer shared_up = make_layer({.k = 64, .n = 2 * 40, .group_size = 32, .seed = 200});
+  const Layer shared_down = make_layer({.k = 40, .n = 64, .group_size = 8, .seed = 201});
+  const Matrix x = test::random_matrix(25, 64, DType::kFloat16, 8, 8);
+  test::Random random(9);
+  const Matrix ids = test::random_topk_ids(25, 2, 6, DType::kInt64, 20, random, 1);
+  const Matrix weights = test::random_topk_weights(25, 2, random, 1);
+  const Matrix residual = test::random_matrix(25, 64, DType::kFloat32, 10);
+  const DeviceMatrix there_x(context(), x);
+  const DeviceMatrix there_ids(context(), ids);
+  const DeviceMatrix there_weights(context(), weights);
+  const DeviceMatrix there_residual(context(), residual);
+  const MoeInput plain{.x = there_x.input(),
+                       .topk_ids = there_ids.input(),
+                       .topk_weights = there_weights.input(),
+                       .shared_output = std::nullopt,
+                       .residual = std::nullopt};
   const ExpertStackHandle up = load(gate_up);
   const ExpertStackHandle back = load(down);
+  const auto check = [&](const MoeBlockSpec& spec, const MoeInput& input,
+                         std::vector<double> expected) {
+    if (input.residual) {
+      const std::vector<double> added = residual.values();
+      for (std::size_t i = 0; i < expected.size(); ++i) expected[i] += added[i];
+    }
+    const MoeBlockHandle block = context().make_moe_block(spec);
+    Matrix out(25, 64, DType::kFloat32, 3);
+    test::with_output(context(), out,
+                      [&](const MatrixView& to) { block.forward(context(), input, to); });
+    EXPECT_TRUE(out.guards_intact());
+    EXPECT_TRUE(test::within(out.values(), expected, 0, 64, block_bound()))
+        << to_string(spec.activation);
+  };
+  MoeInput with_residual = plain;
+  with_residual.residual = there_residual.input();
   for (const Activation activation :
        {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh, Activation::kClampedSwiglu}) {
     for (const RouterWeight where : {RouterWeight::kOnOutput, RouterWeight::kOnInput}) {
-      const MoeBlockHandle block = context().make_moe_block(
-          {.gate_up = up, .down = back, .activation = activation, .router_weight = where});
-      Matrix out(25, 64, DType::kFloat32);
-      block.forward(context(),
-                    {.x = x.input(), .topk_ids = ids.input(), .topk_weights = weights.input()},
-                    out.view());
       reference.activation = activation;
       reference.router_weight = where;
-      EXPECT_TRUE(out.guards_intact());
-      EXPECT_TRUE(test::within(out.values(), reference.forward(x, ids, weights), 0, 64,
-                               test::tolerances::kMoeFloat32))
-          << to_string(activation);
+      check({.gate_up = up, .down = back, .activation = activation, .router_weight = where}, plain,
+            reference.forward(x, ids, weights));
     }
   }
+  reference.shared = {shared_up.dense(), shared_down.dense()};
+  reference.shared_gate.assign(64, 0.125F);
+  check({.gate_up = up,
+         .down = back,
+         .activation = reference.activation,
+         .router_weight = reference.router_weight,
+         .shared_gate_up = load(shared_up.tensors(), shared_up.spec()),
+         .shared_down = load(shared_down.tensors(), shared_down.spec()),
+         .shared_gate = reference.shared_gate},
+        with_residual, reference.forward(x, ids, weights));
 }
 
 TEST_P(ConformanceTest, RefusesAtLoad) {
