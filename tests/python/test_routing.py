@@ -6,45 +6,12 @@ import marlinq
 import ml_dtypes
 import numpy as np
 import pytest
-from gptq_writer import Array
+from marlinq import _core
 from marlinq.errors import InvalidArgumentError
+from routing_reference import reference_align, reference_route
 from support import normal, tolerance
 
 WEIGHT_BOUND = tolerance("routing", "weights")
-
-
-def reference_route(
-    logits: Array,
-    top_k: int,
-    *,
-    scoring: str = "softmax",
-    renormalise: bool = True,
-    correction_bias: Array | None = None,
-    num_groups: int = 1,
-    top_groups: int = 1,
-    scale: float = 1.0,
-) -> tuple[Array, Array]:
-    """DeepSeek's choice as its published code makes it; with one group, everybody's."""
-    wide = logits.astype(np.float64)
-    if scoring == "softmax":
-        scores = np.exp(wide - wide.max(-1, keepdims=True))
-        scores /= scores.sum(-1, keepdims=True)
-    else:
-        scores = 1 / (1 + np.exp(-wide))
-    choice = scores if correction_bias is None else scores + correction_bias
-    if top_groups < num_groups:
-        grouped = choice.reshape(len(choice), num_groups, -1)
-        ordered = np.sort(grouped, -1)
-        worth = ordered[..., -1] if correction_bias is None else ordered[..., -2:].sum(-1)
-        best = np.argsort(-worth, -1, kind="stable")[:, :top_groups]
-        allowed = np.zeros(worth.shape, bool)
-        np.put_along_axis(allowed, best, True, -1)
-        choice = np.where(np.repeat(allowed, grouped.shape[-1], -1), choice, -np.inf)
-    ids = np.argsort(-choice, -1, kind="stable")[:, :top_k]
-    weights = np.take_along_axis(scores, ids, -1)
-    if renormalise:
-        weights = weights / weights.sum(-1, keepdims=True)
-    return ids, weights * scale
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -156,18 +123,6 @@ def test_refused_routing(change: dict[str, Any], message: str) -> None:
         marlinq.route(**arguments)
 
 
-def reference_align(ids: Array, block_size: int, experts: int) -> tuple[list[int], list[int]]:
-    tokens: list[int] = []
-    tiles: list[int] = []
-    flat = ids.reshape(-1)
-    for expert in [*range(experts), -1]:
-        members = list(np.flatnonzero(flat == expert))
-        count = -(-len(members) // block_size)
-        tokens += members + [flat.size] * (count * block_size - len(members))
-        tiles += [expert] * count
-    return tokens, tiles
-
-
 @pytest.mark.parametrize("block_size", [8, 16, 32, 48, 64])
 @pytest.mark.parametrize(
     ("experts", "shape"), [(1, (5, 1)), (8, (33, 2)), (60, (7, 4)), (1024, (64, 16)), (8, (0, 2))]
@@ -216,3 +171,60 @@ def test_refused_alignment(change: dict[str, Any], message: str) -> None:
     arguments = {"topk_ids": np.array([[0, 1], [2, 3]]), "block_size": 8, "num_experts": 4}
     with pytest.raises(InvalidArgumentError, match=message):
         marlinq.moe_align_block_size(**(arguments | change))
+
+
+def test_align_into_lists_of_the_caller(context: marlinq.Context) -> None:
+    ids = np.random.default_rng(4).integers(-1, 6, (21, 2))
+    here = np.array([-1, 1, -1, 0, 2, -1], np.int32)
+    entries = _core.most_aligned_ids(42, 8, 6)
+    tokens, tiles, count = (np.full(size, -7, np.int32) for size in (entries + 5, entries, 1))
+    for expert_map in (None, here):
+        _core.moe_align_block_size_into(
+            context, ids, tokens, tiles, count, block_size=8, num_experts=6, expert_map=expert_map
+        )
+        wanted_tokens, wanted_tiles = reference_align(ids, 8, 6, expert_map)
+        assert count[0] == len(wanted_tokens) <= entries
+        np.testing.assert_array_equal(tokens[: count[0]], wanted_tokens)
+        assert np.all(tokens[count[0] :] == 42)
+        np.testing.assert_array_equal(tiles[: count[0] // 8], wanted_tiles)
+        assert np.all(tiles[count[0] // 8 :] == -1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sorted_token_ids": np.zeros(31, np.int32)}, "sorted_token_ids: 31 elements, expected"),
+        ({"sorted_token_ids": np.zeros(40, np.int64)}, "sorted_token_ids: dtype int64, expected"),
+        ({"expert_ids": np.zeros(3, np.int32)}, "expert_ids: 3 elements, expected at least 4"),
+        ({"expert_ids": np.zeros(8, np.int32)[::2]}, r"expert_ids: shape \[4\] is not contiguous"),
+        (
+            {"num_tokens_past_padded": np.zeros(0, np.int32)},
+            "num_tokens_past_padded: 0 elements, expected at least 1",
+        ),
+        (
+            {"num_tokens_past_padded": np.broadcast_to(np.int32(0), (1,))},
+            "num_tokens_past_padded: read-only",
+        ),
+        ({"topk_ids": np.array([[0, 4]] * 2)}, r"topk_ids: element \[0, 1\] is 4"),
+        ({"expert_map": np.zeros(4, np.int64)}, "expert_map: dtype int64, expected int32"),
+    ],
+)
+def test_refused_lists(context: marlinq.Context, change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "topk_ids": np.array([[0, 1], [2, 3]]),
+        "sorted_token_ids": np.zeros(32, np.int32),
+        "expert_ids": np.zeros(4, np.int32),
+        "num_tokens_past_padded": np.zeros(1, np.int32),
+    }
+    with pytest.raises(InvalidArgumentError, match=message):
+        _core.moe_align_block_size_into(
+            context, **(arguments | change), block_size=8, num_experts=4
+        )
+
+
+def test_refused_sizes_of_lists() -> None:
+    assert _core.most_aligned_ids(0, 8, 4) == 0
+    with pytest.raises(InvalidArgumentError, match="block_size: 0, expected 8"):
+        _core.most_aligned_ids(4, 0, 4)
+    with pytest.raises(InvalidArgumentError, match="num_experts: 0, expected 1 to 1024"):
+        _core.most_aligned_ids(4, 8, 0)

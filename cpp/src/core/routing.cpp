@@ -125,12 +125,6 @@ void check_route(const ConstMatrixView& logits, const RouteOptions& options, con
   }
 }
 
-void check_num_experts(int num_experts) {
-  if (num_experts < 1 || num_experts > kMaxExperts) {
-    refuse_argument(concat("num_experts: ", num_experts, ", expected 1 to ", kMaxExperts));
-  }
-}
-
 void check_align(const ConstMatrixView& topk_ids, int block_size, int num_experts,
                  const ConstArrayView& expert_map, const ArrayView& sorted_token_ids,
                  const ArrayView& expert_ids, const ArrayView& num_tokens_past_padded,

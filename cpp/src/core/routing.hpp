@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <span>
 
+#include "core/refuse.hpp"
 #include "marlinq/routing.hpp"
 
 namespace marlinq {
@@ -13,7 +14,11 @@ namespace marlinq {
 void check_route(const ConstMatrixView& logits, const RouteOptions& options, const MatrixView& ids,
                  const MatrixView& weights, Device device);
 
-void check_num_experts(int num_experts);
+inline void check_num_experts(int num_experts) {
+  if (num_experts < 1 || num_experts > kMaxExperts) {
+    refuse_argument(concat("num_experts: ", num_experts, ", expected 1 to ", kMaxExperts));
+  }
+}
 
 /// Everything about the arguments of moe_align_block_size with lists on a device that needs no look at
 /// the ids. Throws invalid_argument.
