@@ -62,7 +62,8 @@ def check_route(logits: Array, top_k: int, **options: Any) -> None:
 def test_route(experts: int, dtype: Any, scoring: str) -> None:
     logits = normal((max(TOKENS), experts), seed=experts, dtype=dtype)
     for tokens in TOKENS:
-        for top_k in sorted({min(top_k, experts) for top_k in (1, 2, 3, 5, 8, 16)}):
+        counts = (1, 2, 3, 5, 8, 16) if tokens < 1000 else (8,)
+        for top_k in sorted({min(count, experts) for count in counts}):
             check_route(logits[:tokens], top_k, scoring=scoring)
 
 
