@@ -1,6 +1,6 @@
-// A handful of layers through handles, on memory that nothing else touches, for compute-sanitizer:
-// every allocation is as large as its matrix, inputs are written by the host alone, and everything
-// is freed at the end. Without a sanitizer it is a small test. Needs no GoogleTest.
+// A handful of layers, and routing, through handles, on memory that nothing else touches, for
+// compute-sanitizer: every allocation is as large as its matrix, inputs are written by the host
+// alone, and everything is freed at the end. Without a sanitizer it is a small test. Needs no GoogleTest.
 // Exit codes: 0 right, 1 wrong, 77 no device.
 #include <cuda_runtime_api.h>
 
@@ -16,6 +16,7 @@
 #include "marlinq/error.hpp"
 #include "marlinq/handle.hpp"
 #include "marlinq/registry.hpp"
+#include "marlinq/routing.hpp"
 #include "marlinq_tolerances.hpp"  // generated from tolerances.json
 #include "support/generators.hpp"
 #include "support/reference.hpp"
@@ -190,6 +191,113 @@ int run_layer(const Case& which, cudaStream_t stream, const marlinq::ContextHand
   return wrong;
 }
 
+/// Memory with a copy of a vector, or room for it.
+template <class T>
+class Array {
+ public:
+  Array(const std::vector<T>& values, marlinq::DType dtype, cudaStream_t stream)
+      : size_(static_cast<std::int64_t>(values.size())), dtype_(dtype), memory_(bytes()) {
+    check(cudaMemcpyAsync(memory_.data(), values.data(), bytes(), cudaMemcpyHostToDevice, stream),
+          "copy in");
+  }
+  Array(std::int64_t size, marlinq::DType dtype) : size_(size), dtype_(dtype), memory_(bytes()) {}
+
+  marlinq::MatrixView matrix(std::int64_t cols) const {
+    return {memory_.data(), dtype_, kDevice, size_ / cols, cols, cols};
+  }
+  marlinq::ArrayView list() const { return {memory_.data(), dtype_, kDevice, size_}; }
+  std::vector<T> read(cudaStream_t stream) const {
+    std::vector<T> values(static_cast<std::size_t>(size_));
+    check(cudaMemcpyAsync(values.data(), memory_.data(), bytes(), cudaMemcpyDeviceToHost, stream),
+          "copy out");
+    check(cudaStreamSynchronize(stream), "routing");
+    return values;
+  }
+
+ private:
+  std::size_t bytes() const { return static_cast<std::size_t>(size_) * sizeof(T); }
+
+  std::int64_t size_;
+  marlinq::DType dtype_;
+  Memory memory_;
+};
+
+struct RoutingCase {
+  std::int64_t tokens = 1;
+  std::int64_t experts = 8;
+  marlinq::RouteOptions options;
+  int block_size = 16;
+};
+
+/// Experts for random logits, and the tiles of these, as on the host. How many results are wrong.
+int run_routing(const RoutingCase& c, cudaStream_t stream, const marlinq::ContextHandle& context) {
+  const int top_k = c.options.top_k;
+  const std::int64_t count = c.tokens * top_k;
+  marlinq::test::Random random(static_cast<std::uint64_t>(c.experts));
+  std::vector<float> logits(static_cast<std::size_t>(c.tokens * c.experts));
+  for (float& logit : logits) logit = static_cast<float>(random.normal());
+
+  std::vector<std::int32_t> wanted_ids(static_cast<std::size_t>(count));
+  std::vector<float> wanted_weights(static_cast<std::size_t>(count));
+  const marlinq::Device host{};
+  const marlinq::MatrixView ids_view{wanted_ids.data(), DType::kInt32, host,
+                                     c.tokens,          top_k,         top_k};
+  marlinq::route({logits.data(), DType::kFloat32, host, c.tokens, c.experts, c.experts}, c.options,
+                 ids_view, {wanted_weights.data(), DType::kFloat32, host, c.tokens, top_k, top_k});
+  const auto experts = static_cast<int>(c.experts);
+  marlinq::TokenTiles wanted =
+      marlinq::moe_align_block_size(as_const(ids_view), c.block_size, experts);
+
+  const Array<float> in(logits, DType::kFloat32, stream);
+  const Array<std::int32_t> ids(count, DType::kInt32);
+  const Array<float> weights(count, DType::kFloat32);
+  context.route(as_const(in.matrix(c.experts)), c.options, ids.matrix(top_k),
+                weights.matrix(top_k));
+  const std::int64_t most = marlinq::most_aligned_ids(count, c.block_size, experts);
+  const Array<std::int32_t> tokens(most, DType::kInt32);
+  const Array<std::int32_t> tiles(most / c.block_size, DType::kInt32);
+  const Array<std::int32_t> past(1, DType::kInt32);
+  context.moe_align_block_size(as_const(ids.matrix(top_k)), c.block_size, experts, {},
+                               tokens.list(), tiles.list(), past.list());
+
+  int wrong = 0;
+  wrong += ids.read(stream) != wanted_ids;
+  const std::vector<float> shares = weights.read(stream);
+  for (std::size_t i = 0; i < shares.size(); ++i) {
+    const double share = wanted_weights[i];
+    const double bound = marlinq::test::tolerances::kRoutingCudaWeights * std::fabs(share);
+    wrong += !(std::fabs(shares[i] - share) <= bound);
+  }
+  wanted.sorted_token_ids.resize(static_cast<std::size_t>(most), static_cast<std::int32_t>(count));
+  wanted.expert_ids.resize(static_cast<std::size_t>(most / c.block_size), -1);
+  wrong += tokens.read(stream) != wanted.sorted_token_ids;
+  wrong += tiles.read(stream) != wanted.expert_ids;
+  wrong += past.read(stream) != std::vector{wanted.num_tokens_past_padded};
+  std::printf("%s routing of %lld tokens to %d of %d experts\n", wrong == 0 ? "ok   " : "WRONG",
+              static_cast<long long>(c.tokens), top_k, experts);
+  return wrong;
+}
+
+int run_routing(cudaStream_t stream, const marlinq::ContextHandle& context) {
+  const std::vector<float> bias(256, 0.125F);
+  int wrong = 0;
+  for (const RoutingCase& c : std::vector<RoutingCase>{
+           {.tokens = 1, .experts = 8, .options = {.top_k = 2}},
+           {.tokens = 67, .experts = 60, .options = {.top_k = 4}, .block_size = 8},
+           {.tokens = 33,
+            .experts = 256,
+            .options = {.top_k = 8,
+                        .scoring = marlinq::Scoring::kSigmoid,
+                        .correction_bias = bias,
+                        .num_groups = 8,
+                        .top_groups = 4},
+            .block_size = 64},
+           {.tokens = 300, .experts = 1024, .options = {.top_k = 16}}}) {
+    wrong += run_routing(c, stream, context);
+  }
+  return wrong;
+}
+
 int run_all() {
   cudaStream_t stream = nullptr;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
@@ -197,6 +305,7 @@ int run_all() {
   {
     const marlinq::ContextHandle context = marlinq::open_context(kDevice, {.stream = stream});
     for (const Case& which : cases()) wrong += run_layer(which, stream, context);
+    wrong += run_routing(stream, context);
   }
   check(cudaStreamDestroy(stream), "cudaStreamDestroy");
   return wrong;
