@@ -23,6 +23,8 @@ __all__: list[str] = [
     "load_gptq",
     "load_gptq_stacked",
     "moe_align_block_size",
+    "moe_align_block_size_into",
+    "most_aligned_ids",
     "route",
     "time_blocks",
     "time_forwards",
@@ -327,6 +329,30 @@ def moe_align_block_size(
 ) -> tuple[numpy.typing.NDArray[numpy.int32], numpy.typing.NDArray[numpy.int32], int]:
     """
     (sorted_token_ids i32, expert_ids i32, num_tokens_past_padded).
+    """
+
+def moe_align_block_size_into(
+    context: Context,
+    topk_ids: typing.Any,
+    sorted_token_ids: typing.Any,
+    expert_ids: typing.Any,
+    num_tokens_past_padded: typing.Any,
+    *,
+    block_size: typing.SupportsInt | typing.SupportsIndex,
+    num_experts: typing.SupportsInt | typing.SupportsIndex,
+    expert_map: typing.Any = None,
+) -> None:
+    """
+    Writes the lists (i32) on the context's device, padded to their ends.
+    """
+
+def most_aligned_ids(
+    ids: typing.SupportsInt | typing.SupportsIndex,
+    block_size: typing.SupportsInt | typing.SupportsIndex,
+    num_experts: typing.SupportsInt | typing.SupportsIndex,
+) -> int:
+    """
+    How many entries sorted_token_ids needs for any routing of so many ids.
     """
 
 def route(
