@@ -121,13 +121,6 @@ def test_refusals(linear: marlinq.Linear) -> None:
     assert torch.isfinite(linear(x)).all()
 
 
-def test_stacks_are_refused_by_name() -> None:
-    arrays = LAYER.arrays()
-    lists = {name: [array] for name, array in arrays.items() if name != "qweight"}
-    with pytest.raises(UnsupportedError, match="'cuda' does not support load_gptq_stacked"):
-        marlinq.load_gptq_stacked([arrays["qweight"]], **lists, device=DEVICE)
-
-
 # --- numpy ---
 
 

@@ -827,6 +827,54 @@ def test_replays_of_phases(stack: marlinq.ExpertStack, block_size: int) -> None:
     stream.synchronize()
 
 
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_graph_from_logits_to_outputs(
+    stack: marlinq.ExpertStack, block: marlinq.MoeBlock, tokens: int
+) -> None:
+    """Router, tile lists, one projection and the block: all of it routes anew in each replay."""
+    inputs = [
+        (Tokens(tokens, seed=seed).x, normal(tokens, EXPERTS, "float32", seed=seed))
+        for seed in range(3)
+    ]
+    x, logits = (array.clone() for array in inputs[0])
+
+    def run() -> tuple[Tensor, Tensor]:
+        ids, weights = marlinq.route(logits, 2)
+        lists = marlinq.moe_align_block_size(ids, 16, EXPERTS)
+        phase = stack.gemm_phase_fused(x, *lists, block_size=16, top_k=2, num_tokens=tokens)
+        return phase, block(x, ids, weights, residual=x)
+
+    wanted = []
+    for new_x, new_logits in inputs:
+        x.copy_(new_x)
+        logits.copy_(new_logits)
+        ids, weights = marlinq.route(new_logits.cpu(), 2)
+        tiles = Tiles(ids.to(DEVICE))
+        phase = stack.gemm_phase_fused(new_x, *tiles, **tiles.sizes)
+        got = run()
+        assert torch.equal(got[0], phase), "tile lists of the device are others than the host's"
+        expected = block(new_x, ids.to(DEVICE), weights.to(DEVICE), residual=new_x)
+        check_rows(got[1], expected.double(), BLOCK_BOUNDS["float16"], tokens)
+        wanted.append(got)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device=DEVICE)
+    stream = torch.cuda.graph.default_capture_stream
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    for replay in range(30):
+        which = replay % len(inputs)
+        x.copy_(inputs[which][0])
+        logits.copy_(inputs[which][1])
+        graph.replay()
+        for result, expected in zip(results, wanted[which], strict=True):
+            assert torch.equal(result, expected), replay
+
+
 def test_many_dispatches_in_a_graph(stack: marlinq.ExpertStack) -> None:
     """More than fit into the parameters of a kernel."""
     rows = 3000
@@ -893,7 +941,7 @@ def test_two_devices_in_one_process() -> None:
     with pytest.raises(InvalidArgumentError, match=f"x: on {there}, expected {here}"):
         blocks[here](*tokens)
     with pytest.raises(InvalidArgumentError, match=f"context: on {there}, expected {here}"):
-        blocks[here](*Tokens(3), context=marlinq.Context(there))
+        blocks[here](*tokens, context=marlinq.Context(there))
 
 
 def test_timing_in_turn(stacks: Any, block: marlinq.MoeBlock) -> None:
