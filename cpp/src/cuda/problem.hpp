@@ -57,6 +57,9 @@ struct TokenTileLists {
   std::int32_t most_tiles = 0;            // room in the lists
   std::int64_t most_slots = 0;
   std::int32_t num_ids = 0;
+  /// The lists are older than the kernel before, which started after they had been written: a product may
+  /// read them, and ask for weights, before that kernel has ended.
+  bool settled = false;
 };
 
 /// Consecutive rows through one expert.
@@ -94,6 +97,8 @@ struct ExpertPlan {
   std::int32_t blocks = 1;
   std::int32_t shared_bytes = 0;
   bool may_cut = true;  // tiles along K
+  /// Blocks that share each tile of the tail, for benchmarks; 0: what the kernel estimates to be quickest.
+  std::int32_t share = 0;
   bool dependent_launch = false;
 };
 

@@ -246,6 +246,7 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
       phase.x = {at(between.hidden), type_, layers.inner()};
       phase.x_rows = phase.dispatches.empty() ? ids_ : tokens_;
       phase.x_by_slot = phase.dispatches.empty();
+      phase.tiles.settled = true;  // the first layer's product has waited for them
       phase.y = output;
       phase.weights = nullptr;
       return phase;

@@ -29,10 +29,10 @@ struct CombineProblem {
   std::int32_t num_experts = 0;
   const float* topk_weights = nullptr;  // [tokens, top_k]; null: all 1
   std::int64_t topk_weights_stride = 0;
-  FloatMatrix shared = {};                  // [tokens, hidden], or absent
+  FloatMatrix shared = {};             // [tokens, hidden], or absent
   const float* shared_gate = nullptr;  // [hidden] on the device; null: the factor is 1
-  FloatMatrix x = {};                       // [tokens, hidden], where there is a shared gate
-  FloatMatrix residual = {};                // [tokens, hidden], or absent; may be `out`
+  FloatMatrix x = {};                  // [tokens, hidden], where there is a shared gate
+  FloatMatrix residual = {};           // [tokens, hidden], or absent; may be `out`
   FloatOutput out;                     // [tokens, hidden]
   std::int32_t hidden = 0;
 };

@@ -23,6 +23,11 @@ __device__ __forceinline__ void copy_async_if(bool on, uint32_t target, const vo
       : "memory");
 }
 
+/// Brings the line of an address into the L1 cache.
+__device__ __forceinline__ void prefetch(const void* address) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(address) : "memory");
+}
+
 __device__ __forceinline__ void copy_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

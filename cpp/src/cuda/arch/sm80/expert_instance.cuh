@@ -71,6 +71,8 @@ void launch_expert_kernel(const ExpertProblem& problem, const ExpertPlan& plan,
                                    .activates = problem.activates,
                                    .activation = problem.activation,
                                    .may_cut = plan.may_cut,
+                                   .share = plan.share,
+                                   .settled = !problem.dispatches.empty() || problem.tiles.settled,
                                    .pairs = pairs});
 }
 

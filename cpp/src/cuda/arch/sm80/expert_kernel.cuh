@@ -54,6 +54,18 @@ struct ListedTiles {
   bool x_by_slot;
   bool y_by_slot;
 
+  /// Brings what a block is likely to read first nearer, all at once: it looks up one after the other.
+  __device__ __forceinline__ void prefetch(int block, const Divider& feature_tiles) const {
+    const int thread = threadIdx.x;
+    const int likely = pieces.divide(feature_tiles.divide(block)) + thread - 64;
+    const int tile = thread < 64 ? thread : likely;
+    if (tile < 0 || tile >= lists.most_tiles) return;
+    ptx::prefetch(lists.experts + tile);
+    if (lists.first != nullptr) ptx::prefetch(lists.first + tile);
+    if (lists.rows != nullptr) ptx::prefetch(lists.rows + tile);
+    ptx::prefetch(lists.ids + min(int64_t{tile} * tile_rows.divisor, lists.most_slots - 1));
+  }
+
   __device__ __forceinline__ int count() const {
     const int used = max(*lists.used, 0);
     const int tiles = lists.first != nullptr ? used : tile_rows.divide(used);
@@ -86,6 +98,7 @@ struct DispatchedTiles {
   ExpertRows rows[kMostDispatches];
   int first_tile[kMostDispatches];
 
+  __device__ __forceinline__ void prefetch(int /*block*/, const Divider& /*feature_tiles*/) const {}
   __device__ __forceinline__ int count() const { return tiles; }
   __device__ __forceinline__ int expert(int tile) const { return rows[find(tile)].expert; }
   __device__ __forceinline__ RowPlace row(int tile, int at, int tokens) const {
@@ -128,7 +141,9 @@ struct ExpertParams {
   bool activates;
   Activation activation;
   bool may_cut;
-  bool pairs;  // outputs are of type T, and may be stored two at a time
+  int share;     // as ExpertPlan's
+  bool settled;  // the rows of the tiles are known before the kernel before has ended
+  bool pairs;    // outputs are of type T, and may be stored two at a time
 };
 
 /// The walk of a block, in shared memory.
@@ -165,16 +180,17 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
         params_(params),
         walk_(walk),
         tables_(*reinterpret_cast<RowTables<S>*>(shared + S::kStages * params.slice_bytes)) {
-    ptx::wait_for_predecessor();
+    if (!params.settled) ptx::wait_for_predecessor();
+    params.rows.prefetch(blockIdx.x, params.feature_tiles);
     if (threadIdx.x < 32) plan_walk();
     __syncthreads();
   }
 
   __device__ __forceinline__ void run() {
     int segment = 0;
-    if (!has_segment(segment)) return;
-    values_.set_middle(w_);
     prime();
+    values_.set_middle(w_);
+    if (!has_segment(segment)) return;
     uint32_t stage = ring_;
     do {
       TilePosition at;
@@ -200,10 +216,10 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
   using Loop::add_bias, Loop::clear, Loop::count_fill, Loop::finish_sums, Loop::group_bytes,
       Loop::has_segment, Loop::load_segment, Loop::own, Loop::piece_at, Loop::prepare_fill,
       Loop::step_fill, Loop::unit_feature, Loop::unit_token;
-  using Loop::feature_warp_, Loop::fill_chunk_, Loop::fill_codes_, Loop::fill_left_,
-      Loop::fill_records_, Loop::fill_segment_, Loop::fill_slot_, Loop::fill_x_, Loop::fill_x_on_,
-      Loop::fill_x_place_, Loop::lane_, Loop::last_fill_, Loop::p_, Loop::ring_, Loop::stage_bytes_,
-      Loop::sum_, Loop::values_, Loop::w_;
+  using Loop::feature_warp_, Loop::fill_chunk_, Loop::fill_codes_, Loop::fill_group_,
+      Loop::fill_left_, Loop::fill_records_, Loop::fill_segment_, Loop::fill_slot_, Loop::fill_x_,
+      Loop::fill_x_on_, Loop::fill_x_place_, Loop::lane_, Loop::last_fill_, Loop::p_, Loop::ring_,
+      Loop::stage_bytes_, Loop::sum_, Loop::values_, Loop::w_;
   static_assert(S::kRowWarps == 1);
   static constexpr int kTables = RowTables<S>::kCount;
 
@@ -222,7 +238,9 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
       const bool all = lane_ == 31;
       const int tail = all ? min(blocks, left * w_.chunks / 2) : left * (lane_ + 1);
       float cost = INFINITY;
-      if (lane_ == 0 || (tail > left && tail <= blocks && tail <= left * w_.chunks / 2)) {
+      const bool forced = params_.share > 0;
+      if (forced ? lane_ == params_.share - 1
+                 : lane_ == 0 || (tail > left && tail <= blocks && tail <= left * w_.chunks / 2)) {
         const int run = (left * w_.chunks + tail - 1) / tail;
         const int together = min((tail - 1) / params_.multiprocessors, S::kBlocksTogether - 1);
         cost = run * params_.cost.step[together];
@@ -294,18 +312,25 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
   // --- filling the ring ---
 
   __device__ __forceinline__ void start_fill(int segment) {
+    if (!start_weights(segment)) return;
+    write_table();
+    __syncthreads();
+  }
+
+  // Without the rows of x.
+  __device__ __forceinline__ bool start_weights(int segment) {
     TilePosition at;
     int expert = -1;
     fill_left_ = 0;
     for (;; ++segment) {
       fill_segment_ = segment;
-      if (!has_segment(segment)) return;
+      if (!has_segment(segment)) return false;
       load_segment(at, segment);
       expert = expert_of(at);
       if (expert >= 0) break;
     }
     next_table(fill_table_);
-    write_table(at);
+    fill_token_tile_ = at.token_tile;
     fill_left_ = at.length;
     fill_chunk_ = at.begin;
     set_groups(fill_chunk_groups_, expert);
@@ -318,7 +343,7 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
     const int half = group_bytes() / 32;
     fill_records_ = base + (lane_ < half ? records_of(lower) : records_of(upper) - half) + lane_;
     fill_x_ = at.begin * (Layout::kChunkRows / 8) + threadIdx.x % 8;
-    __syncthreads();
+    return true;
   }
 
   // The first of the two strips that this warp has of the lower or the upper half of its features. Past
@@ -346,11 +371,11 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
   }
   __device__ __forceinline__ uint32_t upper_codes() const { return upper_codes_; }
 
-  __device__ __forceinline__ void write_table(const TilePosition& at) {
+  __device__ __forceinline__ void write_table() {
     const int i = threadIdx.x;
     if (i >= (S::kTokens + 31) / 32 * 32) return;
     RowPlace place;
-    if (i < S::kTokens) place = params_.rows.row(at.token_tile, i, S::kTokens);
+    if (i < S::kTokens) place = params_.rows.row(fill_token_tile_, i, S::kTokens);
     const uint32_t present = __ballot_sync(0xffffffffu, place.x >= 0);
     if (lane_ == 0) tables_.present[fill_table_][i / 32] = present;
     if (i >= S::kTokens) return;
@@ -361,15 +386,33 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
         params_.weights != nullptr && place.x >= 0 ? params_.weights[place.weight] : 1.0f;
   }
 
+  // The first stages. Weights are on their way before the rows of x are looked up, and where the rows are
+  // settled before the kernel before has ended.
   __device__ __forceinline__ void prime() {
+    constexpr int kAhead = S::kStages - 1;
     last_fill_ = true;
-    start_fill(0);
+    const bool any = start_weights(0);
+    const int early = min(fill_left_, kAhead);
     fill_slot_ = ring_;
 #pragma unroll 1
-    for (int stage = 0; stage < S::kStages - 1; ++stage) {
+    for (int stage = 0; stage < early; ++stage) {
+      fill_group_ = groups_to_fill(fill_chunk_).first();
+      this->fill_weights(fill_slot_, true);
+      step_fill();
+      fill_slot_ += stage_bytes_;
+    }
+    this->step_fill_back(early);
+    fill_left_ -= early;
+    if (any) write_table();
+    if (params_.settled) ptx::wait_for_predecessor();
+    __syncthreads();
+    fill_slot_ = ring_;
+#pragma unroll 1
+    for (int stage = 0; stage < kAhead; ++stage) {
       if (fill_left_ > 0) {
         prepare_fill(fill_slot_);
-        this->fill(fill_slot_, true);
+        if (stage >= early) this->fill_weights(fill_slot_, true);
+        fill_x(fill_slot_, true);
         step_fill();
         count_fill(1);
       }
@@ -603,6 +646,7 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
   const ExpertParams<Rows>& params_;
   ExpertWalk& walk_;
   RowTables<S>& tables_;
+  int fill_token_tile_ = 0;
   int table_ = -1;       // of the segment that is multiplied
   int fill_table_ = -1;  // of the segment that is filled
   int token_tiles_ = 0;  // that have rows, of the segment that is multiplied

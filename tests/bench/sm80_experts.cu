@@ -1,0 +1,225 @@
+// Times the products over experts of the sm_80 kernels on one GPU, with tiles of every size and every way
+// to share the last of them: one line of CSV each, with its time in us. What a block estimates by itself
+// (ExpertCost) is fitted to these lines. The numbers are not looked at: tests/python/test_cuda_moe.py does.
+//
+// Usage: sm80_experts [begin of model names] [T ...]
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "core/integers.hpp"
+#include "cuda/arch/sm80/experts.hpp"
+#include "cuda/arch/sm80/layout.hpp"
+#include "cuda/context.hpp"
+#include "cuda/cuda_check.hpp"
+#include "cuda/moe/align.hpp"
+#include "cuda/moe/elementwise.hpp"
+
+namespace {
+
+using namespace marlinq;
+using namespace marlinq::cuda;
+
+struct Model {
+  const char* name;
+  int experts, top_k, hidden, inner;
+};
+constexpr Model kModels[] = {{"qwen3-30b-a3b", 128, 8, 2048, 768},
+                             {"mixtral-8x7b", 8, 2, 4096, 14336},
+                             {"deepseek-v3", 256, 8, 7168, 2048}};
+
+template <class F>
+float time_us(cudaStream_t stream, int repeats, F&& run) {
+  cudaEvent_t begin, end;
+  MARLINQ_CUDA_CHECK(cudaEventCreate(&begin));
+  MARLINQ_CUDA_CHECK(cudaEventCreate(&end));
+  std::vector<float> times;
+  for (int round = 0; round < 5; ++round) {
+    MARLINQ_CUDA_CHECK(cudaEventRecord(begin, stream));
+    for (int i = 0; i < repeats; ++i) run(i);
+    MARLINQ_CUDA_CHECK(cudaEventRecord(end, stream));
+    MARLINQ_CUDA_CHECK(cudaEventSynchronize(end));
+    float ms = 0;
+    MARLINQ_CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
+    times.push_back(ms * 1000 / repeats);
+  }
+  std::sort(times.begin(), times.end());
+  MARLINQ_CUDA_CHECK(cudaEventDestroy(begin));
+  MARLINQ_CUDA_CHECK(cudaEventDestroy(end));
+  return times[times.size() / 2];
+}
+
+class Bench {
+ public:
+  explicit Bench(const Model& model) : model_(model) {
+    MARLINQ_CUDA_CHECK(cudaStreamCreate(&stream_));
+    limits_ = device_limits(0);
+    const ArchKernels& arch = choose_arch("sm80", limits_.capability);
+    std::int64_t floats = 0;
+    std::int32_t flags = 0;
+    arch.scratch_need(limits_, floats, flags);
+    partials_ = CudaBuffer(0, DType::kFloat32, floats);
+    flags_ = CudaBuffer(0, DType::kInt32, flags);
+    MARLINQ_CUDA_CHECK(cudaMemset(flags_.data(), 0, static_cast<std::size_t>(flags) * 4));
+  }
+
+  void run(int tokens) {
+    const std::int64_t ids = std::int64_t{tokens} * model_.top_k;
+    ids_ = CudaBuffer(0, DType::kInt32, ids);
+    std::vector<std::int32_t> chosen;
+    std::mt19937 random(static_cast<unsigned>(tokens));
+    std::vector<std::int32_t> all(static_cast<std::size_t>(model_.experts));
+    std::iota(all.begin(), all.end(), 0);
+    for (int t = 0; t < tokens; ++t) {
+      std::shuffle(all.begin(), all.end(), random);
+      chosen.insert(chosen.end(), all.begin(), all.begin() + model_.top_k);
+    }
+    MARLINQ_CUDA_CHECK(
+        cudaMemcpy(ids_.data(), chosen.data(), chosen.size() * 4, cudaMemcpyHostToDevice));
+    for (const int rows : {8, 16, 32, 64}) {
+      const double average = static_cast<double>(ids) / model_.experts;
+      if (rows > 8 && (tokens <= rows / 2 || average < rows / 16.0)) continue;
+      if (rows < 64 && average > 4 * rows) continue;
+      sort(tokens, rows);
+      product(tokens, rows, 2 * model_.inner, model_.hidden, true);
+      product(tokens, rows, model_.hidden, model_.inner, false);
+    }
+  }
+
+ private:
+  void sort(int tokens, int rows) {
+    const std::int64_t ids = std::int64_t{tokens} * model_.top_k;
+    tiles_ = most_expert_tiles(ids, model_.experts, rows);
+    lists_ = CudaBuffer(0, DType::kInt32, ids + 3 * tiles_ + 1);
+    auto* list = static_cast<std::int32_t*>(lists_.data());
+    const ExpertTiles target{.ids = list,
+                             .experts = list + ids,
+                             .first = list + ids + tiles_,
+                             .rows = list + ids + 2 * tiles_,
+                             .count = list + ids + 3 * tiles_};
+    const TopkIds topk{.data = ids_.data(),
+                       .wide = false,
+                       .row_stride = model_.top_k,
+                       .tokens = tokens,
+                       .top_k = model_.top_k};
+    const float us = time_us(stream_, 50, [&](int) {
+      sort_by_expert(topk, model_.experts, rows, target, true, stream_);
+    });
+    std::printf("%s,sort,%d,%d,0,%.2f\n", model_.name, tokens, rows, static_cast<double>(us));
+    tile_lists_ = {.experts = target.experts,
+                   .ids = target.ids,
+                   .first = target.first,
+                   .rows = target.rows,
+                   .used = target.count,
+                   .tile_rows = rows,
+                   .most_tiles = static_cast<std::int32_t>(tiles_),
+                   .most_slots = ids,
+                   .num_ids = static_cast<std::int32_t>(ids)};
+    if (rows > 8) return;
+    const CudaBuffer outputs(0, DType::kFloat32, ids * model_.hidden);
+    const CudaBuffer y(0, DType::kFloat16, std::int64_t{tokens} * model_.hidden);
+    const CudaBuffer weights(0, DType::kFloat32, ids);
+    const CombineProblem problem{.expert_output = {outputs.data(), FloatType::kF32, model_.hidden},
+                                 .topk_ids = topk,
+                                 .num_experts = model_.experts,
+                                 .topk_weights = static_cast<const float*>(weights.data()),
+                                 .topk_weights_stride = model_.top_k,
+                                 .out = {y.data(), FloatType::kF16, model_.hidden},
+                                 .hidden = model_.hidden};
+    const float sum_us =
+        time_us(stream_, 50, [&](int) { combine(problem, limits_, true, stream_); });
+    std::printf("%s,combine,%d,0,0,%.2f\n", model_.name, tokens, static_cast<double>(sum_us));
+  }
+
+  void product(int tokens, int rows, int n, int k, bool up) {
+    sm80::Layout layout{.code_bits = 4, .scale_bytes = 2, .has_zeros = false, .n = n};
+    layout.chunks = k / 64;
+    layout.groups = k / 128;
+    const std::int64_t expert = round_up(layout.words() * 4 + layout.group_bytes(), 256);
+    // Whole stacks until the L2 cache holds little of what is read next.
+    const double active = std::min<double>(model_.experts, tokens * model_.top_k);
+    const auto copies =
+        static_cast<int>(std::clamp(170e6 / (active * static_cast<double>(expert)) + 1, 1.0, 12.0));
+    const CudaBuffer stack(0, DType::kInt32, copies * model_.experts * expert / 4);
+    MARLINQ_CUDA_CHECK(cudaMemset(stack.data(), 0x37, static_cast<std::size_t>(stack.size()) * 4));
+    const std::int64_t ids = std::int64_t{tokens} * model_.top_k;
+    const CudaBuffer x(0, DType::kFloat16, ids * k);
+    const CudaBuffer y(0, DType::kFloat32, ids * n);
+    MARLINQ_CUDA_CHECK(cudaMemset(x.data(), 0, static_cast<std::size_t>(ids) * k * 2));
+    std::vector<ExpertProblem> problems;
+    for (int copy = 0; copy < copies; ++copy) {
+      const auto* memory =
+          static_cast<const unsigned char*>(stack.data()) + copy * model_.experts * expert;
+      problems.push_back(
+          {.matrix = {.weight = {.codes = reinterpret_cast<const std::uint32_t*>(memory),
+                                 .groups = memory + layout.words() * 4,
+                                 .chunk_groups = reinterpret_cast<const std::int32_t*>(memory),
+                                 .chunk_shift = 1,
+                                 .record_bytes = layout.record_bytes(),
+                                 .n = n,
+                                 .k = k,
+                                 .chunks = static_cast<std::int32_t>(layout.chunks),
+                                 .num_groups = static_cast<std::int32_t>(layout.groups)},
+                      .x = x.data(),
+                      .x_stride = k,
+                      .x_columns = k,
+                      .y = y.data(),
+                      .y_type = up ? FloatType::kF16 : FloatType::kF32,
+                      .y_stride = up ? n / 2 : n},
+           .expert_bytes = expert,
+           .num_experts = model_.experts,
+           .tiles = tile_lists_,
+           .top_k = up ? model_.top_k : 1,
+           .x_by_slot = !up,
+           .y_by_slot = up,
+           .activates = up});
+    }
+    const SplitScratch scratch{static_cast<float*>(partials_.data()),
+                               static_cast<std::uint32_t*>(flags_.data())};
+    ExpertPlan plan = sm80::plan_experts(problems[0], limits_, BatchInvariance::kNotRequired);
+    for (const int share : {0, 1, 2, 3, 4, 6, 8, 12, 16, 32}) {
+      plan.share = share;
+      const float us = time_us(stream_, std::max(20, copies), [&](int i) {
+        sm80::launch_experts(problems[static_cast<std::size_t>(i % copies)], plan, limits_, scratch,
+                             stream_);
+      });
+      std::printf("%s,%s,%d,%d,%d,%.2f\n", model_.name, up ? "up" : "down", tokens, rows, share,
+                  static_cast<double>(us));
+      std::fflush(stdout);
+    }
+  }
+
+  Model model_;
+  cudaStream_t stream_ = nullptr;
+  DeviceLimits limits_;
+  CudaBuffer partials_, flags_, ids_, lists_;
+  std::int64_t tiles_ = 0;
+  TokenTileLists tile_lists_;
+};
+
+}  // namespace
+
+int main(int argc, char** argv) try {
+  const char* only = argc > 1 ? argv[1] : "";
+  std::vector<int> tokens;
+  for (int i = 2; i < argc; ++i) tokens.push_back(std::atoi(argv[i]));
+  if (tokens.empty()) tokens = {1, 4, 16, 64, 256, 1024};
+  std::printf("model,step,tokens,tile_rows,share,us\n");
+  for (const Model& model : kModels) {
+    if (std::strncmp(model.name, only, std::strlen(only)) != 0) continue;
+    Bench bench(model);
+    for (const int t : tokens) bench.run(t);
+  }
+  return 0;
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "%s\n", error.what());
+  return 1;
+}
