@@ -5,7 +5,8 @@
 
 namespace marlinq::cuda {
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0F / (1.0F + expf(-x)); }
+/// To some units in the last place, as what it multiplies is rounded to 16 bits.
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0F, 1.0F + __expf(-x)); }
 
 template <Activation kActivation>
 __device__ __forceinline__ float activated(float gate, float up) {

@@ -63,6 +63,7 @@ void launch_expert_kernel(const ExpertProblem& problem, const ExpertPlan& plan,
                                    .chunks = Divider(w.chunks),
                                    .feature_tiles = Divider(
                                        static_cast<std::int32_t>(ceil_div(w.n, S::kFeatures))),
+                                   .blocks = Divider(plan.blocks),
                                    .cost = cost,
                                    .multiprocessors = limits.multiprocessors,
                                    .slice_bytes = slice_bytes(w, S::kSliceBytes, S::kFeatures),
@@ -87,7 +88,7 @@ constexpr ExpertInstance expert_instance() {
       .blocks_together = S::kBlocksTogether,
       .slice_bytes = S::kSliceBytes,
       .stages = S::kStages,
-      .table_bytes = sizeof(RowTables<S>),
+      .table_bytes = sizeof(SegmentTables<S>),
       .promotes = kPromotes,
       .launch = [](const ExpertProblem& problem, const ExpertPlan& plan, const DeviceLimits& limits,
                    const SplitScratch& scratch, cudaStream_t stream) {

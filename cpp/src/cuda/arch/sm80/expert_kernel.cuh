@@ -124,6 +124,26 @@ struct DispatchedTiles {
   }
 };
 
+/// The same in shared memory: lists whole, and where those in the kernel's parameters are.
+template <class Rows>
+class NearRows {
+ public:
+  __device__ __forceinline__ void set(const Rows& rows) { rows_ = rows; }
+  __device__ __forceinline__ const Rows& get() const { return rows_; }
+
+ private:
+  Rows rows_;
+};
+template <>
+class NearRows<DispatchedTiles> {
+ public:
+  __device__ __forceinline__ void set(const DispatchedTiles& rows) { rows_ = &rows; }
+  __device__ __forceinline__ const DispatchedTiles& get() const { return *rows_; }
+
+ private:
+  const DispatchedTiles* rows_;
+};
+
 template <class Rows>
 struct ExpertParams {
   GemmProblem problem;  // of expert 0
@@ -133,6 +153,7 @@ struct ExpertParams {
   int num_experts;
   Divider chunks;
   Divider feature_tiles;
+  Divider blocks;
   ExpertCost cost;
   int multiprocessors;
   int slice_bytes;
@@ -146,25 +167,256 @@ struct ExpertParams {
   bool pairs;    // outputs are of type T, and may be stored two at a time
 };
 
-/// The walk of a block, in shared memory.
-struct ExpertWalk {
-  TileSchedule schedule;
-  TileCutsBy<PlainDivider> tail;
-  int token_tiles;
-};
-
+/// The rows of a tile and where its weights are, in shared memory: for the segment that is multiplied,
+/// those that the ring holds ahead of it, and the one after them.
 template <class S>
-struct RowTables {
-  // The segment that is multiplied, those that the ring holds ahead of it, and the one after them.
+struct SegmentTables {
   static constexpr int kCount = S::kStages + 1;
   static constexpr uint32_t kNoRow = 0xffffffffu;
   static constexpr int kMasks = (S::kTokens + 31) / 32;
 
-  uint32_t x[kCount][S::kTokens];  // the row's first piece of 16 bytes, or kNoRow
+  TilePosition at[kCount];
+  int expert[kCount];
+  uint32_t codes[kCount][S::kFeatureWarps];  // pieces of 16 bytes before the first chunk, ...
+  uint32_t upper_codes[kCount];              // ... as TileLoop wants them
+  uint32_t records[kCount][S::kFeatureWarps];
+  uint32_t upper_records[kCount];  // further than those of the lower strips
+  uint32_t x[kCount][S::kTokens];  // the row's first piece, or kNoRow
   int y[kCount][S::kTokens];       // row of the output; negative: none
   float weight[kCount][S::kTokens];
   uint32_t present[kCount][kMasks];
 };
+
+/// What a block needs to find its segments, in shared memory, out of the way of the loop's registers.
+/// Segments are looked up by a function that is called: were it part of the loop, in the several places
+/// that go on to a next segment, a kernel of some microseconds would wait for its own instructions.
+template <class S, class Rows>
+struct SegmentWalk {
+  const ExpertParams<Rows>* params;
+  NearRows<Rows> rows;
+  SegmentTables<S>* tables;
+  TileCutsBy<PlainDivider> tail;
+  int whole_tiles;
+  bool in_tail;        // this block has a run of the tail's chunks ...
+  int run_begin;       // ... from here
+  int run_end;         // to here, ...
+  int last_tail_tile;  // ... in this tile
+  int token_tiles;
+  int chunks;
+  int features;  // n
+  int num_experts;
+  int num_groups;
+  int record_pieces;  // of 16 bytes, of one strip and group
+  Divider feature_tiles;
+  int64_t x_stride;
+  int64_t expert_bytes;
+  const float* weights;
+  bool activates;
+
+  __device__ __forceinline__ bool has_segment(int segment) const {
+    return segment < whole_tiles ||
+           (in_tail && (last_tail_tile - (segment - whole_tiles) + 1) * chunks > run_begin);
+  }
+
+  __device__ __forceinline__ TilePosition position(int segment) const {
+    TilePosition at;
+    int tile = segment * gridDim.x + blockIdx.x;
+    at.begin = 0;
+    at.end = chunks;
+    if (segment >= whole_tiles) {
+      // The last of a run's tiles first.
+      at.tail_tile = last_tail_tile - (segment - whole_tiles);
+      tile = whole_tiles * gridDim.x + at.tail_tile;
+      at.begin = max(run_begin - at.tail_tile * chunks, 0);
+      at.end = min(run_end - at.tail_tile * chunks, chunks);
+    }
+    at.length = at.end - at.begin;
+    place_tile(at, tile);
+    return at;
+  }
+
+ private:
+  // Token tiles of one expert that stand side by side in an aligned group of 8 are walked through
+  // before the next feature tile, so that they share its weights.
+  __device__ __forceinline__ void place_tile(TilePosition& at, int tile) const {
+    constexpr int kBand = 8;
+    const int token_tile = feature_tiles.divide(tile);
+    const int first = token_tile / kBand * kBand;
+    const int here = token_tile - first;
+    const int other = first + static_cast<int>(threadIdx.x) % kBand;
+    const int expert = rows.get().expert(token_tile);
+    const bool same = other < token_tiles && rows.get().expert(other) == expert;
+    const uint32_t mask = __ballot_sync(0xffffffffu, same) & 0xff;
+    const uint32_t below = ~mask & ((1u << here) - 1);
+    const int begin = 32 - __clz(below);
+    const int width = __ffs(~(mask >> begin)) - 1;
+    const int within = tile - (first + begin) * feature_tiles.divisor;
+    at.feature_tile = width == 1 ? within : within / width;
+    at.token_tile = first + begin + within - at.feature_tile * width;
+  }
+};
+
+/// By one warp: each lane weighs one way to share the tiles that are left after whole ones.
+template <class S, class Rows>
+__device__ __noinline__ void plan_walk(SegmentWalk<S, Rows>& walk,
+                                       const ExpertParams<Rows>& params) {
+  const WeightView& w = params.problem.weight;
+  const int lane = threadIdx.x % 32;
+  const int blocks = gridDim.x;
+  const int token_tiles = params.rows.count();
+  const int tiles = token_tiles * params.feature_tiles.divisor;
+  const int waves = params.blocks.divide(tiles);
+  const int left = tiles - waves * blocks;
+  // Blocks a tile; the last lane has all blocks, with runs that cross from a tile into the next. A run of
+  // less than two chunks is not worth handing over.
+  const int most = min(blocks, left * w.chunks / 2);
+  const bool all = lane == 31;
+  const int tail = all ? most : left * (lane + 1);
+  const bool possible = lane == 0 || (params.may_cut && tail > left && tail <= most);
+  float cost = INFINITY;
+  if (possible && (params.share == 0 || lane == params.share - 1)) {
+    const float each = ptx::divide_roughly(static_cast<float>(tail), static_cast<float>(left));
+    const int sms = params.multiprocessors;
+    const int together = (tail > sms) + (tail > 2 * sms) + (tail > 3 * sms);
+    cost = ptx::divide_roughly(static_cast<float>(w.chunks), each) *
+           params.cost.step[min(together, S::kBlocksTogether - 1)];
+    if (tail > left) cost += params.cost.cut * (all ? 2.0f : 1.0f) + each * params.cost.part;
+  }
+  // Costs are positive, so that their bits are in their order.
+  const uint32_t key = (__float_as_uint(cost) & ~31u) | lane;
+  const int chosen = __reduce_min_sync(0xffffffffu, key) & 31;
+  const bool crosses = chosen == 31;
+  const int range_blocks = crosses ? most : chosen + 1;
+  const int tail_blocks = crosses ? most : left * range_blocks;
+  if (lane != 0) return;
+  walk.whole_tiles = waves;
+  walk.in_tail = blockIdx.x < tail_blocks;
+  walk.tail.blocks = PlainDivider(range_blocks);
+  walk.tail.chunks = PlainDivider(crosses ? left * w.chunks : w.chunks);
+  const EvenShare runs(walk.tail.chunks.divisor, range_blocks);
+  walk.tail.runs = runs;
+  walk.tail.larger_run = PlainDivider(runs.least + 1);
+  walk.tail.smaller_run = PlainDivider(runs.least);
+  if (walk.in_tail) {
+    const int range = walk.tail.blocks.divide(blockIdx.x);
+    const int within = blockIdx.x - range * range_blocks;
+    walk.run_begin = range * walk.tail.chunks.divisor + runs.begin(within);
+    walk.run_end = walk.run_begin + runs.size(within);
+    walk.last_tail_tile = params.chunks.divide(walk.run_end - 1);
+  }
+  walk.token_tiles = token_tiles;
+}
+
+/// What is known without a look at the lists; by another warp.
+template <class S, class Rows>
+__device__ __forceinline__ void describe_walk(SegmentWalk<S, Rows>& walk, SegmentTables<S>& tables,
+                                              const ExpertParams<Rows>& params) {
+  const WeightView& w = params.problem.weight;
+  walk.params = &params;
+  walk.rows.set(params.rows);
+  walk.tables = &tables;
+  walk.chunks = w.chunks;
+  walk.features = w.n;
+  walk.num_experts = params.num_experts;
+  walk.num_groups = w.num_groups;
+  walk.record_pieces = w.record_bytes / 16;
+  walk.feature_tiles = params.feature_tiles;
+  walk.x_stride = params.problem.x_stride;
+  walk.expert_bytes = params.expert_bytes;
+  walk.weights = params.weights;
+  walk.activates = params.activates;
+}
+
+/// An expert that is not here: its rows become 0.
+template <class S, class Rows>
+__device__ __noinline__ void store_zeros(const SegmentWalk<S, Rows>& walk, const TilePosition& at) {
+  const GemmProblem& p = walk.params->problem;
+  const int outputs = walk.activates ? walk.features / 2 : walk.features;
+  const int width = walk.activates ? S::kFeatures / 2 : S::kFeatures;
+  const int first = at.feature_tile * width;
+  const int last = min(first + width, outputs);
+#pragma unroll 1
+  for (int i = 0; i < S::kTokens; ++i) {
+    const RowPlace place = walk.rows.get().row(at.token_tile, i, S::kTokens);
+    if (place.x < 0) continue;
+#pragma unroll 1
+    for (int f = first + static_cast<int>(threadIdx.x); f < last; f += S::kThreads) {
+      const int64_t y = place.y * p.y_stride + f;
+      if (p.y_type == FloatType::kF32) {
+        static_cast<float*>(p.y)[y] = 0.0f;
+      } else {
+        static_cast<uint16_t*>(p.y)[y] = 0;
+      }
+    }
+  }
+}
+
+/// Writes the rows of a tile and its weights' places into a table; by all threads, before a barrier.
+template <class S, class Rows>
+__device__ __forceinline__ void write_table(const SegmentWalk<S, Rows>& walk, int table,
+                                            const TilePosition& at, int expert) {
+  SegmentTables<S>& tables = *walk.tables;
+  const int thread = threadIdx.x;
+  if (thread < S::kFeatureWarps) {
+    // The first of the two strips that a warp has of the lower or the upper half of its features. Past
+    // the last there is nothing to store; the last pair is read again.
+    constexpr int kStrips = Layout::kBlockStrips;
+    const int warp = at.feature_tile * S::kFeatureWarps + thread;
+    const int strips =
+        (walk.features + Layout::kBlockFeatures - 1) / Layout::kBlockFeatures * kStrips;
+    const int half = walk.features / (2 * Layout::kStripFeatures);
+    const int lower =
+        walk.activates ? min(warp * 2, half - 2) : min(warp * kStrips, strips - kStrips);
+    const int upper = walk.activates ? lower + half : lower + 2;
+    const auto codes_of = [&](int strip) {
+      return ((strip / kStrips * walk.chunks + at.begin) * kStrips + strip % kStrips) *
+             (S::kStripBytes / 16);
+    };
+    const auto records_of = [&](int strip) {
+      return (strip / kStrips * walk.num_groups * kStrips + strip % kStrips) * walk.record_pieces;
+    };
+    const auto base = static_cast<uint32_t>(expert * (walk.expert_bytes / 16));
+    tables.codes[table][thread] = base + codes_of(lower);
+    tables.records[table][thread] = base + records_of(lower);
+    if (thread == 0) {
+      tables.at[table] = at;
+      tables.expert[table] = expert;
+    }
+    // The two halves of every warp are as far from each other.
+    tables.upper_codes[table] =
+        codes_of(upper) - codes_of(lower) - kStrips / 2 * (S::kStripBytes / 16);
+    tables.upper_records[table] =
+        records_of(upper) - records_of(lower) - kStrips / 2 * walk.record_pieces;
+  }
+  if (thread >= SegmentTables<S>::kMasks * 32) return;
+  RowPlace place;
+  if (thread < S::kTokens) place = walk.rows.get().row(at.token_tile, thread, S::kTokens);
+  const uint32_t present = __ballot_sync(0xffffffffu, place.x >= 0);
+  if (thread % 32 == 0) tables.present[table][thread / 32] = present;
+  if (thread >= S::kTokens) return;
+  tables.x[table][thread] =
+      place.x < 0 ? SegmentTables<S>::kNoRow : static_cast<uint32_t>(place.x * walk.x_stride / 8);
+  tables.y[table][thread] = place.y;
+  tables.weight[table][thread] =
+      walk.weights != nullptr && place.x >= 0 ? walk.weights[place.weight] : 1.0f;
+}
+
+/// Finds the next segment with an expert, from `segment` on, and writes its table. Returns its number, or
+/// -1. By all threads; their tables are there on return.
+template <class S, class Rows>
+__device__ __noinline__ int find_segment(const SegmentWalk<S, Rows>& walk, int segment, int table) {
+  for (; walk.has_segment(segment); ++segment) {
+    const TilePosition at = walk.position(segment);
+    const int expert = walk.rows.get().expert(at.token_tile);
+    if (static_cast<uint32_t>(expert) < static_cast<uint32_t>(walk.num_experts)) {
+      write_table(walk, table, at, expert);
+      __syncthreads();
+      return segment;
+    }
+    if (at.end == walk.chunks) store_zeros(walk, at);
+  }
+  return -1;
+}
 
 template <class S, class Rows>
 class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
@@ -175,126 +427,45 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
   using T = typename S::T;
 
   __device__ __forceinline__ ExpertLoop(const ExpertParams<Rows>& params, unsigned char* shared,
-                                        ExpertWalk& walk)
+                                        SegmentWalk<S, Rows>& walk)
       : Loop(params.problem, params.scratch, shared, params.slice_bytes),
         params_(params),
         walk_(walk),
-        tables_(*reinterpret_cast<RowTables<S>*>(shared + S::kStages * params.slice_bytes)) {
+        tables_(*reinterpret_cast<SegmentTables<S>*>(shared + S::kStages * params.slice_bytes)) {
+    if (threadIdx.x == 32) describe_walk(walk, tables_, params);
     if (!params.settled) ptx::wait_for_predecessor();
     params.rows.prefetch(blockIdx.x, params.feature_tiles);
-    if (threadIdx.x < 32) plan_walk();
+    if (threadIdx.x < 32) plan_walk(walk, params);
     __syncthreads();
   }
 
   __device__ __forceinline__ void run() {
-    int segment = 0;
     prime();
     values_.set_middle(w_);
-    if (!has_segment(segment)) return;
     uint32_t stage = ring_;
-    do {
-      TilePosition at;
-      load_segment(at, segment);
-      const int expert = expert_of(at);
-      if (expert < 0) {
-        if (at.end == w_.chunks) store_zeros(at);
-      } else {
-        next_table(table_);
-        set_groups(chunk_groups_, expert);
-        clear();
-        token_tiles_ = active_tiles();
-        stage = multiply(stage, at);
-        ptx::forget_origin(segment);
-        load_segment(at, segment);
-        finish(at);
-      }
-      ++segment;
-    } while (has_segment(segment));
+    for (int segment = 0; segment < found_; ++segment) {
+      next_table(table_);
+      set_groups(chunk_groups_, tables_.expert[table_]);
+      clear();
+      token_tiles_ = active_tiles();
+      const TilePosition& at = tables_.at[table_];
+      stage = multiply(stage, at.begin, at.length);
+      finish();
+    }
   }
 
  private:
-  using Loop::add_bias, Loop::clear, Loop::count_fill, Loop::finish_sums, Loop::group_bytes,
-      Loop::has_segment, Loop::load_segment, Loop::own, Loop::piece_at, Loop::prepare_fill,
-      Loop::step_fill, Loop::unit_feature, Loop::unit_token;
+  using Loop::add_bias, Loop::clear, Loop::count_fill, Loop::fill_weights, Loop::finish_sums,
+      Loop::group_bytes, Loop::own, Loop::piece_at, Loop::prepare_fill, Loop::step_fill,
+      Loop::step_fill_back, Loop::unit_token;
   using Loop::feature_warp_, Loop::fill_chunk_, Loop::fill_codes_, Loop::fill_group_,
       Loop::fill_left_, Loop::fill_records_, Loop::fill_segment_, Loop::fill_slot_, Loop::fill_x_,
       Loop::fill_x_on_, Loop::fill_x_place_, Loop::lane_, Loop::last_fill_, Loop::p_, Loop::ring_,
       Loop::stage_bytes_, Loop::sum_, Loop::values_, Loop::w_;
   static_assert(S::kRowWarps == 1);
-  static constexpr int kTables = RowTables<S>::kCount;
-
-  // --- the walk ---
-
-  // By one warp: each lane weighs one way to share the tiles that are left after whole ones.
-  __device__ __forceinline__ void plan_walk() {
-    const int tiles = params_.rows.count() * params_.feature_tiles.divisor;
-    const int blocks = gridDim.x;
-    const int waves = tiles / blocks;
-    const int left = tiles - waves * blocks;
-    int best = left;
-    if (params_.may_cut && left > 0) {
-      // Blocks a tile; the last lane has all blocks, with runs that cross from a tile into the next.
-      // A run of less than two chunks is not worth handing over.
-      const bool all = lane_ == 31;
-      const int tail = all ? min(blocks, left * w_.chunks / 2) : left * (lane_ + 1);
-      float cost = INFINITY;
-      const bool forced = params_.share > 0;
-      if (forced ? lane_ == params_.share - 1
-                 : lane_ == 0 || (tail > left && tail <= blocks && tail <= left * w_.chunks / 2)) {
-        const int run = (left * w_.chunks + tail - 1) / tail;
-        const int together = min((tail - 1) / params_.multiprocessors, S::kBlocksTogether - 1);
-        cost = run * params_.cost.step[together];
-        if (tail > left) {
-          const int parts = (tail - 1) / left;
-          cost += params_.cost.cut * (all ? 2.0f : 1.0f) + parts * params_.cost.part;
-        }
-      }
-      // Costs are positive, so that their bits are in their order.
-      const uint32_t key = (__float_as_uint(cost) & ~31u) | lane_;
-      const int chosen = __reduce_min_sync(0xffffffffu, key) & 31;
-      best = __shfl_sync(0xffffffffu, tail, chosen);
-    }
-    if (lane_ == 0) {
-      walk_.schedule = {.whole_tiles = waves,
-                        .tail_tiles = left,
-                        .tail_blocks = left > 0 ? best : 0,
-                        .token_band = 1};
-      walk_.tail = TileCutsBy<PlainDivider>(left, w_.chunks, best);
-      walk_.token_tiles = params_.rows.count();
-    }
-  }
-
-  __device__ __forceinline__ const TileSchedule& schedule() const { return walk_.schedule; }
-  __device__ __forceinline__ const TileCutsBy<PlainDivider>& tail() const { return walk_.tail; }
-  __device__ __forceinline__ const Divider& chunk_divider() const { return params_.chunks; }
-
-  // Token tiles of one expert that stand side by side in an aligned group of 8 are walked through
-  // before the next feature tile, so that they share its weights.
-  __device__ __forceinline__ void place_tile(TilePosition& at, int tile) const {
-    constexpr int kBand = 8;
-    const int token_tile = params_.feature_tiles.divide(tile);
-    const int first = token_tile / kBand * kBand;
-    const int here = token_tile - first;
-    const int other = first + static_cast<int>(lane_) % kBand;
-    const int expert = params_.rows.expert(token_tile);
-    const bool same = other < walk_.token_tiles && params_.rows.expert(other) == expert;
-    const uint32_t mask = __ballot_sync(0xffffffffu, same) & 0xff;
-    const uint32_t below = ~mask & ((1u << here) - 1);
-    const int begin = 32 - __clz(below);
-    const int width = __ffs(~(mask >> begin)) - 1;
-    const int within = tile - (first + begin) * params_.feature_tiles.divisor;
-    at.feature_tile = within / width;
-    at.token_tile = first + begin + within - at.feature_tile * width;
-  }
-
-  // Negative where there is none.
-  __device__ __forceinline__ int expert_of(const TilePosition& at) const {
-    const int expert = params_.rows.expert(at.token_tile);
-    return static_cast<uint32_t>(expert) < static_cast<uint32_t>(params_.num_experts) ? expert : -1;
-  }
 
   __device__ __forceinline__ static void next_table(int& table) {
-    table = table + 1 == kTables ? 0 : table + 1;
+    table = table + 1 == SegmentTables<S>::kCount ? 0 : table + 1;
   }
   __device__ __forceinline__ void set_groups(const int32_t*& groups, int expert) const {
     groups = w_.chunk_groups + expert * (params_.expert_bytes / 4);
@@ -312,106 +483,51 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
   // --- filling the ring ---
 
   __device__ __forceinline__ void start_fill(int segment) {
-    if (!start_weights(segment)) return;
-    write_table();
-    __syncthreads();
-  }
-
-  // Without the rows of x.
-  __device__ __forceinline__ bool start_weights(int segment) {
-    TilePosition at;
-    int expert = -1;
     fill_left_ = 0;
-    for (;; ++segment) {
-      fill_segment_ = segment;
-      if (!has_segment(segment)) return false;
-      load_segment(at, segment);
-      expert = expert_of(at);
-      if (expert >= 0) break;
-    }
-    next_table(fill_table_);
-    fill_token_tile_ = at.token_tile;
+    int table = fill_table_;
+    next_table(table);
+    fill_segment_ = find_segment(walk_, segment, table);
+    if (fill_segment_ < 0) return;
+    fill_table_ = table;
+    ++found_;
+    const TilePosition& at = tables_.at[table];
     fill_left_ = at.length;
     fill_chunk_ = at.begin;
-    set_groups(fill_chunk_groups_, expert);
-    const int lower = strip_of(at, 0);
-    const int upper = strip_of(at, 1);
-    const uint32_t base = static_cast<uint32_t>(expert * (params_.expert_bytes / 16));
-    fill_codes_ = base + codes_of(lower) + lane_;
-    upper_codes_ = codes_of(upper) - codes_of(lower) - S::kStrips / 2 * (S::kStripBytes / 16);
+    set_groups(fill_chunk_groups_, tables_.expert[table]);
+    fill_codes_ = tables_.codes[table][feature_warp_] + lane_;
+    upper_codes_ = tables_.upper_codes[table];
     // The first lanes copy the records of the lower strips.
-    const int half = group_bytes() / 32;
-    fill_records_ = base + (lane_ < half ? records_of(lower) : records_of(upper) - half) + lane_;
+    fill_records_ = tables_.records[table][feature_warp_] + lane_ +
+                    (lane_ < group_bytes() / 32 ? 0 : tables_.upper_records[table]);
     fill_x_ = at.begin * (Layout::kChunkRows / 8) + threadIdx.x % 8;
-    return true;
   }
 
-  // The first of the two strips that this warp has of the lower or the upper half of its features. Past
-  // the last there is nothing to store; the last pair is read again.
-  __device__ __forceinline__ int strip_of(const TilePosition& at, int half) const {
-    const int warp = at.feature_tile * S::kFeatureWarps + feature_warp_;
-    const int strips =
-        (w_.n + Layout::kBlockFeatures - 1) / Layout::kBlockFeatures * Layout::kBlockStrips;
-    if (params_.activates) {
-      const int half_strips = w_.n / (2 * Layout::kStripFeatures);
-      return min(warp * 2, half_strips - 2) + half * half_strips;
-    }
-    return min(warp * Layout::kBlockStrips, strips - Layout::kBlockStrips) + half * 2;
-  }
-  // Pieces of 16 bytes from the first of an expert; of a segment's first chunk, and of group 0.
-  __device__ __forceinline__ uint32_t codes_of(int strip) const {
-    return ((strip / Layout::kBlockStrips * w_.chunks + fill_chunk_) * Layout::kBlockStrips +
-            strip % Layout::kBlockStrips) *
-           (S::kStripBytes / 16);
-  }
-  __device__ __forceinline__ uint32_t records_of(int strip) const {
-    return (strip / Layout::kBlockStrips * w_.num_groups * Layout::kBlockStrips +
-            strip % Layout::kBlockStrips) *
-           (w_.record_bytes / 16);
-  }
   __device__ __forceinline__ uint32_t upper_codes() const { return upper_codes_; }
 
-  __device__ __forceinline__ void write_table() {
-    const int i = threadIdx.x;
-    if (i >= (S::kTokens + 31) / 32 * 32) return;
-    RowPlace place;
-    if (i < S::kTokens) place = params_.rows.row(fill_token_tile_, i, S::kTokens);
-    const uint32_t present = __ballot_sync(0xffffffffu, place.x >= 0);
-    if (lane_ == 0) tables_.present[fill_table_][i / 32] = present;
-    if (i >= S::kTokens) return;
-    tables_.x[fill_table_][i] =
-        place.x < 0 ? RowTables<S>::kNoRow : static_cast<uint32_t>(place.x * p_.x_stride / 8);
-    tables_.y[fill_table_][i] = place.y;
-    tables_.weight[fill_table_][i] =
-        params_.weights != nullptr && place.x >= 0 ? params_.weights[place.weight] : 1.0f;
-  }
-
-  // The first stages. Weights are on their way before the rows of x are looked up, and where the rows are
-  // settled before the kernel before has ended.
+  // The first stages: weights, which where the rows are settled do not depend on the kernel before, and
+  // after the wait for it the rows of x.
   __device__ __forceinline__ void prime() {
     constexpr int kAhead = S::kStages - 1;
     last_fill_ = true;
-    const bool any = start_weights(0);
+    start_fill(0);
     const int early = min(fill_left_, kAhead);
     fill_slot_ = ring_;
 #pragma unroll 1
     for (int stage = 0; stage < early; ++stage) {
       fill_group_ = groups_to_fill(fill_chunk_).first();
-      this->fill_weights(fill_slot_, true);
+      fill_weights(fill_slot_, true);
       step_fill();
       fill_slot_ += stage_bytes_;
     }
-    this->step_fill_back(early);
+    step_fill_back(early);
     fill_left_ -= early;
-    if (any) write_table();
     if (params_.settled) ptx::wait_for_predecessor();
-    __syncthreads();
     fill_slot_ = ring_;
 #pragma unroll 1
     for (int stage = 0; stage < kAhead; ++stage) {
       if (fill_left_ > 0) {
         prepare_fill(fill_slot_);
-        if (stage >= early) this->fill_weights(fill_slot_, true);
+        if (stage >= early) fill_weights(fill_slot_, true);
         fill_x(fill_slot_, true);
         step_fill();
         count_fill(1);
@@ -430,7 +546,7 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
 #pragma unroll
     for (int i = 0; i < (S::kTokens + kRowStep - 1) / kRowStep; ++i) {
       const uint32_t first = rows[i * kRowStep];
-      ptx::copy_async_if(there && first != RowTables<S>::kNoRow,
+      ptx::copy_async_if(there && first != SegmentTables<S>::kNoRow,
                          slot + fill_x_place_ + i * (kRowStep * kXRowBytes),
                          piece_at(p_.x, first + fill_x_));
     }
@@ -442,26 +558,26 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
   __device__ __forceinline__ int active_tiles() const {
     int rows = 0;
 #pragma unroll
-    for (int i = 0; i < RowTables<S>::kMasks; ++i) {
+    for (int i = 0; i < SegmentTables<S>::kMasks; ++i) {
       const uint32_t present = tables_.present[table_][i];
       if (present != 0) rows = i * 32 + 32 - __clz(present);
     }
     return (rows + 7) / 8;
   }
 
-  __device__ __forceinline__ uint32_t multiply(uint32_t stage, const TilePosition& at) {
+  __device__ __forceinline__ uint32_t multiply(uint32_t stage, int begin, int length) {
     if constexpr (S::kBits == 4) {
       if constexpr (S::kTokenTiles > 1) {
-        if (token_tiles_ <= 1) return this->template multiply_chunks<1>(stage, at.begin, at.length);
+        if (token_tiles_ <= 1) return this->template multiply_chunks<1>(stage, begin, length);
       }
       if constexpr (S::kTokenTiles > 2) {
-        if (token_tiles_ <= 2) return this->template multiply_chunks<2>(stage, at.begin, at.length);
+        if (token_tiles_ <= 2) return this->template multiply_chunks<2>(stage, begin, length);
       }
       if constexpr (S::kTokenTiles > 4) {
-        if (token_tiles_ <= 4) return this->template multiply_chunks<4>(stage, at.begin, at.length);
+        if (token_tiles_ <= 4) return this->template multiply_chunks<4>(stage, begin, length);
       }
     }
-    return this->template multiply_chunks<S::kTokenTiles>(stage, at.begin, at.length);
+    return this->template multiply_chunks<S::kTokenTiles>(stage, begin, length);
   }
 
   // --- the end of a segment ---
@@ -470,15 +586,17 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
     return unit_token(unit) < token_tiles_ * 8;
   }
 
-  __device__ __forceinline__ void finish(const TilePosition& at) {
+  __device__ __forceinline__ void finish() {
+    const TilePosition& at = tables_.at[table_];
     finish_sums();
     if (at.end < w_.chunks) {
       this->leave_part();
       return;
     }
     if (at.begin > 0) this->add_parts(walk_.tail.block_of(at.tail_tile * w_.chunks));
-    const float* bias =
-        w_.bias != nullptr ? w_.bias + expert_of(at) * (params_.expert_bytes / 4) : nullptr;
+    const float* bias = w_.bias != nullptr
+                            ? w_.bias + tables_.expert[table_] * (params_.expert_bytes / 4)
+                            : nullptr;
     if (params_.weights != nullptr && !params_.weights_bias) weigh();
     if (params_.activates) {
       store_activated(at, bias);
@@ -621,32 +739,10 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
     }
   }
 
-  // An expert that is not here.
-  __device__ __forceinline__ void store_zeros(const TilePosition& at) const {
-    const int outputs = params_.activates ? w_.n / 2 : w_.n;
-    const int width = params_.activates ? S::kFeatures / 2 : S::kFeatures;
-    const int first = at.feature_tile * width;
-    const int last = min(first + width, outputs);
-#pragma unroll 1
-    for (int i = 0; i < S::kTokens; ++i) {
-      const RowPlace place = params_.rows.row(at.token_tile, i, S::kTokens);
-      if (place.x < 0) continue;
-#pragma unroll 1
-      for (int f = first + static_cast<int>(threadIdx.x); f < last; f += S::kThreads) {
-        const int64_t y = place.y * p_.y_stride + f;
-        if (p_.y_type == FloatType::kF32) {
-          static_cast<float*>(p_.y)[y] = 0.0f;
-        } else {
-          static_cast<uint16_t*>(p_.y)[y] = 0;
-        }
-      }
-    }
-  }
-
   const ExpertParams<Rows>& params_;
-  ExpertWalk& walk_;
-  RowTables<S>& tables_;
-  int fill_token_tile_ = 0;
+  SegmentWalk<S, Rows>& walk_;
+  SegmentTables<S>& tables_;
+  int found_ = 0;        // segments that have been started to be filled
   int table_ = -1;       // of the segment that is multiplied
   int fill_table_ = -1;  // of the segment that is filled
   int token_tiles_ = 0;  // that have rows, of the segment that is multiplied
@@ -659,8 +755,8 @@ template <class S, class Rows>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocksTogether)
     expert_gemm(const __grid_constant__ ExpertParams<Rows> params) {
   extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ __align__(16) unsigned char walk[sizeof(ExpertWalk)];
-  ExpertLoop<S, Rows> loop(params, shared, *reinterpret_cast<ExpertWalk*>(walk));
+  __shared__ __align__(16) unsigned char walk[sizeof(SegmentWalk<S, Rows>)];
+  ExpertLoop<S, Rows> loop(params, shared, *reinterpret_cast<SegmentWalk<S, Rows>*>(walk));
   loop.run();
 }
 

@@ -19,7 +19,7 @@ constexpr std::int32_t kReservedShared = 1024;
 
 /// The dynamic shared memory that a block can have: the static one counts towards the same limit.
 inline std::int32_t usable_shared(const DeviceLimits& limits) {
-  constexpr std::int32_t kStaticShared = 256;
+  constexpr std::int32_t kStaticShared = 512;
   return limits.shared_bytes - kStaticShared;
 }
 
