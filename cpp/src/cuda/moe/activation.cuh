@@ -26,4 +26,18 @@ __device__ __forceinline__ float activated(float gate, float up) {
   }
 }
 
+__device__ __forceinline__ float activated_by(Activation activation, float gate, float up) {
+  switch (activation) {
+    case Activation::kGelu:
+      return activated<Activation::kGelu>(gate, up);
+    case Activation::kGeluTanh:
+      return activated<Activation::kGeluTanh>(gate, up);
+    case Activation::kClampedSwiglu:
+      return activated<Activation::kClampedSwiglu>(gate, up);
+    case Activation::kSilu:
+      break;
+  }
+  return activated<Activation::kSilu>(gate, up);
+}
+
 }  // namespace marlinq::cuda

@@ -77,14 +77,14 @@ void launch_expert_kernel(const ExpertProblem& problem, const ExpertPlan& plan,
                                    .pairs = pairs});
 }
 
-/// A kernel of the shape TileShape<T, kBits, 4, 1, kTokenTiles, kPromotes>.
-template <class T, int kBits, int kTokenTiles, bool kPromotes>
+/// A kernel of the shape TileShape<T, kBits, kFeatureWarps, kRowWarps, kTokenTiles, kPromotes>.
+template <class T, int kBits, int kFeatureWarps, int kRowWarps, int kTokenTiles, bool kPromotes>
 constexpr ExpertInstance expert_instance() {
-  using S = TileShape<T, kBits, 4, 1, kTokenTiles, kPromotes>;
+  using S = TileShape<T, kBits, kFeatureWarps, kRowWarps, kTokenTiles, kPromotes>;
   return {
       .tokens = S::kTokens,
       .features = S::kFeatures,
-      .threads = S::kThreads,
+      .row_warps = S::kRowWarps,
       .blocks_together = S::kBlocksTogether,
       .slice_bytes = S::kSliceBytes,
       .stages = S::kStages,
@@ -109,8 +109,10 @@ constexpr ExpertInstance expert_instance() {
 
 template <class T, int kBits>
 constexpr std::array<ExpertInstance, kExpertInstanceCount> expert_instance_list() {
-  return {expert_instance<T, kBits, 1, true>(), expert_instance<T, kBits, 2, false>(),
-          expert_instance<T, kBits, 4, false>(), expert_instance<T, kBits, 8, false>()};
+  // feature warps, row warps, token tiles of a warp, promotes
+  return {expert_instance<T, kBits, 1, 8, 1, true>(), expert_instance<T, kBits, 4, 1, 1, true>(),
+          expert_instance<T, kBits, 4, 1, 2, false>(), expert_instance<T, kBits, 4, 1, 4, false>(),
+          expert_instance<T, kBits, 4, 1, 8, false>()};
 }
 
 }  // namespace marlinq::cuda::sm80

@@ -34,7 +34,8 @@ struct ExpertCost {
   static constexpr int kTogether = 4;
   float step[kTogether];  // a chunk, with so many blocks on a multiprocessor
   float cut;              // handing over the parts of a tile, ...
-  float part;             // ... and for each part
+  float part;             // ... for each part, ...
+  float uneven;           // ... and where runs cross from a tile into the next
 };
 
 /// Where the rows of an id are. `x` negative: there is no such row.
@@ -188,8 +189,9 @@ struct SegmentTables {
 };
 
 /// What a block needs to find its segments, in shared memory, out of the way of the loop's registers.
-/// Segments are looked up by a function that is called: were it part of the loop, in the several places
-/// that go on to a next segment, a kernel of some microseconds would wait for its own instructions.
+/// For few tokens segments are looked up by a function that is called: were it part of the loop, in the
+/// several places that go on to a next segment, a kernel of some microseconds would wait for its own
+/// instructions. The registers of many tokens leave no room for a call.
 template <class S, class Rows>
 struct SegmentWalk {
   const ExpertParams<Rows>* params;
@@ -230,7 +232,7 @@ struct SegmentWalk {
       at.begin = max(run_begin - at.tail_tile * chunks, 0);
       at.end = min(run_end - at.tail_tile * chunks, chunks);
     }
-    at.length = at.end - at.begin;
+    at.length = (at.end - at.begin + S::kRowWarps - 1) / S::kRowWarps;
     place_tile(at, tile);
     return at;
   }
@@ -280,7 +282,8 @@ __device__ __noinline__ void plan_walk(SegmentWalk<S, Rows>& walk,
     const int together = (tail > sms) + (tail > 2 * sms) + (tail > 3 * sms);
     cost = ptx::divide_roughly(static_cast<float>(w.chunks), each) *
            params.cost.step[min(together, S::kBlocksTogether - 1)];
-    if (tail > left) cost += params.cost.cut * (all ? 2.0f : 1.0f) + each * params.cost.part;
+    if (tail > left) cost += params.cost.cut + each * params.cost.part;
+    if (all) cost += params.cost.uneven;
   }
   // Costs are positive, so that their bits are in their order.
   const uint32_t key = (__float_as_uint(cost) & ~31u) | lane;
@@ -404,7 +407,8 @@ __device__ __forceinline__ void write_table(const SegmentWalk<S, Rows>& walk, in
 /// Finds the next segment with an expert, from `segment` on, and writes its table. Returns its number, or
 /// -1. By all threads; their tables are there on return.
 template <class S, class Rows>
-__device__ __noinline__ int find_segment(const SegmentWalk<S, Rows>& walk, int segment, int table) {
+__device__ __forceinline__ int find_segment(const SegmentWalk<S, Rows>& walk, int segment,
+                                            int table) {
   for (; walk.has_segment(segment); ++segment) {
     const TilePosition at = walk.position(segment);
     const int expert = walk.rows.get().expert(at.token_tile);
@@ -416,6 +420,13 @@ __device__ __noinline__ int find_segment(const SegmentWalk<S, Rows>& walk, int s
     if (at.end == walk.chunks) store_zeros(walk, at);
   }
   return -1;
+}
+
+/// The same, called: see SegmentWalk.
+template <class S, class Rows>
+__device__ __noinline__ int call_find_segment(const SegmentWalk<S, Rows>& walk, int segment,
+                                              int table) {
+  return find_segment(walk, segment, table);
 }
 
 template <class S, class Rows>
@@ -431,7 +442,8 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
       : Loop(params.problem, params.scratch, shared, params.slice_bytes),
         params_(params),
         walk_(walk),
-        tables_(*reinterpret_cast<SegmentTables<S>*>(shared + S::kStages * params.slice_bytes)) {
+        tables_(*reinterpret_cast<SegmentTables<S>*>(shared + S::kStages * S::kRowWarps *
+                                                                  params.slice_bytes)) {
     if (threadIdx.x == 32) describe_walk(walk, tables_, params);
     if (!params.settled) ptx::wait_for_predecessor();
     params.rows.prefetch(blockIdx.x, params.feature_tiles);
@@ -440,7 +452,7 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
   }
 
   __device__ __forceinline__ void run() {
-    prime();
+    prime<true>(0);
     values_.set_middle(w_);
     uint32_t stage = ring_;
     for (int segment = 0; segment < found_; ++segment) {
@@ -449,8 +461,15 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
       clear();
       token_tiles_ = active_tiles();
       const TilePosition& at = tables_.at[table_];
-      stage = multiply(stage, at.begin, at.length);
-      finish();
+      stage = multiply(stage, this->first_chunk(at), this->chunks_of(at));
+      if constexpr (S::kRowWarps == 1) {
+        finish();
+      } else {
+        finish_row_warps();
+        __syncthreads();  // the sums are read
+        prime<false>(fill_segment_ + 1);
+        stage = ring_;
+      }
     }
   }
 
@@ -462,7 +481,7 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
       Loop::fill_left_, Loop::fill_records_, Loop::fill_segment_, Loop::fill_slot_, Loop::fill_x_,
       Loop::fill_x_on_, Loop::fill_x_place_, Loop::lane_, Loop::last_fill_, Loop::p_, Loop::ring_,
       Loop::stage_bytes_, Loop::sum_, Loop::values_, Loop::w_;
-  static_assert(S::kRowWarps == 1);
+  static_assert(S::kRowWarps == 1 || (S::kFeatureWarps == 1 && S::kTokenTiles == 1));
 
   __device__ __forceinline__ static void next_table(int& table) {
     table = table + 1 == SegmentTables<S>::kCount ? 0 : table + 1;
@@ -486,30 +505,36 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
     fill_left_ = 0;
     int table = fill_table_;
     next_table(table);
-    fill_segment_ = find_segment(walk_, segment, table);
+    if constexpr (S::kTokenTiles <= 2) {
+      fill_segment_ = call_find_segment(walk_, segment, table);
+    } else {
+      fill_segment_ = find_segment(walk_, segment, table);
+    }
     if (fill_segment_ < 0) return;
     fill_table_ = table;
     ++found_;
     const TilePosition& at = tables_.at[table];
-    fill_left_ = at.length;
-    fill_chunk_ = at.begin;
+    fill_left_ = this->chunks_of(at);
+    fill_chunk_ = this->first_chunk(at);
     set_groups(fill_chunk_groups_, tables_.expert[table]);
-    fill_codes_ = tables_.codes[table][feature_warp_] + lane_;
+    fill_codes_ = tables_.codes[table][feature_warp_] + lane_ +
+                  (fill_chunk_ - at.begin) * (S::kBlockBytes / 16);
     upper_codes_ = tables_.upper_codes[table];
     // The first lanes copy the records of the lower strips.
     fill_records_ = tables_.records[table][feature_warp_] + lane_ +
                     (lane_ < group_bytes() / 32 ? 0 : tables_.upper_records[table]);
-    fill_x_ = at.begin * (Layout::kChunkRows / 8) + threadIdx.x % 8;
+    fill_x_ = fill_chunk_ * (Layout::kChunkRows / 8) + threadIdx.x % 8;
   }
 
   __device__ __forceinline__ uint32_t upper_codes() const { return upper_codes_; }
 
   // The first stages: weights, which where the rows are settled do not depend on the kernel before, and
   // after the wait for it the rows of x.
-  __device__ __forceinline__ void prime() {
+  template <bool kFirst>
+  __device__ __forceinline__ void prime(int segment) {
     constexpr int kAhead = S::kStages - 1;
-    last_fill_ = true;
-    start_fill(0);
+    start_fill(segment);
+    last_fill_ = S::kStreams || fill_segment_ < 0 || !walk_.has_segment(fill_segment_ + 1);
     const int early = min(fill_left_, kAhead);
     fill_slot_ = ring_;
 #pragma unroll 1
@@ -521,7 +546,7 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
     }
     step_fill_back(early);
     fill_left_ -= early;
-    if (params_.settled) ptx::wait_for_predecessor();
+    if (kFirst && params_.settled) ptx::wait_for_predecessor();
     fill_slot_ = ring_;
 #pragma unroll 1
     for (int stage = 0; stage < kAhead; ++stage) {
@@ -539,15 +564,17 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
 
   __device__ __forceinline__ void fill_x(uint32_t slot, bool on) const {
     constexpr int kRowStep = S::kGroupThreads / 8;
-    static_assert(kRowStep % 8 == 0, "the swizzle repeats every 8 rows");
-    const int row = threadIdx.x / 8;
+    static_assert(kRowStep % 8 == 0 || kRowStep == 4, "the swizzle repeats every 8 rows");
+    const int row = threadIdx.x % S::kGroupThreads / 8;
     const bool there = on && fill_x_on_ && row < S::kTokens;
     const uint32_t* rows = tables_.x[fill_table_] + (row < S::kTokens ? row : 0);
 #pragma unroll
     for (int i = 0; i < (S::kTokens + kRowStep - 1) / kRowStep; ++i) {
       const uint32_t first = rows[i * kRowStep];
+      // Row 4 of each 8 has bit 2 of its swizzle.
+      const int place = kRowStep == 4 && i % 2 == 1 ? fill_x_place_ ^ 64 : fill_x_place_;
       ptx::copy_async_if(there && first != SegmentTables<S>::kNoRow,
-                         slot + fill_x_place_ + i * (kRowStep * kXRowBytes),
+                         slot + place + i * (kRowStep * kXRowBytes),
                          piece_at(p_.x, first + fill_x_));
     }
   }
@@ -614,6 +641,91 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
       store_singles<__half>(feature);
     } else {
       store_singles<__nv_bfloat16>(feature);
+    }
+  }
+
+  // Row warps: their sums meet in shared memory, and a thread finishes single outputs, in a loop that is
+  // not unrolled.
+  __device__ __forceinline__ void finish_row_warps() {
+    this->finish_groups();
+    ptx::copy_wait<0>();
+    __syncthreads();
+    // The 4 floats between tokens put the 32 lanes of a store into 32 banks.
+    constexpr int kRow = S::kFeatures + 4;
+    constexpr int kWarpFloats = S::kTokens * kRow;
+    auto* const sums = reinterpret_cast<float*>(this->shared_);
+    float* const mine = sums + this->row_warp_ * kWarpFloats + lane_ % 4 * (2 * kRow) + lane_ / 4;
+#pragma unroll
+    for (int s = 0; s < S::kStrips; ++s) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) mine[i % 2 * kRow + s * 16 + i / 2 * 8] = sum_[s][0][i];
+    }
+    __syncthreads();
+    const TilePosition& at = tables_.at[table_];
+    float* const part = this->scratch_.partials + static_cast<int64_t>(blockIdx.x) * S::kTileFloats;
+    const bool leaves = at.end < w_.chunks;
+    int parts = 0;
+    if (!leaves && at.begin > 0) {
+      const int last = blockIdx.x - 1;
+      parts = last - walk_.tail.block_of(at.tail_tile * w_.chunks) + 1;
+      for (int i = threadIdx.x; i < parts; i += S::kThreads) {
+        ptx::take_flag(this->scratch_.flags + last - i);
+      }
+      __syncthreads();
+    }
+    const bool pairs = params_.activates && !leaves;
+    constexpr int kHalf = S::kFeatures / 2;
+    const int width = pairs ? kHalf : S::kFeatures;
+    // The row warps in their order, then the parts of other blocks, the nearest first.
+    const auto total = [&](int token, int feature) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int r = 0; r < S::kRowWarps; ++r) sum += sums[r * kWarpFloats + token * kRow + feature];
+      const float* other = part - S::kTileFloats + token * S::kFeatures + feature;
+#pragma unroll 4
+      for (int i = 0; i < parts; ++i) sum += __ldcg(other - i * S::kTileFloats);
+      return sum;
+    };
+#pragma unroll 1
+    for (int i = threadIdx.x; i < S::kTokens * width; i += S::kThreads) {
+      const int token = i / width;
+      const int feature = i % width;
+      const int row = tables_.y[table_][token];
+      if (row < 0) continue;
+      float value = total(token, feature);
+      if (leaves) {
+        __stcg(part + token * S::kFeatures + feature, value);
+        continue;
+      }
+      store_output(at.feature_tile * width + feature, row, token, value,
+                   pairs ? total(token, feature + kHalf) : 0.0f);
+    }
+    if (!leaves) return;
+    __syncthreads();
+    if (threadIdx.x == 0) ptx::raise_flag(this->scratch_.flags + blockIdx.x);
+  }
+
+  __device__ __forceinline__ void store_output(int feature, int row, int token, float value,
+                                               float up) {
+    const int outputs = params_.activates ? w_.n / 2 : w_.n;
+    if (feature >= outputs) return;
+    const float weight = tables_.weight[table_][token];
+    if (!params_.weights_bias) {
+      value *= weight;
+      up *= weight;
+    }
+    if (w_.bias != nullptr) {
+      const float* bias = w_.bias + tables_.expert[table_] * (params_.expert_bytes / 4) + feature;
+      value += bias[0];
+      if (params_.activates) up += bias[outputs];
+    }
+    if (params_.activates) value = activated_by(params_.activation, value, up);
+    if (params_.weights_bias) value *= weight;
+    const int64_t place = row * p_.y_stride + feature;
+    if (p_.y_type == FloatType::kF32) {
+      static_cast<float*>(p_.y)[place] = value;
+    } else {
+      static_cast<T*>(p_.y)[place] = round_to<T>(value);
     }
   }
 

@@ -51,13 +51,23 @@ ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits
   const WeightView& w = problem.matrix.weight;
   const std::span<const ExpertInstance> all = expert_instances(problem.matrix.x_type, w.code_bits);
   const bool invariant = invariance == BatchInvariance::kRequired;
-  // The first that holds a whole tile of rows; only the first of all runs any scales.
-  std::size_t chosen = 0;
+  constexpr std::size_t kFewTiles = 0;
+  constexpr std::size_t kAnyScales = 1;
+  constexpr std::size_t kAnyBatch = 2;
+  // The first that holds a whole tile of rows.
+  std::size_t chosen = kAnyScales;
   if (w.scales_divide) {
-    const std::size_t least = invariant ? 1 : 0;
+    const std::size_t least = invariant ? kAnyBatch : kAnyScales;
     chosen = least;
     while (chosen + 1 < all.size() && all[chosen].tokens < most_rows(problem)) ++chosen;
     while (chosen > least && shared_bytes(w, all[chosen]) > usable_shared(limits)) --chosen;
+  }
+  // Beyond some rounds of the blocks it pays to go on from tile to tile without a pause.
+  constexpr std::int64_t kFewRounds = 4;
+  if (chosen == kAnyScales && shared_bytes(w, all[kFewTiles]) <= usable_shared(limits) &&
+      most_tiles(problem, all[kFewTiles].tokens) * ceil_div(w.n, all[kFewTiles].features) <=
+          kFewRounds * all[kFewTiles].blocks_together * limits.multiprocessors) {
+    chosen = kFewTiles;
   }
   const ExpertInstance& kernel = all[chosen];
   const std::int32_t shared = shared_bytes(w, kernel);

@@ -16,7 +16,7 @@ namespace marlinq::cuda::sm80 {
 struct ExpertInstance {
   std::int32_t tokens;           // of a tile
   std::int32_t features;         // of a tile
-  std::int32_t threads;          // of a block
+  std::int32_t row_warps;        // groups of warps that share K
   std::int32_t blocks_together;  // on a multiprocessor
   std::int32_t slice_bytes;      // of shared memory, without records
   std::int32_t stages;
@@ -26,8 +26,9 @@ struct ExpertInstance {
                  cudaStream_t);
 };
 
-/// By rising tokens; the first promotes, and the others give a row the same bits in any batch.
-constexpr std::size_t kExpertInstanceCount = 4;
+/// The first is for few tiles: its warps share the K of each. The others come by rising tokens. Those
+/// that promote need no scales that divide; those that do not give a row the same bits in any batch.
+constexpr std::size_t kExpertInstanceCount = 5;
 
 /// What the parameters of a kernel hold, which may have 32 KB.
 constexpr int kMostDispatches = 1024;

@@ -57,7 +57,8 @@ struct TileShape {
   static constexpr int kTileFloats = kFeatures * kTokens;
   // Blocks that share a multiprocessor: what registers allow.
   static constexpr int kBlocksTogether =
-      kThreads > 128 ? 1 : (kTokenTiles > 4 ? 2 : (kTokenTiles > 2 ? 3 : 4));
+      kFeatureWarps == 1 ? 2
+                         : (kThreads > 128 ? 1 : (kTokenTiles > 4 ? 2 : (kTokenTiles > 2 ? 3 : 4)));
   static constexpr int kPieces = kBits / 4;
   static constexpr int kStripBytes = kPieces * 512;  // codes of a strip and chunk
   static constexpr int kBlockBytes = kStrips * kStripBytes;
@@ -135,6 +136,8 @@ class TileLoop {
     ptx::copy_wait<S::kStages - 2>();
     if constexpr (S::kRowWarps == 1) {
       __syncthreads();
+    } else if constexpr (S::kGroupThreads == 32) {
+      __syncwarp();
     } else {
       ptx::named_barrier(1 + row_warp_, S::kGroupThreads);
     }
