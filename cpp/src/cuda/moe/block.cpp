@@ -152,10 +152,11 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
     std::int32_t choose_tile_rows() const {
       const std::int64_t experts = block_.num_experts();
       if (tokens_ <= 8) return 8;
-      for (const std::int32_t rows : {8, 16, 32}) {
+      for (const std::int32_t rows : {8, 16}) {
         if (10 * ids_ < 9 * rows * experts) return rows;
       }
-      return 64;
+      // Tiles of 64 rows pay where most experts fill one: their kernel has half of the warps.
+      return ids_ < 48 * experts ? 32 : 64;
     }
 
     // The products' own gather comes first, since they place it there.

@@ -94,9 +94,10 @@ constexpr ExpertInstance expert_instance() {
                    const SplitScratch& scratch, cudaStream_t stream) {
         // Estimates: the time that the codes of a chunk take at 4 TB/s, or what it takes alone.
         constexpr ExpertCost kCost =
-            kTokenTiles <= 2   ? ExpertCost{{0.35F, 0.5F, 0.75F, 1.0F}, 1.5F, 0.3F}
-            : kTokenTiles <= 4 ? ExpertCost{{0.6F, 1.05F, 1.34F, 1.34F}, 1.8F, 0.4F}
-                               : ExpertCost{{0.91F, 1.46F, 1.46F, 1.46F}, 2.7F, 0.54F};
+            kRowWarps > 1      ? ExpertCost{{0.06F, 0.09F, 0.09F, 0.09F}, 1.5F, 0.3F, 6.0F}
+            : kTokenTiles <= 2 ? ExpertCost{{0.35F, 0.5F, 0.75F, 1.0F}, 1.5F, 0.5F, 6.0F}
+            : kTokenTiles <= 4 ? ExpertCost{{0.6F, 1.05F, 1.34F, 1.34F}, 1.8F, 0.4F, 6.0F}
+                               : ExpertCost{{0.91F, 1.46F, 1.46F, 1.46F}, 2.7F, 0.54F, 6.0F};
         if (problem.dispatches.empty()) {
           launch_expert_kernel<S>(problem, plan, limits, scratch, kCost,
                                   listed_tiles(problem, S::kTokens), stream);
