@@ -23,8 +23,8 @@ std::span<const ExpertInstance> expert_instances(FloatType type, std::int32_t co
 namespace {
 
 std::int32_t shared_bytes(const WeightView& w, const ExpertInstance& kernel) {
-  const std::int64_t ring =
-      std::int64_t{kernel.stages} * slice_bytes(w, kernel.slice_bytes, kernel.features);
+  const std::int64_t ring = std::int64_t{kernel.stages} * kernel.row_warps *
+                            slice_bytes(w, kernel.slice_bytes, kernel.features);
   return static_cast<std::int32_t>(std::min<std::int64_t>(ring + kernel.table_bytes, INT32_MAX));
 }
 
