@@ -148,14 +148,13 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
     }
 
    private:
-    // As many rows as an expert has on average, so that few of a tile's are empty.
+    // A tile multiplies as many of its token tiles as have rows, so that large ones cost little where
+    // experts have few rows, and save much where a few experts have most of them.
     std::int32_t choose_tile_rows() const {
       const std::int64_t experts = block_.num_experts();
-      if (tokens_ <= 8) return 8;
-      for (const std::int32_t rows : {8, 16}) {
-        if (10 * ids_ < 9 * rows * experts) return rows;
-      }
-      // Tiles of 64 rows pay where most experts fill one: their kernel has half of the warps.
+      if (tokens_ <= 8 || (tokens_ <= 16 && ids_ < 7 * experts)) return 8;
+      if (tokens_ <= 16) return 16;
+      // The kernel of 64 rows has half of the warps: it pays where most experts fill a tile.
       return ids_ < 48 * experts ? 32 : 64;
     }
 

@@ -63,7 +63,7 @@ ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits
     while (chosen > least && shared_bytes(w, all[chosen]) > usable_shared(limits)) --chosen;
   }
   // Beyond some rounds of the blocks it pays to go on from tile to tile without a pause.
-  constexpr std::int64_t kFewRounds = 4;
+  constexpr std::int64_t kFewRounds = 2;
   if (chosen == kAnyScales && shared_bytes(w, all[kFewTiles]) <= usable_shared(limits) &&
       most_tiles(problem, all[kFewTiles].tokens) * ceil_div(w.n, all[kFewTiles].features) <=
           kFewRounds * all[kFewTiles].blocks_together * limits.multiprocessors) {
