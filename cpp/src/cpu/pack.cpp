@@ -7,6 +7,7 @@
 #include "core/codes.hpp"
 #include "core/elements.hpp"
 #include "core/zero_point_names.hpp"
+#include "cpu/dispatch.hpp"
 #include "cpu/packed.hpp"
 #include "cpu/parallel.hpp"
 
@@ -110,9 +111,10 @@ class OrderCache {
 
 class Packer {
  public:
-  Packer(std::span<const GptqWeights> experts, const IsaKernels& isa)
-      : experts_(experts), result_(std::make_shared<PackedExperts>()) {
+  Packer(std::span<const GptqWeights> experts, const IsaKernels& isa, Compute compute)
+      : experts_(experts), compute_(compute), result_(std::make_shared<PackedExperts>()) {
     result_->isa_ = &isa;
+    result_->arithmetic_ = &arithmetic_of(isa, compute);
     result_->k_ = experts.front().k;
     result_->n_ = experts.front().n;
     result_->experts_.resize(experts.size());
@@ -229,10 +231,11 @@ class Packer {
     d.device = to_string(Device{});
     d.arch = result_->isa().name;
     d.kernel = result_->isa().name;
-    d.compute = to_string(Compute::kFloat32);
+    d.compute = to_string(compute_);
     d.schedule = "columns " + std::to_string(Layout::kBlockColumns) + ", rows " +
-                 std::to_string(result_->isa().tile_rows) + ", k " +
+                 std::to_string(result_->arithmetic().tile_rows) + ", k " +
                  std::to_string(Layout::kMaxRowBlock);
+    if (!result_->arithmetic().native) d.schedule += ", emulated by float32";
     d.bits = first.bits;
     d.group_size = first.group_size;
     d.k = first.k;
@@ -272,6 +275,7 @@ class Packer {
   }
 
   std::span<const GptqWeights> experts_;
+  Compute compute_;
   std::shared_ptr<PackedExperts> result_;
 };
 
@@ -291,8 +295,9 @@ Description PackedExperts::description(std::int64_t index) const {
 }
 
 std::shared_ptr<const PackedExperts> pack_experts(std::span<const GptqWeights> experts,
-                                                  const IsaKernels& isa, int threads) {
-  return Packer(experts, isa).run(threads);
+                                                  const IsaKernels& isa, Compute compute,
+                                                  int threads) {
+  return Packer(experts, isa, compute).run(threads);
 }
 
 }  // namespace marlinq::cpu

@@ -3,7 +3,9 @@
 
 #include "cpu/isa/avx2/vec.hpp"
 //
-#include "cpu/generic/gemm-inl.hpp"
+#include "cpu/generic/convert-inl.hpp"
+#include "cpu/generic/float_gemm-inl.hpp"
+#include "cpu/generic/prepare-inl.hpp"
 
 namespace marlinq::cpu::avx2 {
 
@@ -12,8 +14,10 @@ constinit const IsaKernels kKernels = {
     .name = "avx2",
     .priority = 20,
     .required = kAvx2 | kFma | kF16c,
-    .tile_rows = Vec::kTileRows,
-    .gemm_float32 = gemm_float32,
+    .float32 = float32_arithmetic(prepare_float32, true),
+    .int16 = float32_arithmetic(prepare_integers_as_floats<2>, false),
+    .bfloat16 = float32_arithmetic(prepare_bfloat16<false>, false),
+    .int8 = float32_arithmetic(prepare_integers_as_floats<1>, false),
     .to_float = to_float,
     .from_float = from_float,
 };

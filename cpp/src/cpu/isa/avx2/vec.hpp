@@ -13,6 +13,7 @@ struct Vec {
   // 6 rows x 2 vectors: 12 accumulators, 2 weights and a broadcast in 16 registers.
   static constexpr int kVectors = 2;
   static constexpr int kTileRows = 6;
+  static constexpr int kRunsOfOneRow = 2;
 
   using F = __m256;
   using I = __m256i;
