@@ -39,7 +39,7 @@ struct PreparedInput {
   std::int32_t order = 0;        // of the expert's orders
   std::int64_t x = 0;            // bytes from the start of Scratch::kInput
   std::int64_t run_inputs = -1;  // the first, of those in Scratch::kRunInputs; -1: not wanted
-  std::int64_t tiles = 0;        // tiles of all prepared inputs before this one
+  std::int64_t rows = 0;         // rows of all prepared inputs before this one
 };
 
 /// One chunk of rows through all column blocks of one module.

@@ -1,9 +1,7 @@
 #include "cpu/gemm.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <span>
 #include <vector>
 
@@ -16,11 +14,12 @@ namespace {
 
 // Below this many multiplications a call is over before another thread has woken up.
 constexpr std::int64_t kSerialWork = std::int64_t{1} << 17;
+// And below this many elements of x their preparation is.
+constexpr std::int64_t kSerialPreparation = 5000;
 // Rows of x with elements from here on are scaled down by as much: float32 ends at 2^128, and
 // codes, K and scales together stay far below 2^64. Rows of elements below the inverse are scaled
 // up, so that the scale of their integers is not subnormal.
 constexpr float kLargeInput = 0x1p64F;
-constexpr float kMaxFloat = std::numeric_limits<float>::max();
 
 RowTiles cut(std::int64_t rows, std::int32_t most) noexcept {
   const auto count = static_cast<std::int32_t>(ceil_div(rows, most));
@@ -37,6 +36,13 @@ std::int32_t row_count(const RowTiles& tiles, std::int64_t tile) noexcept {
   return tiles.base + (tile < tiles.larger ? 1 : 0);
 }
 
+// The tile that has `row`.
+std::int64_t piece_of(const RowTiles& tiles, std::int64_t row) noexcept {
+  const std::int64_t in_larger = std::int64_t{tiles.larger} * (tiles.base + 1);
+  if (row < in_larger) return row / (tiles.base + 1);
+  return tiles.larger + (row - in_larger) / tiles.base;
+}
+
 class RowGroupProduct {
  public:
   RowGroupProduct(ContextState& state, const PackedExperts& packed, const ConstMatrixView& input,
@@ -50,9 +56,10 @@ class RowGroupProduct {
 
   void run() {
     plan();
+    const bool serial = rows_ * packed_.k() < kSerialPreparation;
     parallel_parts(
-        static_cast<int>(std::min<std::int64_t>(threads_, tiles_)),
-        [&](int part, int parts) { prepare(tiles_ * part / parts, tiles_ * (part + 1) / parts); });
+        serial ? 1 : static_cast<int>(std::min<std::int64_t>(threads_, rows_)),
+        [&](int part, int parts) { prepare(rows_ * part / parts, rows_ * (part + 1) / parts); });
     parallel_parts(
         static_cast<int>(std::min<std::int64_t>(threads_, cost_)),
         [&](int part, int parts) { multiply(cost_ * part / parts, cost_ * (part + 1) / parts); });
@@ -81,12 +88,12 @@ class RowGroupProduct {
                                    .order = static_cast<std::int32_t>(o),
                                    .x = bytes,
                                    .run_inputs = wants_run_inputs ? run_inputs : -1,
-                                   .tiles = tiles_});
+                                   .rows = rows_});
         bytes += group.count * order.rows() * arithmetic_.element_bytes;
         if (wants_run_inputs) {
           run_inputs += group.count * static_cast<std::int64_t>(order.blocks.size());
         }
-        tiles_ += tile_count(group.count);
+        rows_ += group.count;
       }
       add_segments(group, expert, first_prepared);
       work += group.count * packed_.k() * packed_.n();
@@ -117,67 +124,57 @@ class RowGroupProduct {
     }
   }
 
-  // Tiles of all chunks of a row group.
-  std::int64_t tile_count(std::int64_t rows) const noexcept {
-    const RowTiles chunks = cut(rows, kMaxTaskRows);
-    return chunks.larger * cut(chunks.base + 1, arithmetic_.tile_rows).count +
-           (chunks.count - chunks.larger) * cut(chunks.base, arithmetic_.tile_rows).count;
-  }
-
-  // Prepares the tiles [begin, end).
+  // Prepares the rows [begin, end) of all prepared inputs, one after the other.
   void prepare(std::int64_t begin, std::int64_t end) const {
     auto next =
         std::upper_bound(state_.prepared.begin(), state_.prepared.end(), begin,
-                         [](std::int64_t tile, const PreparedInput& p) { return tile < p.tiles; });
+                         [](std::int64_t row, const PreparedInput& p) { return row < p.rows; });
     for (std::size_t i = static_cast<std::size_t>(next - state_.prepared.begin()) - 1;
-         i < state_.prepared.size() && state_.prepared[i].tiles < end; ++i) {
+         i < state_.prepared.size() && state_.prepared[i].rows < end; ++i) {
       const PreparedInput& prepared = state_.prepared[i];
       const RowGroup& group = state_.groups[static_cast<std::size_t>(prepared.group)];
-      const RowOrder& order =
-          *packed_.expert(group.expert).orders[static_cast<std::size_t>(prepared.order)];
-      const RowTiles chunks = cut(group.count, kMaxTaskRows);
-      std::int64_t tile = prepared.tiles;
-      for (std::int64_t c = 0; c < chunks.count && tile < end; ++c) {
-        const RowTiles tiles = cut(row_count(chunks, c), arithmetic_.tile_rows);
-        for (std::int64_t t = 0; t < tiles.count; ++t, ++tile) {
-          if (tile < begin || tile >= end) continue;
-          prepare_tile(prepared, group, order, first_row(chunks, c) + first_row(tiles, t),
-                       row_count(tiles, t));
-        }
+      const std::int64_t last = std::min(end - prepared.rows, group.count);
+      for (std::int64_t row = std::max<std::int64_t>(begin - prepared.rows, 0); row < last; ++row) {
+        prepare_row(prepared, group, row);
       }
     }
   }
 
-  // Takes `count` rows of x to the form of the arithmetic.
-  void prepare_tile(const PreparedInput& prepared, const RowGroup& group, const RowOrder& order,
-                    std::int64_t row, std::int32_t count) const {
+  // Takes a row of x to the form of the arithmetic, in its tile.
+  void prepare_row(const PreparedInput& prepared, const RowGroup& group, std::int64_t row) const {
+    const RowOrder& order =
+        *packed_.expert(group.expert).orders[static_cast<std::size_t>(prepared.order)];
+    const RowTiles chunks = cut(group.count, kMaxTaskRows);
+    const std::int64_t chunk = piece_of(chunks, row);
+    const std::int64_t in_chunk = row - first_row(chunks, chunk);
+    const RowTiles tiles = cut(row_count(chunks, chunk), arithmetic_.tile_rows);
+    const std::int64_t tile = piece_of(tiles, in_chunk);
+    const auto in_tile = static_cast<std::int32_t>(in_chunk - first_row(tiles, tile));
+    const std::int64_t first = row - in_tile;
     const auto runs = static_cast<std::int64_t>(order.blocks.size());
-    PrepareTask task{
+    const PrepareTask task{
         .values = nullptr,
         .runs = order.blocks.data(),
         .num_runs = 0,
         .code_bits = packed_.code_bits(),
         .middle = packed_.middle(),
-        .tile_rows = count,
-        .row = 0,
-        .x = x_ + prepared.x + row * order.rows() * arithmetic_.element_bytes,
+        .tile_rows = row_count(tiles, tile),
+        .row = in_tile,
+        .x = x_ + prepared.x + first * order.rows() * arithmetic_.element_bytes,
         .run_inputs =
-            prepared.run_inputs < 0 ? nullptr : run_inputs_ + prepared.run_inputs + row * runs,
+            prepared.run_inputs < 0 ? nullptr : run_inputs_ + prepared.run_inputs + first * runs,
     };
-    for (std::int32_t r = 0; r < count; ++r) {
-      RowMap& map = state_.rows[static_cast<std::size_t>(group.first + row + r)];
-      task.row = r;
-      float restore = 1.0F;
-      const float largest = prepare_row(task, order, map.input, 1.0F);
-      if (largest >= kLargeInput) {
-        // Sums of such a row could overflow where the result does not: a power of two is exact.
-        restore = kLargeInput;
-      } else if (largest > 0.0F && largest < 1.0F / kLargeInput) {
-        restore = 1.0F / kLargeInput;
-      }
-      if (restore != 1.0F) prepare_row(task, order, map.input, 1.0F / restore);
-      if (prepared.order == 0) map.restore = restore;
+    RowMap& map = state_.rows[static_cast<std::size_t>(group.first + row)];
+    float restore = 1.0F;
+    const float largest = prepare_row(task, order, map.input, 1.0F);
+    if (largest >= kLargeInput) {
+      // Sums of such a row could overflow where the result does not: a power of two is exact.
+      restore = kLargeInput;
+    } else if (largest > 0.0F && largest < 1.0F / kLargeInput) {
+      restore = 1.0F / kLargeInput;
     }
+    if (restore != 1.0F) prepare_row(task, order, map.input, 1.0F / restore);
+    if (prepared.order == 0) map.restore = restore;
   }
 
   // Prepares factor * x of one input row, and returns the largest finite magnitude of x.
@@ -193,17 +190,14 @@ class RowGroupProduct {
         count += runs[last].count;
       }
       read_values(order, source, runs[first].first, count, values);
-      for (std::int64_t i = 0; i < count; ++i) {
-        const float magnitude = std::fabs(values[i]);
-        largest = magnitude > largest && magnitude <= kMaxFloat ? magnitude : largest;
-      }
+      std::fill(values + count, values + Layout::kMaxRowBlock, 0.0F);
       if (factor != 1.0F) {
         for (std::int64_t i = 0; i < count; ++i) values[i] *= factor;
       }
       task.values = values;
       task.runs = runs.data() + first;
       task.num_runs = static_cast<std::int32_t>(last - first);
-      arithmetic_.prepare(task);
+      largest = std::max(largest, arithmetic_.prepare(task));
       if (task.run_inputs != nullptr) task.run_inputs += task.num_runs * task.tile_rows;
     }
     return largest;
@@ -335,7 +329,7 @@ class RowGroupProduct {
   const ConstMatrixView& input_;
   const MatrixView& output_;
   int threads_ = 1;
-  std::int64_t tiles_ = 0;
+  std::int64_t rows_ = 0;
   std::int64_t cost_ = 0;
   std::uint8_t* x_ = nullptr;
   RunInput* run_inputs_ = nullptr;

@@ -39,7 +39,7 @@ struct RunInput {
 /// Takes some consecutive runs of one row of x to the form in which a kernel reads them. Integers
 /// and their scale are those of all the runs together: at most kMaxRowBlock packed rows.
 struct PrepareTask {
-  const float* values;  // one a packed row
+  const float* values;  // kMaxRowBlock of them: one a packed row, then 0
   const RowBlock* runs;
   std::int32_t num_runs;
   std::int32_t code_bits;
@@ -87,7 +87,8 @@ struct Arithmetic {
   bool integer;            // run_inputs are always wanted
   std::int32_t tile_rows;  // most rows of a tile of x
   std::int32_t element_bytes;  // of x
-  void (*prepare)(const PrepareTask&);
+  /// Returns the largest finite magnitude of the values.
+  float (*prepare)(const PrepareTask&);
   void (*gemm)(const BlockTask&);
 };
 
@@ -104,6 +105,7 @@ struct IsaKernels {
 
   void (*to_float)(FloatType type, const std::uint8_t* source, float* target, std::int64_t count);
   void (*from_float)(FloatType type, const float* source, std::uint8_t* target, std::int64_t count);
+  void (*sigmoid)(const float* x, float* y, std::int64_t count);
 };
 
 }  // namespace marlinq::cpu

@@ -1,8 +1,11 @@
 // The choice of an instruction set, for machines that this one is not too.
 #include <gtest/gtest.h>
 
+#include <cmath>
+#include <limits>
 #include <set>
 #include <string>
+#include <vector>
 
 #include "cpu/dispatch.hpp"
 #include "cpu/features.hpp"
@@ -106,6 +109,29 @@ TEST_P(ForcedKernelTest, IsTheOneThatRuns) {
 
 INSTANTIATE_TEST_SUITE_P(Kernels, ForcedKernelTest, ::testing::ValuesIn(test::cpu_kernels()),
                          test::kernel_name);
+
+// The logistic function of every instruction set, at both ends, around 0 and where it is not a number.
+TEST(SigmoidTest, IsWithinItsBound) {
+  for (const IsaKernels* isa : isa_kernels()) {
+    if (!test::is_usable(*isa)) continue;
+    std::vector<float> x;
+    for (int i = -2000; i <= 2000; ++i) x.push_back(static_cast<float>(i) * 0.0437F);
+    x.insert(x.end(), {0.0F, -0.0F, 1e-30F, 1e30F, -1e30F, std::numeric_limits<float>::infinity(),
+                       -std::numeric_limits<float>::infinity()});
+    std::vector<float> y(x.size());
+    isa->sigmoid(x.data(), y.data(), static_cast<std::int64_t>(x.size()));
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      const double expected = 1.0 / (1.0 + std::exp(-static_cast<double>(x[i])));
+      // Below exp(-87) a result is too small for anything that it is multiplied by.
+      EXPECT_NEAR(static_cast<double>(y[i]), expected,
+                  expected * test::tolerances::kActivationSigmoid + 2e-38)
+          << isa->name << ", x " << x[i];
+    }
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    isa->sigmoid(&nan, y.data(), 1);
+    EXPECT_TRUE(std::isnan(y[0])) << isa->name;
+  }
+}
 
 TEST(ComputeTest, AutoIsInt16WhereThereIsAUnit) {
   for (const IsaKernels* isa : isa_kernels()) {

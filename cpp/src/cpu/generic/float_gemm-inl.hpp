@@ -273,7 +273,7 @@ void gemm_floats(const BlockTask& task) {
 }
 
 // A compute type that is float32's product of what `prepare` makes of x.
-constexpr Arithmetic float32_arithmetic(void (*prepare)(const PrepareTask&), bool native) {
+constexpr Arithmetic float32_arithmetic(float (*prepare)(const PrepareTask&), bool native) {
   return {.native = native,
           .integer = false,
           .tile_rows = Float32Unit::kTileRows,

@@ -25,11 +25,9 @@ namespace {
 template <int kHalves>
 constexpr int kQuadBytes = 4 * kHalves;
 
-// What of a task one call computes: a tile of rows, some columns, consecutive runs.
+// A tile of rows of a task.
 struct IntegerTile {
   const BlockTask& task;
-  int first_run;
-  int last_run;
   const std::uint8_t* x;
   const RunInput* inputs;  // [run][row]
   float* result;           // [row][32]
@@ -124,7 +122,7 @@ template <int kBits, int kHalves, int kRows, int kVectors>
 [[gnu::noinline]] void integer_tile(const IntegerTile& source, int column) {
   constexpr int kOwnChains = kChains<kBits, kHalves, kRows>;
   const IntegerTile tile = source;
-  for (int run = tile.first_run; run < tile.last_run; ++run) {
+  for (int run = 0; run < tile.task.num_runs; ++run) {
     IntegerSums<kRows, kVectors, kHalves, kOwnChains> sum;
     unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
       const I start = Vec::broadcast_word(&tile.inputs[std::int64_t{run} * kRows + r].start);
@@ -174,24 +172,19 @@ void integer_rows(int rows, const IntegerTile& tile) {
   integer_columns<kHalves, kRows>(tile);
 }
 
-// A single tile takes all runs at once, in one stream of codes; several take turns at a run, whose
-// codes then come from the nearest cache.
+// Tile after tile, each through all runs: one stream of codes, which later tiles find in the second
+// level of cache.
 template <int kHalves, int kMostRows>
 void gemm_integer(const BlockTask& task) {
   clear_result(task);
-  const int runs_a_turn = task.tiles.count == 1 ? task.num_runs : 1;
-  for (int run = 0; run < task.num_runs; run += runs_a_turn) {
-    std::int64_t first_row = 0;
-    for (int tile = 0; tile < task.tiles.count; ++tile) {
-      const int rows = rows_of_tile(task, tile);
-      integer_rows<kHalves, kMostRows>(rows, {.task = task,
-                                              .first_run = run,
-                                              .last_run = run + runs_a_turn,
-                                              .x = task.x + first_row * task.packed_rows * kHalves,
-                                              .inputs = task.run_inputs + first_row * task.num_runs,
-                                              .result = task.result + first_row * kBlockColumns});
-      first_row += rows;
-    }
+  std::int64_t first_row = 0;
+  for (int tile = 0; tile < task.tiles.count; ++tile) {
+    const int rows = rows_of_tile(task, tile);
+    integer_rows<kHalves, kMostRows>(rows, {.task = task,
+                                            .x = task.x + first_row * task.packed_rows * kHalves,
+                                            .inputs = task.run_inputs + first_row * task.num_runs,
+                                            .result = task.result + first_row * kBlockColumns});
+    first_row += rows;
   }
 }
 

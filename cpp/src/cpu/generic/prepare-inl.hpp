@@ -16,37 +16,53 @@ MARLINQ_INLINE int packed_rows_of(const PrepareTask& task) {
   return last.first + last.count - task.runs[0].first;
 }
 
-// Integers that stand for up to kMaxRowBlock values.
-struct Quantised {
-  alignas(64) std::int32_t value[kMaxRowBlock];
-  float scale;  // NaN where a value is not finite
-};
-
-// To the nearest of 2 * limit + 1 steps up to the largest magnitude.
-MARLINQ_INLINE void quantise(const float* values, int count, float limit, Quantised& result) {
-  std::int32_t largest = 0;  // non-negative floats order as their bits do
-  for (int i = 0; i < count; ++i) {
+// The bits of the largest magnitude of those below `limit`; non-negative floats order as their bits.
+MARLINQ_INLINE std::int32_t largest_below(const float* values, std::int32_t limit) {
+  std::int32_t largest = 0;
+  for (int i = 0; i < kMaxRowBlock; ++i) {
     std::int32_t bits;
     std::memcpy(&bits, values + i, sizeof bits);
     bits &= 0x7FFFFFFF;
+    bits = bits < limit ? bits : 0;
     largest = bits > largest ? bits : largest;
   }
-  const float magnitude = __builtin_bit_cast(float, largest);
-  constexpr std::int32_t kInfinity = 0x7F800000;
+  return largest;
+}
+
+constexpr std::int32_t kInfinity = 0x7F800000;
+
+MARLINQ_INLINE float largest_finite(const float* values) {
+  return __builtin_bit_cast(float, largest_below(values, kInfinity));
+}
+
+// Integers that stand for kMaxRowBlock values.
+struct Quantised {
+  alignas(64) std::int32_t value[kMaxRowBlock];
+  float scale;    // NaN where a value is not finite
+  float largest;  // of the finite magnitudes
+};
+
+// To the nearest of 2 * limit + 1 steps up to the largest magnitude.
+MARLINQ_INLINE void quantise(const float* values, float limit, Quantised& result) {
+  const std::int32_t bits_of_largest = largest_below(values, 0x7FFFFFFF);
+  const bool finite = bits_of_largest < kInfinity;
+  const float largest =
+      finite ? __builtin_bit_cast(float, bits_of_largest) : largest_finite(values);
+  result.largest = largest;
   // Whose inverse would overflow. Rows of such values alone come scaled up (gemm.cpp), and beside
   // larger ones they vanish.
   constexpr float kNothing = 0x1p-90F;
-  if (largest >= kInfinity || magnitude < kNothing) {
+  if (!finite || largest < kNothing) {
     std::memset(result.value, 0, sizeof result.value);
-    result.scale = largest >= kInfinity ? __builtin_nanf("") : 0.0F;
+    result.scale = finite ? 0.0F : __builtin_nanf("");
     return;
   }
-  const float inverse = limit / magnitude;
-  result.scale = magnitude / limit;
+  const float inverse = limit / largest;
+  result.scale = largest / limit;
   // Adding 1.5 * 2^23 rounds to nearest and leaves the integer in the low bits.
   constexpr float kRound = 0x1.8p23F;
   constexpr std::int32_t kRoundBits = 0x4B400000;
-  for (int i = 0; i < count; ++i) {
+  for (int i = 0; i < kMaxRowBlock; ++i) {
     const float rounded = values[i] * inverse + kRound;
     std::int32_t bits;
     std::memcpy(&bits, &rounded, sizeof bits);
@@ -60,40 +76,41 @@ constexpr float kInt8Limit = 127.0F;
 
 // [packed row / 4][row of the tile][half] dwords of four consecutive packed rows.
 template <int kHalves>
-void prepare_integers(const PrepareTask& task) {
+float prepare_integers(const PrepareTask& task) {
   Quantised q;
-  const int count = packed_rows_of(task);
   const int first = task.runs[0].first;
-  quantise(task.values, count, kHalves == 2 ? kInt16Limit : kInt8Limit, q);
+  quantise(task.values, kHalves == 2 ? kInt16Limit : kInt8Limit, q);
   for (int i = 0; i < task.num_runs; ++i) {
     const RowBlock& run = task.runs[i];
+    const std::int32_t* of_run = q.value + (run.first - first);
     std::int32_t sum = 0;
-    for (int p = run.first - first; p < run.first - first + run.count; ++p) sum += q.value[p];
+    for (int p = 0; p < run.count; ++p) sum += of_run[p];
     task.run_inputs[i * task.tile_rows + task.row] = {
         .scale = q.scale, .start = -task.middle * sum, .sum = static_cast<float>(sum)};
   }
-  alignas(64) std::int8_t high[kMaxRowBlock];
-  alignas(64) std::int8_t low[kMaxRowBlock];
-  if constexpr (kHalves == 2) {
-    for (int p = 0; p < kMaxRowBlock; ++p) {
-      const std::int32_t upper = (q.value[p] + 128) >> 8;
-      high[p] = static_cast<std::int8_t>(upper);
-      low[p] = static_cast<std::int8_t>(q.value[p] - upper * 256);
-    }
-  } else {
-    for (int p = 0; p < kMaxRowBlock; ++p) low[p] = static_cast<std::int8_t>(q.value[p]);
+  alignas(64) std::uint8_t bytes[kHalves][kMaxRowBlock];
+  for (int p = 0; p < kMaxRowBlock; ++p) {
+    const std::int32_t upper = (q.value[p] + 128) >> 8;
+    bytes[0][p] = static_cast<std::uint8_t>(kHalves == 2 ? upper : q.value[p]);
+    if constexpr (kHalves == 2) bytes[1][p] = static_cast<std::uint8_t>(q.value[p]);
   }
-  constexpr int kQuad = 4 * kHalves;
-  const std::int64_t stride = std::int64_t{kQuad} * task.tile_rows;
-  std::uint8_t* place = task.x + first / 4 * stride + task.row * kQuad;
-  for (int p = 0; p < count; p += 4, place += stride) {
-    if constexpr (kHalves == 2) {
-      std::memcpy(place, high + p, 4);
-      std::memcpy(place + 4, low + p, 4);
-    } else {
-      std::memcpy(place, low + p, 4);
-    }
+  constexpr int kQuads = kMaxRowBlock / 4;
+  alignas(64) std::uint32_t quads[kQuads][kHalves];
+  for (int h = 0; h < kHalves; ++h) {
+    std::uint32_t half[kQuads];
+    std::memcpy(half, bytes[h], sizeof half);
+    for (int i = 0; i < kQuads; ++i) quads[i][h] = half[i];
   }
+  constexpr int kBytes = 4 * kHalves;
+  const std::int64_t stride = std::int64_t{kBytes} * task.tile_rows;
+  std::uint8_t* place = task.x + first / 4 * stride + task.row * kBytes;
+  const int count = packed_rows_of(task) / 4;
+  if (task.tile_rows == 1) {
+    std::memcpy(place, quads, static_cast<std::size_t>(count) * kBytes);
+    return q.largest;
+  }
+  for (int i = 0; i < count; ++i, place += stride) std::memcpy(place, quads[i], kBytes);
+  return q.largest;
 }
 
 // The sums of each run; eight chains, added in pairs: fast, and less rounding than one chain.
@@ -123,18 +140,21 @@ MARLINQ_INLINE void store_floats(const PrepareTask& task, const float* values) {
   sum_runs(task, values);
 }
 
-void prepare_float32(const PrepareTask& task) { store_floats(task, task.values); }
+float prepare_float32(const PrepareTask& task) {
+  store_floats(task, task.values);
+  return largest_finite(task.values);
+}
 
 // What int16 and int8 make of x, as floats: for instruction sets without the unit. Integers and
 // their products with codes are exact in float32, so only the order of the sums differs.
 template <int kHalves>
-void prepare_integers_as_floats(const PrepareTask& task) {
+float prepare_integers_as_floats(const PrepareTask& task) {
   Quantised q;
-  const int count = packed_rows_of(task);
-  quantise(task.values, count, kHalves == 2 ? kInt16Limit : kInt8Limit, q);
+  quantise(task.values, kHalves == 2 ? kInt16Limit : kInt8Limit, q);
   float values[kMaxRowBlock];
-  for (int p = 0; p < count; ++p) values[p] = static_cast<float>(q.value[p]) * q.scale;
+  for (int p = 0; p < kMaxRowBlock; ++p) values[p] = static_cast<float>(q.value[p]) * q.scale;
   store_floats(task, values);
+  return q.largest;
 }
 
 // Rows of pair `pair` of the dword of codes that has packed rows [8i, 8i + 8), or [4i, 4i + 4).
@@ -146,17 +166,18 @@ constexpr int first_row_of_pair(int code_bits, int pair) {
 // [packed row / 2][row of the tile] dwords of the two packed rows whose codes a kernel finds 16 bits
 // apart; or, where no unit multiplies pairs, float32 of the same values.
 template <bool kInPairs>
-void prepare_bfloat16(const PrepareTask& task) {
+float prepare_bfloat16(const PrepareTask& task) {
   const int count = packed_rows_of(task);
   std::uint16_t bits[kMaxRowBlock];
   float values[kMaxRowBlock];
-  for (int p = 0; p < count; ++p) {
+  for (int p = 0; p < kMaxRowBlock; ++p) {
     bits[p] = float_to_bfloat16(task.values[p]);
     values[p] = bfloat16_to_float(bits[p]);
   }
+  const float largest = largest_finite(task.values);
   if constexpr (!kInPairs) {
     store_floats(task, values);
-    return;
+    return largest;
   }
   const int step = 32 / task.code_bits;
   const std::int64_t stride = std::int64_t{4} * task.tile_rows;
@@ -169,6 +190,7 @@ void prepare_bfloat16(const PrepareTask& task) {
     }
   }
   sum_runs(task, values);
+  return largest;
 }
 
 }  // namespace

@@ -2,10 +2,15 @@
 #define MARLINQ_CPU_ISA avx2
 
 #include "cpu/isa/avx2/vec.hpp"
+
+namespace marlinq::cpu::avx2 {
+using Vec = Vec256;
+}
 //
 #include "cpu/generic/convert-inl.hpp"
 #include "cpu/generic/float_gemm-inl.hpp"
 #include "cpu/generic/prepare-inl.hpp"
+#include "cpu/generic/sigmoid-inl.hpp"
 
 namespace marlinq::cpu::avx2 {
 
@@ -20,6 +25,7 @@ constinit const IsaKernels kKernels = {
     .int8 = float32_arithmetic(prepare_integers_as_floats<1>, false),
     .to_float = to_float,
     .from_float = from_float,
+    .sigmoid = sigmoid,
 };
 
 }  // namespace marlinq::cpu::avx2

@@ -7,6 +7,7 @@
 #include "cpu/generic/float_gemm-inl.hpp"
 #include "cpu/generic/integer_gemm-inl.hpp"
 #include "cpu/generic/prepare-inl.hpp"
+#include "cpu/generic/sigmoid-inl.hpp"
 
 namespace marlinq::cpu::avx512 {
 
@@ -26,6 +27,7 @@ constinit const IsaKernels kKernels = {
     .int8 = integer_arithmetic<1>(),
     .to_float = to_float,
     .from_float = from_float,
+    .sigmoid = sigmoid,
 };
 
 }  // namespace marlinq::cpu::avx512

@@ -6,6 +6,7 @@
 #include "cpu/generic/convert-inl.hpp"
 #include "cpu/generic/float_gemm-inl.hpp"
 #include "cpu/generic/prepare-inl.hpp"
+#include "cpu/generic/sigmoid-inl.hpp"
 
 namespace marlinq::cpu::generic {
 
@@ -20,6 +21,7 @@ constinit const IsaKernels kKernels = {
     .int8 = float32_arithmetic(prepare_integers_as_floats<1>, false),
     .to_float = to_float,
     .from_float = from_float,
+    .sigmoid = sigmoid,
 };
 
 }  // namespace marlinq::cpu::generic
