@@ -36,7 +36,7 @@ struct IntegerTile {
 // Chains of additions of one sum. For few rows each 4 packed rows of a dword have their own, so that
 // latency does not bound the rate.
 template <int kBits, int kHalves, int kRows>
-constexpr int kChains = kBits == 4 && kRows * kHalves <= 2 ? 2 : 1;
+constexpr int kChains = kBits == 4 && kRows * kHalves <= Vec::kChainedSums ? 2 : 1;
 
 template <int kRows, int kVectors, int kHalves, int kChains>
 using IntegerSums = I[kRows][kVectors][kHalves][kChains];

@@ -20,6 +20,8 @@ struct Vec256 {
   static constexpr int kIntegerVectors = 2;
   static constexpr int kInt16Rows = 2;
   static constexpr int kInt8Rows = 5;
+  // Up to so many sums a vector of columns have two chains each: 8 accumulators.
+  static constexpr int kChainedSums = 2;
 
   using F = __m256;
   using I = __m256i;

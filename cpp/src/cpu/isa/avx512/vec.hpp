@@ -21,6 +21,8 @@ struct Vec {
   static constexpr int kIntegerVectors = 2;
   static constexpr int kInt16Rows = 6;
   static constexpr int kInt8Rows = 12;
+  // Up to so many sums a vector of columns have two chains each: 16 accumulators.
+  static constexpr int kChainedSums = 4;
 
   using F = __m512;
   using I = __m512i;
