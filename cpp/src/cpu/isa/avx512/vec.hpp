@@ -9,10 +9,9 @@ namespace marlinq::cpu::MARLINQ_CPU_ISA {
 
 struct Vec {
   static constexpr int kLanes = 16;
-  // 8 rows x 2 vectors: 16 accumulators of 32 registers, enough chains to hide the latency of FMA
-  // twice.
+  // 10 rows x 2 vectors: 20 accumulators of 32 registers; with 12 rows GCC moves some to the stack.
   static constexpr int kVectors = 2;
-  static constexpr int kTileRows = 8;
+  static constexpr int kTileRows = 10;
   // Chains of 2 vectors each for one row: eight, as latency and rate of FMA ask for.
   static constexpr int kRunsOfOneRow = 4;
 
@@ -129,7 +128,7 @@ struct Vec {
 /// codes lie in bits [b, b + bits) and [b + 16, b + 16 + bits), b = i * bits.
 struct Bfloat16Unit {
   static constexpr int kRowsPerDword = 2;
-  static constexpr int kTileRows = Vec::kTileRows;
+  static constexpr int kTileRows = 12;  // 24 accumulators
 
   __m512i table;  // code - middle of the 16 four-bit codes as bfloat16, twice
   __m512 middle;
