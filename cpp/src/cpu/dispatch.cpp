@@ -41,7 +41,7 @@ const IsaKernels& choose_isa(std::string_view name, std::uint32_t mask) {
 
 Compute choose_compute(Compute requested, const IsaKernels& isa) noexcept {
   if (requested != Compute::kAuto) return requested;
-  return isa.int16.native ? Compute::kInt16 : Compute::kFloat32;
+  return isa.int16_by_default ? Compute::kInt16 : Compute::kFloat32;
 }
 
 const Arithmetic& arithmetic_of(const IsaKernels& isa, Compute compute) noexcept {

@@ -98,6 +98,8 @@ struct IsaKernels {
   std::int32_t priority;   // the usable entry with the highest is chosen
   std::uint32_t required;  // mask of Feature
 
+  bool int16_by_default;  // what compute "auto" is; else float32
+
   Arithmetic float32;
   Arithmetic int16;
   Arithmetic bfloat16;

@@ -136,7 +136,7 @@ TEST(SigmoidTest, IsWithinItsBound) {
 TEST(ComputeTest, AutoIsInt16WhereThereIsAUnit) {
   for (const IsaKernels* isa : isa_kernels()) {
     const Compute chosen = cpu::choose_compute(Compute::kAuto, *isa);
-    EXPECT_EQ(chosen, isa->int16.native ? Compute::kInt16 : Compute::kFloat32) << isa->name;
+    EXPECT_EQ(chosen, isa->int16_by_default ? Compute::kInt16 : Compute::kFloat32) << isa->name;
     EXPECT_TRUE(cpu::arithmetic_of(*isa, chosen).native) << isa->name;
     for (const Compute compute :
          {Compute::kFloat32, Compute::kInt16, Compute::kBFloat16, Compute::kInt8}) {

@@ -41,44 +41,81 @@ constexpr int kChains = kBits == 4 && kRows * kHalves <= Vec::kChainedSums ? 2 :
 template <int kRows, int kVectors, int kHalves, int kChains>
 using IntegerSums = I[kRows][kVectors][kHalves][kChains];
 
-template <int kBits, int kRows, int kVectors, int kHalves, int kChains>
-MARLINQ_INLINE void accumulate(const IntegerTile& tile, const RowBlock& run, int column,
-                               IntegerSums<kRows, kVectors, kHalves, kChains>& sum) {
-  constexpr int kStep = 32 / kBits;
-  constexpr int kRowQuad = kRows * kQuadBytes<kHalves>;
-  const std::int64_t stride = std::int64_t{4} * tile.task.columns;
-  const std::uint8_t* codes =
-      tile.task.codes + run.first / kStep * stride + std::int64_t{4} * column;
-  const std::uint8_t* x = tile.x + std::int64_t{run.first / 4} * kRowQuad;
-  for (int row = 0; row < run.count; row += kStep, codes += stride, x += kStep / 4 * kRowQuad) {
-    I words[kVectors];
+// One dword of codes a column: calls add.template operator()<row, vector, half, quad>(codes, x) for
+// each product of four codes with four integers.
+template <int kBits, int kRows, int kVectors, int kHalves, class Add>
+MARLINQ_INLINE void step(const std::uint8_t* codes, const std::uint8_t* x, const Add& add) {
+  I words[kVectors];
+  unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
+    words[v] = Vec::load_words(codes + 4 * Vec::kLanes * v);
+    if constexpr (v * Vec::kLanes % 16 == 0) {
+      __builtin_prefetch(codes + kPrefetch + 4 * Vec::kLanes * v);
+    }
+  });
+  unrolled<8 / kBits>([&]<int quad>() __attribute__((always_inline)) {
+    I weight[kVectors];
     unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
-      words[v] = Vec::load_words(codes + 4 * Vec::kLanes * v);
-      if constexpr (v * Vec::kLanes % 16 == 0) {
-        __builtin_prefetch(codes + kPrefetch + 4 * Vec::kLanes * v);
+      if constexpr (kBits == 8) {
+        weight[v] = words[v];
+      } else if constexpr (quad == 0) {
+        weight[v] = Vec::low_nibbles(words[v]);
+      } else {
+        weight[v] = Vec::high_nibbles(words[v]);
       }
     });
-    unrolled<kStep / 4>([&]<int quad>() __attribute__((always_inline)) {
-      I weight[kVectors];
-      unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
-        if constexpr (kBits == 8) {
-          weight[v] = words[v];
-        } else if constexpr (quad == 0) {
-          weight[v] = Vec::low_nibbles(words[v]);
-        } else {
-          weight[v] = Vec::high_nibbles(words[v]);
-        }
-      });
-      unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
-        unrolled<kHalves>([&]<int h>() __attribute__((always_inline)) {
-          const I value =
-              Vec::broadcast_word(x + quad * kRowQuad + r * kQuadBytes<kHalves> + 4 * h);
-          unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
-            Vec::template dot<kBits>(sum[r][v][h][quad % kChains], weight[v], value);
-          });
+    unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
+      unrolled<kHalves>([&]<int h>() __attribute__((always_inline)) {
+        constexpr int kPlace = (quad * kRows + r) * kQuadBytes<kHalves> + 4 * h;
+        const I value = Vec::broadcast_word(x + kPlace);
+        unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
+          add.template operator()<r, v, h, quad>(weight[v], value);
         });
       });
     });
+  });
+}
+
+// Vec::dot adds to 32 bits. Without it, 4-bit codes add up in 16 bits for a while (Vec::dot_narrow).
+template <class V>
+concept HasDot = requires(I& sum, I codes) { V::template dot<4>(sum, codes, codes); };
+
+template <class V, int kBits, int kRows, int kVectors, int kHalves, int kChains>
+MARLINQ_INLINE void accumulate(const IntegerTile& tile, const RowBlock& run, int column,
+                               IntegerSums<kRows, kVectors, kHalves, kChains>& sum) {
+  constexpr int kStep = 32 / kBits;
+  constexpr int kBytesOfX = kStep / 4 * kRows * kQuadBytes<kHalves>;
+  const std::int64_t stride = std::int64_t{4} * tile.task.columns;
+  const std::uint8_t* codes =
+      tile.task.codes + run.first / kStep * stride + std::int64_t{4} * column;
+  const std::uint8_t* x = tile.x + std::int64_t{run.first / kStep} * kBytesOfX;
+  if constexpr (kBits == 8 || HasDot<V>) {
+    for (int row = 0; row < run.count; row += kStep, codes += stride, x += kBytesOfX) {
+      step<kBits, kRows, kVectors, kHalves>(
+          codes, x,
+          [&]<int r, int v, int h, int quad>(I weight, I value) __attribute__((always_inline)) {
+            V::template dot<kBits>(sum[r][v][h][quad % kChains], weight, value);
+          });
+    }
+  } else {
+    for (int row = 0; row < run.count;) {
+      const int end = row + V::kNarrowRows < run.count ? row + V::kNarrowRows : run.count;
+      I narrow[kRows][kVectors][kHalves];
+      unrolled<kRows * kVectors * kHalves>([&]<int i>() __attribute__((always_inline)) {
+        narrow[i / kHalves / kVectors][i / kHalves % kVectors][i % kHalves] = Vec::zero_words();
+      });
+      for (; row < end; row += kStep, codes += stride, x += kBytesOfX) {
+        step<kBits, kRows, kVectors, kHalves>(
+            codes, x,
+            [&]<int r, int v, int h, int quad>(I weight, I value)
+                __attribute__((always_inline)) { V::dot_narrow(narrow[r][v][h], weight, value); });
+      }
+      unrolled<kRows * kVectors * kHalves>([&]<int i>() __attribute__((always_inline)) {
+        constexpr int r = i / kHalves / kVectors;
+        constexpr int v = i / kHalves % kVectors;
+        constexpr int h = i % kHalves;
+        sum[r][v][h][0] = Vec::add_words(sum[r][v][h][0], V::widen(narrow[r][v][h]));
+      });
+    }
   }
 }
 
@@ -133,7 +170,8 @@ template <int kBits, int kHalves, int kRows, int kVectors>
         sum[r][v][kHalves - 1][0] = start;
       });
     });
-    accumulate<kBits, kRows, kVectors, kHalves, kOwnChains>(tile, tile.task.runs[run], column, sum);
+    accumulate<Vec, kBits, kRows, kVectors, kHalves, kOwnChains>(tile, tile.task.runs[run], column,
+                                                                 sum);
     apply_run<kRows, kVectors, kHalves, kOwnChains>(tile, run, column, sum);
   }
 }
@@ -149,10 +187,12 @@ MARLINQ_INLINE void integer_tile(const IntegerTile& tile, int column) {
 
 template <int kHalves, int kRows>
 void integer_columns(const IntegerTile& tile) {
-  constexpr int kWide = Vec::kIntegerVectors * Vec::kLanes;
+  // Two vectors of columns share a broadcast of x, where there are registers for their sums.
+  constexpr int kVectors = 2 * kRows * kHalves <= Vec::kIntegerSums ? 2 : 1;
+  constexpr int kWide = kVectors * Vec::kLanes;
   int column = 0;
   for (; column + kWide <= tile.task.columns; column += kWide) {
-    integer_tile<kHalves, kRows, Vec::kIntegerVectors>(tile, column);
+    integer_tile<kHalves, kRows, kVectors>(tile, column);
   }
   if constexpr (kWide > 16) {  // blocks have 16 or 32 columns
     for (; column < tile.task.columns; column += Vec::kLanes) {

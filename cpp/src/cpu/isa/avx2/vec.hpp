@@ -15,14 +15,6 @@ struct Vec256 {
   static constexpr int kTileRows = 6;
   static constexpr int kRunsOfOneRow = 2;
 
-  // 2 rows x 2 vectors x 2 halves, or 5 rows x 2 vectors: 8 or 10 accumulators, 4 codes, a broadcast
-  // and a mask.
-  static constexpr int kIntegerVectors = 2;
-  static constexpr int kInt16Rows = 2;
-  static constexpr int kInt8Rows = 5;
-  // Up to so many sums a vector of columns have two chains each: 8 accumulators.
-  static constexpr int kChainedSums = 2;
-
   using F = __m256;
   using I = __m256i;
 

@@ -16,6 +16,7 @@ constinit const IsaKernels kKernels = {
     .name = "avx512",
     .priority = 40,
     .required = kAvx2 | kFma | kF16c | kAvx512 | kAvx512Vnni | kAvx512Bf16,
+    .int16_by_default = true,
     .float32 = float32_arithmetic(prepare_float32, true),
     .int16 = integer_arithmetic<2>(),
     .bfloat16 = {.native = true,

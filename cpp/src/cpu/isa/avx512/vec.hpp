@@ -17,7 +17,7 @@ struct Vec {
 
   // 6 rows x 2 vectors x 2 halves, or 12 rows x 2 vectors: 24 accumulators, 4 codes, a broadcast and
   // a mask.
-  static constexpr int kIntegerVectors = 2;
+  static constexpr int kIntegerSums = 24;
   static constexpr int kInt16Rows = 6;
   static constexpr int kInt8Rows = 12;
   // Up to so many sums a vector of columns have two chains each: 16 accumulators.

@@ -6,6 +6,14 @@
 namespace marlinq::cpu::avx_vnni {
 
 struct Vec : Vec256 {
+  // 2 rows x 2 vectors x 2 halves, or 5 rows x 2 vectors: 8 or 10 accumulators, 4 codes, a broadcast
+  // and a mask.
+  static constexpr int kIntegerSums = 10;
+  static constexpr int kInt16Rows = 2;
+  static constexpr int kInt8Rows = 5;
+  // Up to so many sums a vector of columns have two chains each: 8 accumulators.
+  static constexpr int kChainedSums = 2;
+
   /// sum += the four products of unsigned bytes of `codes` with signed bytes of `x`, in each word.
   /// Not the intrinsic, whose accumulators GCC 12 moves to the stack.
   template <int kBits>
@@ -29,6 +37,7 @@ constinit const IsaKernels kKernels = {
     .name = "avx_vnni",
     .priority = 30,
     .required = kAvx2 | kFma | kF16c | kAvxVnni,
+    .int16_by_default = true,
     .float32 = float32_arithmetic(prepare_float32, true),
     .int16 = integer_arithmetic<2>(),
     .bfloat16 = float32_arithmetic(prepare_bfloat16<false>, false),

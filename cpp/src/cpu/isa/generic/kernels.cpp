@@ -15,6 +15,7 @@ constinit const IsaKernels kKernels = {
     .name = "generic",
     .priority = 0,
     .required = 0,
+    .int16_by_default = false,
     .float32 = float32_arithmetic(prepare_float32, true),
     .int16 = float32_arithmetic(prepare_integers_as_floats<2>, false),
     .bfloat16 = float32_arithmetic(prepare_bfloat16<false>, false),
