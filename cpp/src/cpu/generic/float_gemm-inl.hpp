@@ -135,6 +135,7 @@ void unpack(const BlockTask& task, const RowBlock& run, const Unit& unit, Panel&
   for (int row = 0; row < run.count;
        row += kStep, codes += stride, weights += kDwords * kBlockColumns) {
     for (int column = 0; column < task.columns; column += Vec::kLanes) {
+      if (column % 16 == 0) __builtin_prefetch(codes + kPrefetch + 4 * column);
       const I words = Vec::load_words(codes + 4 * column);
       unrolled<kDwords>([&]<int kDword>() __attribute__((always_inline)) {
         Vec::store(weights + kDword * kBlockColumns + column,

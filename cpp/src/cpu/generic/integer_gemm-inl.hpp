@@ -1,6 +1,6 @@
 // The product of one column block with x held as integers: int16 in two halves of 8 bits, or int8.
-// An object defines MARLINQ_CPU_ISA and its Vec, with `dot` on top of what float kernels ask of it,
-// and includes this; everything has internal linkage.
+// An object defines MARLINQ_CPU_ISA and its Vec, which has `dot` (or `dot_narrow` and `widen`) on top
+// of what float kernels ask of it, and includes this; everything has internal linkage.
 //
 // For each run and each output, with x about `scale` times the integers i (prepare-inl.hpp):
 //   sum     = (q - middle) * i + ... over the run, exact in 32 bits: at most 128 * 32600 * 128
