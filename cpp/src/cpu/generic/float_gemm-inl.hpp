@@ -151,8 +151,6 @@ template <int kRows, int kVectors>
 MARLINQ_INLINE void apply_group(const BlockTask& task, int run, int column, int first_row,
                                 const F (&sum)[kRows][kVectors]) {
   const std::int64_t first = std::int64_t{task.runs[run].group} * task.columns + column;
-  const RunInput* inputs =
-      task.run_inputs + std::int64_t{first_row} * task.num_runs + std::int64_t{run} * kRows;
   unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
     const std::int64_t index = first + v * Vec::kLanes;
     const F scale = load_scales(task, index);
@@ -164,6 +162,8 @@ MARLINQ_INLINE void apply_group(const BlockTask& task, int run, int column, int 
       });
     } else {
       const F zero = load_zeros(task, index);
+      const RunInput* inputs =
+          task.run_inputs + std::int64_t{first_row} * task.num_runs + std::int64_t{run} * kRows;
       unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
         float* place = result + r * kBlockColumns;
         const F corrected =
