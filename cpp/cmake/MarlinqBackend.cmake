@@ -44,8 +44,15 @@ function(marlinq_add_cpu_isa)
   endif()
   add_library(marlinq_cpu_${arg_NAME} OBJECT "${CMAKE_CURRENT_LIST_DIR}/kernels.cpp")
   marlinq_target_options(marlinq_cpu_${arg_NAME})
-  # Kernels are useless unoptimised, in every build type. Sanitizers keep their instrumentation.
+  # Kernels are useless unoptimised, in every build type. Sanitizers keep their instrumentation of the memory that
+  # kernels are given; of the kernels' own variables, hundreds in an unrolled tile, it takes GCC minutes.
   target_compile_options(marlinq_cpu_${arg_NAME} PRIVATE -O3 -fno-exceptions ${arg_FLAGS})
+  if(MARLINQ_SANITIZE MATCHES "address" AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    target_compile_options(marlinq_cpu_${arg_NAME} PRIVATE --param=asan-stack=0 -fno-sanitize-address-use-after-scope)
+  endif()
+  if(MARLINQ_SANITIZE MATCHES "undefined")
+    target_compile_options(marlinq_cpu_${arg_NAME} PRIVATE -fno-sanitize=null,alignment,object-size,pointer-overflow)
+  endif()
   # The intrinsics headers of GCC 12 and 13 read variables that they leave undefined on purpose.
   target_compile_options(marlinq_cpu_${arg_NAME} PRIVATE
     $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized -Wno-maybe-uninitialized>)

@@ -1,7 +1,7 @@
 """Checkpoints that another program wrote, against numbers that another program computed."""
 
 import math
-from functools import cache
+from functools import cache, partial
 
 import marlinq
 import numpy as np
@@ -103,7 +103,9 @@ def test_reference_product(checkpoint: str, module: str, rows: int) -> None:
 @pytest.mark.parametrize("ids_dtype", [np.int32, np.int64])
 def test_moe_block(rows: int, threads: int, ids_dtype: type, kernel: str) -> None:
     prefix = "model.layers.0.mlp"
-    block = marlinq.open(DATA / "qwen3moe-w4-g128-sym").moe(prefix, kernel=kernel)
+    block = marlinq.open(DATA / "qwen3moe-w4-g128-sym").moe(
+        prefix, compute="float32", kernel=kernel
+    )
     parts = block.describe()
     assert (parts["activation"], parts["router_weight"]) == ("silu", "output")
     assert parts["gate_up"]["kernel"] == parts["down"]["kernel"] == kernel
@@ -144,6 +146,7 @@ def test_router_logits_from_the_stored_router() -> None:
 def test_minilm_encoder_end_to_end() -> None:
     """Three whole layers of the pretrained model, attention and LayerNorm in numpy."""
     opened = marlinq.open(DATA / "minilm-w4-g128-sym")
+    load = partial(opened.linear, compute="float32")
     expected = expected_of("minilm-w4-g128-sym")
     mask = expected["encoder.attention_mask"].astype(bool)
     hidden = expected["encoder.hidden_in"]
@@ -157,7 +160,7 @@ def test_minilm_encoder_end_to_end() -> None:
     for layer in range(3):
         prefix = f"encoder.layer.{layer}"
         attention = f"{prefix}.attention"
-        qkv = opened.linear([f"{attention}.self.{part}" for part in ("query", "key", "value")])
+        qkv = load([f"{attention}.self.{part}" for part in ("query", "key", "value")])
         # [batch, T, 3 * 384] -> three of [batch, heads, T, 32]
         q, k, v = qkv(hidden).reshape(*hidden.shape[:2], 3, 12, 32).transpose(2, 0, 3, 1, 4)
         scores = q @ k.transpose(0, 1, 3, 2) / math.sqrt(32)
@@ -165,11 +168,11 @@ def test_minilm_encoder_end_to_end() -> None:
         shares = np.exp(scores - scores.max(-1, keepdims=True))
         shares /= shares.sum(-1, keepdims=True)
         mixed = (shares @ v).transpose(0, 2, 1, 3).reshape(hidden.shape)
-        mixed = opened.linear(f"{attention}.output.dense")(mixed)
+        mixed = load(f"{attention}.output.dense")(mixed)
         hidden = norm(hidden + mixed, f"{attention}.output.LayerNorm")
-        inner = opened.linear(f"{prefix}.intermediate.dense")(hidden)
+        inner = load(f"{prefix}.intermediate.dense")(hidden)
         inner = (0.5 * inner * (1 + erf(inner / math.sqrt(2)))).astype(np.float32)
-        outer = opened.linear(f"{prefix}.output.dense")(inner)
+        outer = load(f"{prefix}.output.dense")(inner)
         hidden = norm(hidden + outer, f"{prefix}.output.LayerNorm").astype(np.float32)
     # 18 float32 products, 6 LayerNorms and 3 softmaxes in float32, each around 2e-7.
     assert relative(hidden[mask], expected["encoder.hidden_out"][mask]) <= 5e-6

@@ -394,7 +394,7 @@ def test_experts_in_many_shards(tmp_path: Path) -> None:
         write_checkpoint(
             tmp_path, {f"m.experts.{index}.down_proj": layer}, file=f"{index}.safetensors"
         )
-    stack = marlinq.open(tmp_path).expert_stack("m.experts", "down_proj")
+    stack = marlinq.open(tmp_path).expert_stack("m.experts", "down_proj", compute="float32")
     assert len(stack) == 12
     for linear, layer in zip(stack, layers, strict=True):
         np.testing.assert_array_equal(linear(np.eye(32, dtype=np.float32)), layer.dense().T)

@@ -271,7 +271,7 @@ def test_damaged_modules(tmp_path: Path, change: Change, message: str) -> None:
     # The other module of the same file is none the worse.
     eye = np.eye(256, dtype=np.float32)
     np.testing.assert_array_equal(
-        checkpoint.linear("other")(eye),
+        checkpoint.linear("other", compute="float32")(eye),
         LAYER.dense().T.astype(np.float32) + LAYER.bias.astype(np.float32),
     )
 

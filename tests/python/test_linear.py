@@ -54,7 +54,7 @@ def test_large_partial_sums_do_not_overflow(dtype: Any, kernel: str) -> None:
     codes[256:] = 16 - np.maximum(codes[:256], 1)
     codes[:256] = np.maximum(codes[:256], 1)
     mirrored = type(layer)(codes, layer.zeros, np.ones((4, 32)), layer.groups, 4, 128)
-    linear = marlinq.load_gptq(**mirrored.arrays(), kernel=kernel)
+    linear = marlinq.load_gptq(**mirrored.arrays(), compute="float32", kernel=kernel)
     x = np.full((3, 512), 16384, dtype)
     np.testing.assert_array_equal(linear(x), np.zeros((3, 32), dtype))
 

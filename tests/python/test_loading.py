@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gptq_writer import Layer, make_layer, pack_zeros, with_zeros
 from marlinq.errors import InvalidArgumentError, MarlinqWarning, UnsupportedError
-from support import LINEAR_BOUND, assert_close, normal
+from support import LINEAR_BOUND, assert_close, normal, tolerance
 
 
 def check(
@@ -80,6 +80,7 @@ def test_every_code_with_every_zero_point(bits: int, layout: str, kernel: str) -
             bits=bits,
             group_size=-1,
             checkpoint_format=layout,
+            compute="float32",
             kernel=kernel,
         )
     expected = codes[:, None].astype(np.float32) - codes[None, :].astype(np.float32)
@@ -221,7 +222,7 @@ def test_scale_and_bias_types(scale_dtype: str, bias_dtype: str, kernel: str) ->
 def test_scales_keep_their_precision(scale_dtype: str, kernel: str) -> None:
     """Bit-exact: the identity leaves single products with the scale, each rounded once."""
     layer = make_layer(64, 32, group_size=16, scale_dtype=scale_dtype, seed=3)
-    loaded = marlinq.load_gptq(**layer.arrays(), group_size=16, kernel=kernel)
+    loaded = marlinq.load_gptq(**layer.arrays(), group_size=16, compute="float32", kernel=kernel)
     exact = layer.dense().T.astype(np.float32)
     np.testing.assert_array_equal(loaded(np.eye(32, dtype=np.float32)), exact)
 
@@ -262,16 +263,16 @@ def test_sizes(n: int, k: int) -> None:
         )
 
 
-@pytest.mark.parametrize("unit", ["int16", "bfloat16", "int8"])
-def test_a_compute_type_is_run_or_refused_by_name(unit: str) -> None:
-    layer = make_layer(64, 128)
+@pytest.mark.parametrize("compute", ["float32", "int16", "bfloat16", "int8"])
+def test_a_compute_type_keeps_its_bound(compute: str, kernel: str) -> None:
+    layer = make_layer(320, 1024, symmetric=False, seed=6)
+    loaded = marlinq.load_gptq(**layer.arrays(), compute=compute, kernel=kernel)
+    assert loaded.describe()["compute"] == compute
     cpu = next(b for b in marlinq.info()["backends"] if b["name"] == "cpu")
-    if unit in cpu["compute"]:
-        loaded = marlinq.load_gptq(**layer.arrays(), compute=unit)
-        assert loaded.describe()["compute"] == unit
-    else:
-        with pytest.raises(UnsupportedError, match=f"'cpu' does not support compute '{unit}'"):
-            marlinq.load_gptq(**layer.arrays(), compute=unit)
+    assert compute in cpu["compute"]
+    for m in (1, 3, 40):
+        x = normal((m, 1024), seed=m)
+        assert_close(loaded(x), layer.expected(x), tolerance("linear", compute), f"m {m}")
 
 
 def test_auto_compute_is_one_that_info_lists() -> None:

@@ -31,7 +31,7 @@ from marlinq.errors import (
     MarlinqWarning,
     UnsupportedError,
 )
-from support import LINEAR_BOUND, assert_close, normal, usable_kernels
+from support import EXACT_BOUND, LINEAR_BOUND, assert_close, normal, usable_kernels
 
 settings.register_profile(
     "marlinq",
@@ -112,7 +112,7 @@ def test_any_layer(
     x = normal((m, layer.k), seed, dtype)
     out = np.empty((m, layer.n), np.float32)
     linear(x, out=out, context=marlinq.Context("cpu", threads))
-    assert_close(out, layer.expected(x), LINEAR_BOUND, f"{describe(layer)}, m {m}, seed {seed}")
+    assert_close(out, layer.expected(x), EXACT_BOUND, f"{describe(layer)}, m {m}, seed {seed}")
 
 
 @given(count=st.integers(1, 6), n=sizes, k=sizes, m=st.integers(1, 20), data=st.data())

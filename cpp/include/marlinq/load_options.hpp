@@ -9,8 +9,17 @@
 
 namespace marlinq {
 
-/// Arithmetic of the CPU backend. Chosen once, at load; it never depends on the number of rows.
-enum class Compute : std::uint8_t { kAuto, kFloat32, kInt16, kBFloat16, kInt8 };
+/// Arithmetic of the CPU backend. Chosen once, at load; it never depends on the number of rows. Every
+/// kernel takes every one: where a processor lacks the unit, x is rounded as the type says and
+/// multiplied in float32. Errors are relative Frobenius norms on standard normal x.
+enum class Compute : std::uint8_t {
+  kAuto,      // int16 where the kernel has a unit for it, else float32
+  kFloat32,   // at most 2e-6
+  kInt16,     // x in 65201 steps a row and 128 packed rows, exact sums: at most 5e-5, and on any x
+              // |error| <= max|x| / 65000 * sum|w| over each 128
+  kBFloat16,  // x rounded to bfloat16, float32 sums: at most 3e-3
+  kInt8,      // x in 255 steps a row and 128 packed rows, exact sums: at most 8e-3
+};
 
 /// "auto", "float32", "int16", "bfloat16", "int8".
 MARLINQ_API std::string_view to_string(Compute compute) noexcept;

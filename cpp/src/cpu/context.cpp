@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "core/matrix_checks.hpp"
+#include "cpu/isa_table.hpp"
 #include "cpu/parallel.hpp"
 
 namespace marlinq::cpu {
@@ -20,16 +21,17 @@ float* ContextState::grow(std::size_t slot, std::int64_t elements) {
 
 void ContextState::pregrow(std::int64_t elements) {
   // Padding inside groups adds less than the input again, and fused modules with permutations of
-  // their own keep a copy each. Sums are one for at least 8 of these. What is not touched costs
-  // only address space; the floor is for small K, where padding weighs most.
+  // their own keep a copy each. Run inputs are one for at least 8 of these. What is not touched
+  // costs only address space; the floor is for small K, where padding weighs most.
   constexpr std::int64_t kCopies = 4;
-  constexpr std::int64_t kSumRows = 8;
+  constexpr std::int64_t kRunRows = 8;
+  constexpr auto kRunInput = static_cast<std::int64_t>(sizeof(RunInput) / sizeof(float));
   constexpr std::int64_t kFloor = std::int64_t{1} << 16;
   if (elements == 0) return;
   const std::int64_t most = std::numeric_limits<std::int64_t>::max() / kCopies - kFloor;
   const std::int64_t copies = std::min(elements, most) * kCopies + kFloor;
   grow(Scratch::kInput, copies);
-  grow(Scratch::kInputSums, copies / kSumRows);
+  grow(Scratch::kRunInputs, copies / kRunRows * kRunInput);
 }
 
 CpuContext::CpuContext(int threads) : state_(std::make_unique<ContextState>()) {

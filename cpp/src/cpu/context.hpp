@@ -14,7 +14,7 @@ namespace marlinq::cpu {
 /// Buffers of a context, each with one use at a time.
 enum class Scratch : std::uint8_t {
   kInput,      // x as the kernels read it: the gather scratch
-  kInputSums,  // sums of x over runs of packed rows
+  kRunInputs,  // what kernels need to know of x in each run of packed rows
   kMoe,        // first of the MoeScratch matrices
 };
 
@@ -35,11 +35,11 @@ struct RowGroup {
 
 /// x of one row group in one packed row order, as the kernels read it.
 struct PreparedInput {
-  std::int32_t group = 0;  // of the row groups
-  std::int32_t order = 0;  // of the expert's orders
-  std::int64_t x = 0;      // offset in Scratch::kInput
-  std::int64_t sums = -1;  // offset in Scratch::kInputSums; -1: no zero points
-  std::int64_t tiles = 0;  // tiles of all prepared inputs before this one
+  std::int32_t group = 0;        // of the row groups
+  std::int32_t order = 0;        // of the expert's orders
+  std::int64_t x = 0;            // bytes from the start of Scratch::kInput
+  std::int64_t run_inputs = -1;  // the first, of those in Scratch::kRunInputs; -1: not wanted
+  std::int64_t rows = 0;         // rows of all prepared inputs before this one
 };
 
 /// One chunk of rows through all column blocks of one module.

@@ -69,7 +69,11 @@ BackendInfo CpuBackend::info() {
                    .devices = {to_string(Device{})},
                    .hardware = concat(cpu::host_name(), ", ", cpu::default_threads(), " threads"),
                    .kernels = {},
-                   .compute = {std::string(to_string(Compute::kFloat32))}};
+                   .compute = {}};
+  for (const Compute compute :
+       {Compute::kFloat32, Compute::kInt16, Compute::kBFloat16, Compute::kInt8}) {
+    info.compute.emplace_back(to_string(compute));
+  }
   const cpu::IsaKernels& chosen = cpu::choose_isa({});
   for (const cpu::IsaKernels* isa : cpu::isa_kernels()) {
     info.kernels.push_back({.name = isa->name,
@@ -91,12 +95,9 @@ CpuBackend::Context CpuBackend::open(Device device, const ContextOptions& option
 std::shared_ptr<const CpuBackend::Packed> CpuBackend::pack(Context& context,
                                                            std::span<const GptqWeights> experts,
                                                            const LoadOptions& options) {
-  if (options.compute != Compute::kAuto && options.compute != Compute::kFloat32) {
-    throw Error(ErrorCode::kUnsupported,
-                concat("backend 'cpu' does not support compute '", to_string(options.compute),
-                       "'; it supports 'float32'"));
-  }
-  return cpu::pack_experts(experts, cpu::choose_isa(options.kernel), context.threads());
+  const cpu::IsaKernels& isa = cpu::choose_isa(options.kernel);
+  return cpu::pack_experts(experts, isa, cpu::choose_compute(options.compute, isa),
+                           context.threads());
 }
 
 Description CpuBackend::describe(const Packed& packed) { return packed.description(); }

@@ -39,4 +39,24 @@ const IsaKernels& choose_isa(std::string_view name, std::uint32_t mask) {
   throw Error(ErrorCode::kInvalidArgument, concat("kernel: '", name, "', expected one of ", known));
 }
 
+Compute choose_compute(Compute requested, const IsaKernels& isa) noexcept {
+  if (requested != Compute::kAuto) return requested;
+  return isa.int16_by_default ? Compute::kInt16 : Compute::kFloat32;
+}
+
+const Arithmetic& arithmetic_of(const IsaKernels& isa, Compute compute) noexcept {
+  switch (compute) {
+    case Compute::kInt16:
+      return isa.int16;
+    case Compute::kBFloat16:
+      return isa.bfloat16;
+    case Compute::kInt8:
+      return isa.int8;
+    case Compute::kFloat32:
+    case Compute::kAuto:
+      break;
+  }
+  return isa.float32;
+}
+
 }  // namespace marlinq::cpu

@@ -12,13 +12,14 @@
 namespace marlinq::cpu {
 namespace {
 
-constexpr std::array<std::pair<Feature, const char*>, 6> kNames = {{
+constexpr std::array<std::pair<Feature, const char*>, 7> kNames = {{
     {kAvx2, "avx2"},
     {kFma, "fma"},
     {kF16c, "f16c"},
     {kAvx512, "avx512"},
     {kAvx512Vnni, "avx512_vnni"},
     {kAvx512Bf16, "avx512_bf16"},
+    {kAvxVnni, "avx_vnni"},
 }};
 
 #if defined(MARLINQ_X86)
@@ -54,6 +55,7 @@ std::uint32_t detect() noexcept {
   if (bit(extended.ebx, 5)) mask |= kAvx2;
   if (bit(basic.ecx, 12)) mask |= kFma;
   if (bit(basic.ecx, 29)) mask |= kF16c;
+  if (bit(cpuid(7, 1).eax, 4)) mask |= kAvxVnni;
   if ((saved & kZmm) != kZmm) return mask;
   const bool f = bit(extended.ebx, 16);
   const bool dq = bit(extended.ebx, 17);

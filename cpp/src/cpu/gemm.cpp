@@ -1,9 +1,8 @@
 #include "cpu/gemm.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
+#include <span>
 #include <vector>
 
 #include "core/elements.hpp"
@@ -15,10 +14,12 @@ namespace {
 
 // Below this many multiplications a call is over before another thread has woken up.
 constexpr std::int64_t kSerialWork = std::int64_t{1} << 17;
+// And below this many elements of x their preparation is.
+constexpr std::int64_t kSerialPreparation = 5000;
 // Rows of x with elements from here on are scaled down by as much: float32 ends at 2^128, and
-// codes, K and scales together stay far below 2^64.
+// codes, K and scales together stay far below 2^64. Rows of elements below the inverse are scaled
+// up, so that the scale of their integers is not subnormal.
 constexpr float kLargeInput = 0x1p64F;
-constexpr float kMaxFloat = std::numeric_limits<float>::max();
 
 RowTiles cut(std::int64_t rows, std::int32_t most) noexcept {
   const auto count = static_cast<std::int32_t>(ceil_div(rows, most));
@@ -35,17 +36,30 @@ std::int32_t row_count(const RowTiles& tiles, std::int64_t tile) noexcept {
   return tiles.base + (tile < tiles.larger ? 1 : 0);
 }
 
+// The tile that has `row`.
+std::int64_t piece_of(const RowTiles& tiles, std::int64_t row) noexcept {
+  const std::int64_t in_larger = std::int64_t{tiles.larger} * (tiles.base + 1);
+  if (row < in_larger) return row / (tiles.base + 1);
+  return tiles.larger + (row - in_larger) / tiles.base;
+}
+
 class RowGroupProduct {
  public:
   RowGroupProduct(ContextState& state, const PackedExperts& packed, const ConstMatrixView& input,
                   const MatrixView& output)
-      : state_(state), packed_(packed), isa_(packed.isa()), input_(input), output_(output) {}
+      : state_(state),
+        packed_(packed),
+        isa_(packed.isa()),
+        arithmetic_(packed.arithmetic()),
+        input_(input),
+        output_(output) {}
 
   void run() {
     plan();
+    const bool serial = rows_ * packed_.k() < kSerialPreparation;
     parallel_parts(
-        static_cast<int>(std::min<std::int64_t>(threads_, tiles_)),
-        [&](int part, int parts) { prepare(tiles_ * part / parts, tiles_ * (part + 1) / parts); });
+        serial ? 1 : static_cast<int>(std::min<std::int64_t>(threads_, rows_)),
+        [&](int part, int parts) { prepare(rows_ * part / parts, rows_ * (part + 1) / parts); });
     parallel_parts(
         static_cast<int>(std::min<std::int64_t>(threads_, cost_)),
         [&](int part, int parts) { multiply(cost_ * part / parts, cost_ * (part + 1) / parts); });
@@ -56,8 +70,8 @@ class RowGroupProduct {
   void plan() {
     state_.prepared.clear();
     state_.segments.clear();
-    std::int64_t floats = 0;
-    std::int64_t sums = 0;
+    std::int64_t bytes = 0;
+    std::int64_t run_inputs = 0;
     std::int64_t work = 0;
     for (std::size_t g = 0; g < state_.groups.size(); ++g) {
       const RowGroup& group = state_.groups[g];
@@ -65,24 +79,29 @@ class RowGroupProduct {
       const auto first_prepared = static_cast<std::int32_t>(state_.prepared.size());
       for (std::size_t o = 0; o < expert.orders.size(); ++o) {
         const RowOrder& order = *expert.orders[o];
-        const bool needs_sums =
+        const bool wants_run_inputs =
+            arithmetic_.integer ||
             std::any_of(expert.modules.begin(), expert.modules.end(), [o](const auto& module) {
               return module.order == static_cast<std::int32_t>(o) && module.zeros >= 0;
             });
         state_.prepared.push_back({.group = static_cast<std::int32_t>(g),
                                    .order = static_cast<std::int32_t>(o),
-                                   .x = floats,
-                                   .sums = needs_sums ? sums : -1,
-                                   .tiles = tiles_});
-        floats += group.count * order.rows();
-        if (needs_sums) sums += group.count * static_cast<std::int64_t>(order.blocks.size());
-        tiles_ += tile_count(group.count);
+                                   .x = bytes,
+                                   .run_inputs = wants_run_inputs ? run_inputs : -1,
+                                   .rows = rows_});
+        bytes += group.count * order.rows() * arithmetic_.element_bytes;
+        if (wants_run_inputs) {
+          run_inputs += group.count * static_cast<std::int64_t>(order.blocks.size());
+        }
+        rows_ += group.count;
       }
       add_segments(group, expert, first_prepared);
       work += group.count * packed_.k() * packed_.n();
     }
-    x_ = state_.grow(Scratch::kInput, floats);
-    sums_ = state_.grow(Scratch::kInputSums, sums);
+    constexpr auto kFloat = static_cast<std::int64_t>(sizeof(float));
+    x_ = reinterpret_cast<std::uint8_t*>(state_.grow(Scratch::kInput, ceil_div(bytes, kFloat)));
+    run_inputs_ = reinterpret_cast<RunInput*>(state_.grow(
+        Scratch::kRunInputs, run_inputs * static_cast<std::int64_t>(sizeof(RunInput)) / kFloat));
     threads_ = work < kSerialWork ? 1 : state_.threads;
   }
 
@@ -105,97 +124,99 @@ class RowGroupProduct {
     }
   }
 
-  // Tiles of all chunks of a row group.
-  std::int64_t tile_count(std::int64_t rows) const noexcept {
-    const RowTiles chunks = cut(rows, kMaxTaskRows);
-    return chunks.larger * cut(chunks.base + 1, isa_.tile_rows).count +
-           (chunks.count - chunks.larger) * cut(chunks.base, isa_.tile_rows).count;
-  }
-
-  // Prepares the tiles [begin, end).
+  // Prepares the rows [begin, end) of all prepared inputs, one after the other.
   void prepare(std::int64_t begin, std::int64_t end) const {
     auto next =
         std::upper_bound(state_.prepared.begin(), state_.prepared.end(), begin,
-                         [](std::int64_t tile, const PreparedInput& p) { return tile < p.tiles; });
+                         [](std::int64_t row, const PreparedInput& p) { return row < p.rows; });
     for (std::size_t i = static_cast<std::size_t>(next - state_.prepared.begin()) - 1;
-         i < state_.prepared.size() && state_.prepared[i].tiles < end; ++i) {
+         i < state_.prepared.size() && state_.prepared[i].rows < end; ++i) {
       const PreparedInput& prepared = state_.prepared[i];
       const RowGroup& group = state_.groups[static_cast<std::size_t>(prepared.group)];
-      const RowOrder& order =
-          *packed_.expert(group.expert).orders[static_cast<std::size_t>(prepared.order)];
-      const RowTiles chunks = cut(group.count, kMaxTaskRows);
-      std::int64_t tile = prepared.tiles;
-      for (std::int64_t c = 0; c < chunks.count && tile < end; ++c) {
-        const RowTiles tiles = cut(row_count(chunks, c), isa_.tile_rows);
-        for (std::int64_t t = 0; t < tiles.count; ++t, ++tile) {
-          if (tile < begin || tile >= end) continue;
-          prepare_tile(prepared, group, order, first_row(chunks, c) + first_row(tiles, t),
-                       row_count(tiles, t));
-        }
+      const std::int64_t last = std::min(end - prepared.rows, group.count);
+      for (std::int64_t row = std::max<std::int64_t>(begin - prepared.rows, 0); row < last; ++row) {
+        prepare_row(prepared, group, row);
       }
     }
   }
 
-  // Writes `count` rows of x as [packed row][row], and their sums over each run.
-  void prepare_tile(const PreparedInput& prepared, const RowGroup& group, const RowOrder& order,
-                    std::int64_t row, std::int32_t count) const {
-    float* tile = x_ + prepared.x + row * order.rows();
-    for (std::int32_t r = 0; r < count; ++r) {
-      RowMap& map = state_.rows[static_cast<std::size_t>(group.first + row + r)];
-      float restore = 1.0F;
-      if (fill_row(order, map.input, 1.0F, tile + r, count) >= kLargeInput) {
-        // Sums of such a row could overflow where the result does not: a power of two is exact.
-        fill_row(order, map.input, 1.0F / kLargeInput, tile + r, count);
-        restore = kLargeInput;
-      }
-      if (prepared.order == 0) map.restore = restore;
-    }
-    if (prepared.sums < 0) return;
+  // Takes a row of x to the form of the arithmetic, in its tile.
+  void prepare_row(const PreparedInput& prepared, const RowGroup& group, std::int64_t row) const {
+    const RowOrder& order =
+        *packed_.expert(group.expert).orders[static_cast<std::size_t>(prepared.order)];
+    const RowTiles chunks = cut(group.count, kMaxTaskRows);
+    const std::int64_t chunk = piece_of(chunks, row);
+    const std::int64_t in_chunk = row - first_row(chunks, chunk);
+    const RowTiles tiles = cut(row_count(chunks, chunk), arithmetic_.tile_rows);
+    const std::int64_t tile = piece_of(tiles, in_chunk);
+    const auto in_tile = static_cast<std::int32_t>(in_chunk - first_row(tiles, tile));
+    const std::int64_t first = row - in_tile;
     const auto runs = static_cast<std::int64_t>(order.blocks.size());
-    for (std::int32_t r = 0; r < count; ++r) {
-      float* sums = sums_ + prepared.sums + (row + r) * runs;
-      for (std::int64_t i = 0; i < runs; ++i) {
-        const RowBlock& block = order.blocks[static_cast<std::size_t>(i)];
-        // Eight chains, added in pairs: fast, and less rounding than one chain.
-        float part[8] = {};
-        const float* values = tile + static_cast<std::int64_t>(block.first) * count + r;
-        for (std::int32_t p = 0; p < block.count; p += 8) {
-          for (std::int32_t j = 0; j < 8; ++j) part[j] += values[(p + j) * count];
-        }
-        sums[i] = ((part[0] + part[1]) + (part[2] + part[3])) +
-                  ((part[4] + part[5]) + (part[6] + part[7]));
-      }
+    const PrepareTask task{
+        .values = nullptr,
+        .runs = order.blocks.data(),
+        .num_runs = 0,
+        .code_bits = packed_.code_bits(),
+        .middle = packed_.middle(),
+        .tile_rows = row_count(tiles, tile),
+        .row = in_tile,
+        .x = x_ + prepared.x + first * order.rows() * arithmetic_.element_bytes,
+        .run_inputs =
+            prepared.run_inputs < 0 ? nullptr : run_inputs_ + prepared.run_inputs + first * runs,
+    };
+    RowMap& map = state_.rows[static_cast<std::size_t>(group.first + row)];
+    float restore = 1.0F;
+    const float largest = prepare_row(task, order, map.input, 1.0F);
+    if (largest >= kLargeInput) {
+      // Sums of such a row could overflow where the result does not: a power of two is exact.
+      restore = kLargeInput;
+    } else if (largest > 0.0F && largest < 1.0F / kLargeInput) {
+      restore = 1.0F / kLargeInput;
     }
+    if (restore != 1.0F) prepare_row(task, order, map.input, 1.0F / restore);
+    if (prepared.order == 0) map.restore = restore;
   }
 
-  // Writes factor * x of one input row into every `stride`-th float of `target`, in the packed row
-  // order, and returns the largest finite magnitude of x.
-  float fill_row(const RowOrder& order, std::int64_t row, float factor, float* target,
-                 std::int32_t stride) const {
-    constexpr std::int64_t kPiece = 256;
-    const FloatType type = float_type(input_.dtype);
-    const std::size_t size = size_of(input_.dtype);
+  // Prepares factor * x of one input row, and returns the largest finite magnitude of x.
+  float prepare_row(PrepareTask task, const RowOrder& order, std::int64_t row, float factor) const {
     const std::uint8_t* source = element(input_.data, input_.dtype, row * input_.row_stride);
+    const std::span<const RowBlock> runs = order.blocks;
+    float values[Layout::kMaxRowBlock];
     float largest = 0.0F;
-    for (std::int64_t first = 0; first < order.rows(); first += kPiece) {
-      const std::int64_t count = std::min(kPiece, order.rows() - first);
-      std::uint8_t gathered[kPiece * sizeof(float)];
-      float values[kPiece];
-      if (order.identity) {
-        const std::int64_t real = std::clamp<std::int64_t>(packed_.k() - first, 0, count);
-        isa_.to_float(type, source + static_cast<std::size_t>(first) * size, values, real);
-        std::fill(values + real, values + count, 0.0F);
-      } else {
-        gather(order, source, first, count, size, gathered);
-        isa_.to_float(type, gathered, values, count);
+    for (std::size_t first = 0, last = 0; first < runs.size(); first = last) {
+      // As many runs as share a scale of integers.
+      std::int64_t count = 0;
+      for (; last < runs.size() && count + runs[last].count <= Layout::kMaxRowBlock; ++last) {
+        count += runs[last].count;
       }
-      for (std::int64_t i = 0; i < count; ++i) {
-        const float magnitude = std::fabs(values[i]);
-        largest = magnitude > largest && magnitude <= kMaxFloat ? magnitude : largest;
-        target[(first + i) * stride] = factor * values[i];
+      read_values(order, source, runs[first].first, count, values);
+      std::fill(values + count, values + Layout::kMaxRowBlock, 0.0F);
+      if (factor != 1.0F) {
+        for (std::int64_t i = 0; i < count; ++i) values[i] *= factor;
       }
+      task.values = values;
+      task.runs = runs.data() + first;
+      task.num_runs = static_cast<std::int32_t>(last - first);
+      largest = std::max(largest, arithmetic_.prepare(task));
+      if (task.run_inputs != nullptr) task.run_inputs += task.num_runs * task.tile_rows;
     }
     return largest;
+  }
+
+  // Elements of an input row at packed rows [first, first + count), as float32; 0 where padded.
+  void read_values(const RowOrder& order, const std::uint8_t* source, std::int64_t first,
+                   std::int64_t count, float* values) const {
+    const FloatType type = float_type(input_.dtype);
+    const std::size_t size = size_of(input_.dtype);
+    if (order.identity) {
+      const std::int64_t real = std::clamp<std::int64_t>(packed_.k() - first, 0, count);
+      isa_.to_float(type, source + static_cast<std::size_t>(first) * size, values, real);
+      std::fill(values + real, values + count, 0.0F);
+    } else {
+      std::uint8_t gathered[Layout::kMaxRowBlock * sizeof(float)];
+      gather(order, source, first, count, size, gathered);
+      isa_.to_float(type, gathered, values, count);
+    }
   }
 
   // Elements of an input row at packed rows [first, first + count); all-zero bits where padded.
@@ -254,13 +275,15 @@ class RowGroupProduct {
         .runs = order.blocks.data(),
         .num_runs = runs,
         .packed_rows = layout.packed_rows,
-        .x = x_ + prepared.x + segment.first_row * layout.packed_rows,
-        .x_sums = module.zeros < 0 ? nullptr : sums_ + prepared.sums + segment.first_row * runs,
+        .x = x_ + prepared.x + segment.first_row * layout.packed_rows * arithmetic_.element_bytes,
+        .run_inputs = prepared.run_inputs < 0
+                          ? nullptr
+                          : run_inputs_ + prepared.run_inputs + segment.first_row * runs,
         .rows = segment.rows,
-        .tiles = cut(segment.rows, isa_.tile_rows),
+        .tiles = cut(segment.rows, arithmetic_.tile_rows),
         .result = result,
     };
-    isa_.gemm_float32(task);
+    arithmetic_.gemm(task);
   }
 
   // Adds the bias, applies the row's weight, rounds once.
@@ -302,13 +325,14 @@ class RowGroupProduct {
   ContextState& state_;
   const PackedExperts& packed_;
   const IsaKernels& isa_;
+  const Arithmetic& arithmetic_;
   const ConstMatrixView& input_;
   const MatrixView& output_;
   int threads_ = 1;
-  std::int64_t tiles_ = 0;
+  std::int64_t rows_ = 0;
   std::int64_t cost_ = 0;
-  float* x_ = nullptr;
-  float* sums_ = nullptr;
+  std::uint8_t* x_ = nullptr;
+  RunInput* run_inputs_ = nullptr;
 };
 
 }  // namespace

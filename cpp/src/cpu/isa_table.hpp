@@ -17,6 +17,7 @@ enum Feature : std::uint32_t {
   kAvx512 = 1U << 3,  // F, BW, DQ and VL
   kAvx512Vnni = 1U << 4,
   kAvx512Bf16 = 1U << 5,
+  kAvxVnni = 1U << 6,
 };
 
 enum class FloatType : std::uint8_t { kF32, kF16, kBF16 };
@@ -26,6 +27,27 @@ struct RowTiles {
   std::int32_t count;
   std::int32_t base;
   std::int32_t larger;
+};
+
+/// What a kernel needs to know of one row of x in one run of packed rows, besides the row itself.
+struct RunInput {
+  float scale;         // x is about its integers times this; 1 where x is held as floats
+  std::int32_t start;  // -middle * (sum of x's integers); 0 where x is held as floats
+  float sum;           // of x, in the unit that `scale` multiplies
+};
+
+/// Takes some consecutive runs of one row of x to the form in which a kernel reads them. Integers
+/// and their scale are those of all the runs together: at most kMaxRowBlock packed rows.
+struct PrepareTask {
+  const float* values;  // kMaxRowBlock of them: one a packed row, then 0
+  const RowBlock* runs;
+  std::int32_t num_runs;
+  std::int32_t code_bits;
+  std::int32_t middle;
+  std::int32_t tile_rows;  // rows of the tile
+  std::int32_t row;        // inside the tile
+  std::uint8_t* x;         // of the tile
+  RunInput* run_inputs;    // [run][row of the tile], from the task's first run on; may be null
 };
 
 /// The product of some rows of x with one column block of a module; layout.hpp has the packed
@@ -41,10 +63,11 @@ struct BlockTask {
   const RowBlock* runs;
   std::int32_t num_runs;
   std::int64_t packed_rows;
-  /// Tile after tile of [packed row][row of the tile] float32.
-  const float* x;
-  /// [row][run] sums of x over each run; null when `zeros` is.
-  const float* x_sums;
+  /// Tile after tile, as `prepare` of the same arithmetic wrote them.
+  const std::uint8_t* x;
+  /// Tile after tile of [run][row of the tile]; null where the arithmetic has floats and `zeros`
+  /// is null.
+  const RunInput* run_inputs;
   std::int32_t rows;  // 1 to kMaxTaskRows
   RowTiles tiles;     // of `rows`, at most tile_rows each
   float* result;      // [row][32], 64-byte aligned
@@ -58,16 +81,33 @@ inline constexpr std::int32_t kMaxRowBlock = 128;
 // 64 rows) stay within L1 and L2 of any processor of the last ten years.
 inline constexpr std::int32_t kMaxTaskRows = 64;
 
+/// One compute type on one instruction set.
+struct Arithmetic {
+  bool native;             // false: x is rounded as the compute type says, the product is float32's
+  bool integer;            // run_inputs are always wanted
+  std::int32_t tile_rows;  // most rows of a tile of x
+  std::int32_t element_bytes;  // of x
+  /// Returns the largest finite magnitude of the values.
+  float (*prepare)(const PrepareTask&);
+  void (*gemm)(const BlockTask&);
+};
+
 /// One entry of the table of instruction sets.
 struct IsaKernels {
   const char* name;
   std::int32_t priority;   // the usable entry with the highest is chosen
   std::uint32_t required;  // mask of Feature
-  std::int32_t tile_rows;  // most rows of a tile of x
 
-  void (*gemm_float32)(const BlockTask&);
+  bool int16_by_default;  // what compute "auto" is; else float32
+
+  Arithmetic float32;
+  Arithmetic int16;
+  Arithmetic bfloat16;
+  Arithmetic int8;
+
   void (*to_float)(FloatType type, const std::uint8_t* source, float* target, std::int64_t count);
   void (*from_float)(FloatType type, const float* source, std::uint8_t* target, std::int64_t count);
+  void (*sigmoid)(const float* x, float* y, std::int64_t count);
 };
 
 }  // namespace marlinq::cpu

@@ -20,29 +20,52 @@ using cpu::ContextState;
 // Rows of an expert are multiplied together however many tiles they come in, so the smallest tile
 // pads least.
 constexpr int kTileRows = 8;
+// Where the clamped SwiGLU clamps.
+constexpr float kClampedMost = 7.0F;
 // Elements that are worth a thread.
 constexpr std::int64_t kGrain = 1 << 14;
 
-float sigmoid(float x) noexcept { return 1.0F / (1.0F + std::exp(-x)); }
+// Elements of a row that are worked on together: their intermediate values stay in the nearest cache.
+constexpr std::int64_t kPiece = 256;
 
-float activate(Activation activation, float gate, float up) noexcept {
-  switch (activation) {
-    case Activation::kSilu:
-      return gate * sigmoid(gate) * up;
-    case Activation::kGelu:
-      return 0.5F * gate * (1.0F + std::erf(gate * 0.70710678F)) * up;
-    case Activation::kGeluTanh:
-      return 0.5F * gate *
-             (1.0F + std::tanh(0.79788456F * (gate + 0.044715F * gate * gate * gate))) * up;
-    case Activation::kClampedSwiglu: {
-      constexpr float kLimit = 7.0F;
-      constexpr float kAlpha = 1.702F;
-      const float g = std::min(gate, kLimit);
-      const float u = std::clamp(up, -kLimit, kLimit);
-      return (u + 1.0F) * g * sigmoid(kAlpha * g);
+// What the gate is multiplied by, besides `up`: g * sigmoid(argument), or all of gelu.
+void gate_arguments(Activation activation, const float* gate, float* arguments,
+                    std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float g = gate[i];
+    switch (activation) {
+      case Activation::kGeluTanh:  // 0.5 (1 + tanh(z)) = sigmoid(2 z)
+        arguments[i] = 2.0F * 0.79788456F * (g + 0.044715F * g * g * g);
+        break;
+      case Activation::kClampedSwiglu:
+        arguments[i] = 1.702F * std::min(g, kClampedMost);
+        break;
+      default:
+        arguments[i] = g;
     }
   }
-  return 0.0F;
+}
+
+void activate(const cpu::IsaKernels& isa, Activation activation, const float* gate, const float* up,
+              float* out, std::int64_t count) {
+  if (activation == Activation::kGelu) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      out[i] = 0.5F * gate[i] * (1.0F + std::erf(gate[i] * 0.70710678F)) * up[i];
+    }
+    return;
+  }
+  float arguments[kPiece] = {};
+  float factors[kPiece] = {};
+  gate_arguments(activation, gate, arguments, count);
+  isa.sigmoid(arguments, factors, count);
+  if (activation == Activation::kClampedSwiglu) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      const float u = std::clamp(up[i], -kClampedMost, kClampedMost);
+      out[i] = (u + 1.0F) * std::min(gate[i], kClampedMost) * factors[i];
+    }
+  } else {
+    for (std::int64_t i = 0; i < count; ++i) out[i] = gate[i] * factors[i] * up[i];
+  }
 }
 
 template <class F>
@@ -124,13 +147,16 @@ void CpuBackend::moe_align_block_size(Context& context, const ConstMatrixView& t
 
 void CpuBackend::moe_activate(Context& context, Activation activation,
                               const ConstMatrixView& gate_up, const MatrixView& hidden) {
+  const cpu::IsaKernels& isa = cpu::choose_isa({});
   parallel_rows(context.state(), hidden.rows, hidden.cols,
                 [&](std::int64_t begin, std::int64_t end) {
                   for (std::int64_t row = begin; row < end; ++row) {
                     const float* gate = float_row(gate_up, row);
                     float* out = float_row(hidden, row);
-                    for (std::int64_t i = 0; i < hidden.cols; ++i)
-                      out[i] = activate(activation, gate[i], gate[hidden.cols + i]);
+                    for (std::int64_t i = 0; i < hidden.cols; i += kPiece) {
+                      activate(isa, activation, gate + i, gate + hidden.cols + i, out + i,
+                               std::min(kPiece, hidden.cols - i));
+                    }
                   }
                 });
 }
@@ -168,7 +194,6 @@ void CpuBackend::moe_combine(Context& context, const MoeCombine& combine,
   };
   parallel_rows(context.state(), combine.topk_ids.rows, hidden * top_k,
                 [&](std::int64_t begin, std::int64_t end) {
-                  constexpr std::int64_t kPiece = 256;
                   for (std::int64_t token = begin; token < end; ++token) {
                     const float factor = combine.shared ? shared_factor(token) : 0.0F;
                     for (std::int64_t first = 0; first < hidden; first += kPiece) {

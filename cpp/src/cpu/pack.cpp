@@ -7,6 +7,7 @@
 #include "core/codes.hpp"
 #include "core/elements.hpp"
 #include "core/zero_point_names.hpp"
+#include "cpu/dispatch.hpp"
 #include "cpu/packed.hpp"
 #include "cpu/parallel.hpp"
 
@@ -30,6 +31,33 @@ struct BlockTarget {
   }
 };
 
+// Whether packed rows [first, first + count) are those of one word of qweight, in its order.
+bool is_one_word(const std::vector<std::int32_t>& source, std::int64_t first, int count) noexcept {
+  const std::int32_t* rows = source.data() + first;
+  if (rows[0] < 0 || rows[0] % count != 0) return false;
+  for (int r = 1; r < count; ++r) {
+    if (rows[r] != rows[0] + r) return false;
+  }
+  return true;
+}
+
+// The four nibbles of 16 bits, one a byte.
+constexpr std::uint32_t spread_nibbles(std::uint32_t bits) noexcept {
+  const std::uint32_t pairs = (bits | bits << 8) & 0x00FF00FFU;
+  return (pairs | pairs << 4) & 0x0F0F0F0FU;
+}
+
+// The words of one row of qweight in the order of the layout.
+void place_words(const BlockTarget& target, std::int64_t row, int count, std::uint32_t* words) {
+  const std::uint8_t* source =
+      target.module.qweight + (row * target.module.n + target.first_column()) * 4;
+  std::memcpy(words, source, sizeof(std::uint32_t) * static_cast<std::size_t>(count));
+  if (target.packed.layout.code_bits == 8) return;  // the same order
+  for (int i = 0; i < Layout::kBlockColumns; ++i) {
+    words[i] = spread_nibbles(words[i] & 0xFFFFU) | spread_nibbles(words[i] >> 16) << 4;
+  }
+}
+
 void pack_codes(const BlockTarget& target) {
   const Layout& layout = target.packed.layout;
   const int step = Layout::rows_per_dword(layout.code_bits);
@@ -38,7 +66,12 @@ void pack_codes(const BlockTarget& target) {
   std::uint8_t* block = target.memory + target.packed.codes + layout.code_offset(target.block);
   for (std::int64_t first = 0; first < layout.packed_rows; first += step) {
     std::uint32_t words[Layout::kBlockColumns] = {};
-    for (int r = 0; r < step; ++r) {
+    const bool whole =
+        target.bits == layout.code_bits && is_one_word(target.order.source, first, step);
+    if (whole) {
+      place_words(target, target.order.source[static_cast<std::size_t>(first)] / step, real, words);
+    }
+    for (int r = 0; r < step && !whole; ++r) {
       const std::int32_t row = target.order.source[static_cast<std::size_t>(first + r)];
       const int place = layout.bit_of_row(r);
       if (row >= 0) {
@@ -110,9 +143,10 @@ class OrderCache {
 
 class Packer {
  public:
-  Packer(std::span<const GptqWeights> experts, const IsaKernels& isa)
-      : experts_(experts), result_(std::make_shared<PackedExperts>()) {
+  Packer(std::span<const GptqWeights> experts, const IsaKernels& isa, Compute compute)
+      : experts_(experts), compute_(compute), result_(std::make_shared<PackedExperts>()) {
     result_->isa_ = &isa;
+    result_->arithmetic_ = &arithmetic_of(isa, compute);
     result_->k_ = experts.front().k;
     result_->n_ = experts.front().n;
     result_->experts_.resize(experts.size());
@@ -229,10 +263,11 @@ class Packer {
     d.device = to_string(Device{});
     d.arch = result_->isa().name;
     d.kernel = result_->isa().name;
-    d.compute = to_string(Compute::kFloat32);
+    d.compute = to_string(compute_);
     d.schedule = "columns " + std::to_string(Layout::kBlockColumns) + ", rows " +
-                 std::to_string(result_->isa().tile_rows) + ", k " +
+                 std::to_string(result_->arithmetic().tile_rows) + ", k " +
                  std::to_string(Layout::kMaxRowBlock);
+    if (!result_->arithmetic().native) d.schedule += ", emulated by float32";
     d.bits = first.bits;
     d.group_size = first.group_size;
     d.k = first.k;
@@ -272,6 +307,7 @@ class Packer {
   }
 
   std::span<const GptqWeights> experts_;
+  Compute compute_;
   std::shared_ptr<PackedExperts> result_;
 };
 
@@ -291,8 +327,9 @@ Description PackedExperts::description(std::int64_t index) const {
 }
 
 std::shared_ptr<const PackedExperts> pack_experts(std::span<const GptqWeights> experts,
-                                                  const IsaKernels& isa, int threads) {
-  return Packer(experts, isa).run(threads);
+                                                  const IsaKernels& isa, Compute compute,
+                                                  int threads) {
+  return Packer(experts, isa, compute).run(threads);
 }
 
 }  // namespace marlinq::cpu

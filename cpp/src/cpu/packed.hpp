@@ -55,6 +55,8 @@ class PackedExperts {
   std::int64_t n() const noexcept { return n_; }
 
   const IsaKernels& isa() const noexcept { return *isa_; }
+  const Arithmetic& arithmetic() const noexcept { return *arithmetic_; }
+  int code_bits() const noexcept { return description_.bits == 8 ? 8 : 4; }
   int middle() const noexcept { return 1 << (description_.bits - 1); }
   const PackedExpert& expert(std::int64_t index) const {
     return experts_[static_cast<std::size_t>(index)];
@@ -77,13 +79,16 @@ class PackedExperts {
   CpuBuffer memory_;
   std::vector<PackedExpert> experts_;
   const IsaKernels* isa_ = nullptr;
+  const Arithmetic* arithmetic_ = nullptr;
   std::int64_t k_ = 0;
   std::int64_t n_ = 0;
   Description description_;
 };
 
-/// Packs every expert with `threads` threads. Throws out_of_memory.
+/// Packs every expert with `threads` threads, for products with `compute` (not kAuto). What is packed
+/// depends on neither. Throws out_of_memory.
 std::shared_ptr<const PackedExperts> pack_experts(std::span<const GptqWeights> experts,
-                                                  const IsaKernels& isa, int threads);
+                                                  const IsaKernels& isa, Compute compute,
+                                                  int threads);
 
 }  // namespace marlinq::cpu

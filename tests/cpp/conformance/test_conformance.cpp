@@ -104,14 +104,20 @@ class ConformanceTest : public ::testing::TestWithParam<Target> {
   }
   ::testing::AssertionResult matches(const Matrix& out, const test::Product& expected,
                                      std::int64_t m, DType x) const {
-    if (on_cpu()) return test::matches(out, expected, m);
+    if (on_cpu()) return test::matches(out, expected, m, test::linear_bound(cpu_compute()));
     return test::matches_within(
         out, expected, m,
         x == DType::kBFloat16 ? test::tolerances::kCudaBfloat16 : test::tolerances::kCudaFloat16);
   }
   /// Of a block with float16 activations and a float32 output.
   double block_bound() const {
-    return on_cpu() ? test::tolerances::kMoeFloat32 : test::tolerances::kCudaMoeFloat16;
+    return on_cpu() ? test::moe_bound(cpu_compute()) : test::tolerances::kCudaMoeFloat16;
+  }
+
+  /// What compute "auto" means on the CPU with this kernel.
+  std::string cpu_compute() const {
+    const Layer layer = make_layer({.k = 64, .n = 16});
+    return load(layer.tensors(), layer.spec()).describe().compute;
   }
 
   std::optional<ContextHandle> context_;

@@ -1,6 +1,7 @@
 // Contexts: threads, scratch that is counted and only grows, and memory that runs out.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <atomic>
 #include <limits>
 #include <ostream>
@@ -128,6 +129,9 @@ struct PregrowCase {
 
 class PregrowTest : public ScratchTest, public ::testing::WithParamInterface<PregrowCase> {};
 
+constexpr std::array kComputes = {Compute::kFloat32, Compute::kInt16, Compute::kBFloat16,
+                                  Compute::kInt8};
+
 TEST_P(PregrowTest, TheFirstForwardDoesNotAllocate) {
   const PregrowCase& c = GetParam();
   std::vector<Layer> parts;
@@ -136,14 +140,17 @@ TEST_P(PregrowTest, TheFirstForwardDoesNotAllocate) {
     options.seed += static_cast<std::uint64_t>(part);
     parts.push_back(make_layer(options));
   }
-  for (const std::int64_t m : {1, 17, 130}) {
-    CpuContext context(2);
-    const auto linear = CpuBackend::load_gptq(context, test::fused(parts), parts.front().spec());
-    CpuBackend::pregrow_marlin_gather_scratch(context, m * linear->in_features());
-    const std::int64_t grown = context.scratch_allocations();
-    EXPECT_GT(grown, 0);
-    forward(context, *linear, m, c.dtype);
-    EXPECT_EQ(context.scratch_allocations(), grown) << "m " << m;
+  for (const Compute compute : kComputes) {
+    for (const std::int64_t m : {1, 17, 130}) {
+      CpuContext context(2);
+      const auto linear = CpuBackend::load_gptq(context, test::fused(parts), parts.front().spec(),
+                                                {.compute = compute});
+      CpuBackend::pregrow_marlin_gather_scratch(context, m * linear->in_features());
+      const std::int64_t grown = context.scratch_allocations();
+      EXPECT_GT(grown, 0);
+      forward(context, *linear, m, c.dtype);
+      EXPECT_EQ(context.scratch_allocations(), grown) << to_string(compute) << ", m " << m;
+    }
   }
 }
 
@@ -186,7 +193,8 @@ TEST_F(ScratchTest, PregrowRefusesNegativeSizes) {
 TEST_F(ScratchTest, ContextAndWeightsSurviveOutOfMemory) {
   const Layer layer = make_layer({.k = 64, .n = 32});
   CpuContext context(2);
-  const auto linear = CpuBackend::load_gptq(context, layer.tensors(), layer.spec());
+  const auto linear =
+      CpuBackend::load_gptq(context, layer.tensors(), layer.spec(), {.compute = Compute::kFloat32});
   const Matrix x = test::random_matrix(9, 64, DType::kFloat32, 1);
   for (const std::int64_t elements :
        {std::int64_t{1} << 58, std::numeric_limits<std::int64_t>::max()}) {

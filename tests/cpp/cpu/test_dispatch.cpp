@@ -1,8 +1,11 @@
 // The choice of an instruction set, for machines that this one is not too.
 #include <gtest/gtest.h>
 
+#include <cmath>
+#include <limits>
 #include <set>
 #include <string>
+#include <vector>
 
 #include "cpu/dispatch.hpp"
 #include "cpu/features.hpp"
@@ -25,7 +28,11 @@ TEST(DispatchTest, TableIsOrderedAndNamesAreDistinct) {
   for (std::size_t i = 0; i < isa_kernels().size(); ++i) {
     const IsaKernels& isa = *isa_kernels()[i];
     EXPECT_TRUE(names.insert(isa.name).second) << isa.name;
-    EXPECT_NE(isa.gemm_float32, nullptr);
+    for (const Compute compute :
+         {Compute::kFloat32, Compute::kInt16, Compute::kBFloat16, Compute::kInt8}) {
+      EXPECT_NE(cpu::arithmetic_of(isa, compute).prepare, nullptr);
+      EXPECT_NE(cpu::arithmetic_of(isa, compute).gemm, nullptr);
+    }
     EXPECT_NE(isa.to_float, nullptr);
     EXPECT_NE(isa.from_float, nullptr);
     if (i > 0) {
@@ -95,13 +102,57 @@ TEST_P(ForcedKernelTest, IsTheOneThatRuns) {
   const test::Layer layer = test::make_layer({.k = 64, .n = 32});
   CpuBackend::Context context(1);
   const auto linear = CpuBackend::load_gptq(context, layer.tensors(), layer.spec(), options());
-  EXPECT_EQ(linear->describe().kernel, GetParam());
-  EXPECT_EQ(linear->describe().arch, GetParam());
-  EXPECT_EQ(linear->describe().compute, "float32");
+  EXPECT_EQ(linear->describe().kernel, GetParam().name);
+  EXPECT_EQ(linear->describe().arch, GetParam().name);
+  EXPECT_EQ(linear->describe().compute, to_string(GetParam().compute));
 }
 
-INSTANTIATE_TEST_SUITE_P(Kernels, ForcedKernelTest, ::testing::ValuesIn(test::cpu_kernel_names()),
+INSTANTIATE_TEST_SUITE_P(Kernels, ForcedKernelTest, ::testing::ValuesIn(test::cpu_kernels()),
                          test::kernel_name);
+
+// The logistic function of every instruction set, at both ends, around 0 and where it is not a number.
+TEST(SigmoidTest, IsWithinItsBound) {
+  for (const IsaKernels* isa : isa_kernels()) {
+    if (!test::is_usable(*isa)) continue;
+    std::vector<float> x;
+    for (int i = -2000; i <= 2000; ++i) x.push_back(static_cast<float>(i) * 0.0437F);
+    x.insert(x.end(), {0.0F, -0.0F, 1e-30F, 1e30F, -1e30F, std::numeric_limits<float>::infinity(),
+                       -std::numeric_limits<float>::infinity()});
+    std::vector<float> y(x.size());
+    isa->sigmoid(x.data(), y.data(), static_cast<std::int64_t>(x.size()));
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      const double expected = 1.0 / (1.0 + std::exp(-static_cast<double>(x[i])));
+      // Below exp(-87) a result is too small for anything that it is multiplied by.
+      EXPECT_NEAR(static_cast<double>(y[i]), expected,
+                  expected * test::tolerances::kActivationSigmoid + 2e-38)
+          << isa->name << ", x " << x[i];
+    }
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    isa->sigmoid(&nan, y.data(), 1);
+    EXPECT_TRUE(std::isnan(y[0])) << isa->name;
+  }
+}
+
+TEST(ComputeTest, AutoIsInt16WhereThereIsAUnit) {
+  for (const IsaKernels* isa : isa_kernels()) {
+    const Compute chosen = cpu::choose_compute(Compute::kAuto, *isa);
+    EXPECT_EQ(chosen, isa->int16_by_default ? Compute::kInt16 : Compute::kFloat32) << isa->name;
+    EXPECT_TRUE(cpu::arithmetic_of(*isa, chosen).native) << isa->name;
+    for (const Compute compute :
+         {Compute::kFloat32, Compute::kInt16, Compute::kBFloat16, Compute::kInt8}) {
+      EXPECT_EQ(cpu::choose_compute(compute, *isa), compute) << isa->name;
+    }
+  }
+}
+
+TEST_P(ForcedKernelTest, SaysWhetherTheComputeTypeIsEmulated) {
+  const test::Layer layer = test::make_layer({.k = 64, .n = 32});
+  CpuBackend::Context context(1);
+  const auto linear = CpuBackend::load_gptq(context, layer.tensors(), layer.spec(), options());
+  const bool native = cpu::arithmetic_of(choose_isa(GetParam().name), GetParam().compute).native;
+  const std::string schedule = linear->describe().schedule;
+  EXPECT_EQ(schedule.find("emulated by float32") == std::string::npos, native) << schedule;
+}
 
 TEST(UnforcedKernelTest, IsTheBest) {
   const test::Layer layer = test::make_layer({.k = 64, .n = 32});

@@ -78,7 +78,7 @@ class ExpertStackTest : public test::CpuKernelTest {
   CpuBackend::Context context_{2};
 };
 
-INSTANTIATE_TEST_SUITE_P(Kernels, ExpertStackTest, ::testing::ValuesIn(test::cpu_kernel_names()),
+INSTANTIATE_TEST_SUITE_P(Kernels, ExpertStackTest, ::testing::ValuesIn(test::cpu_kernels()),
                          test::kernel_name);
 
 // What each output row of the fused phase must be.
@@ -114,7 +114,7 @@ TEST_P(ExpertStackTest, FusedPhase) {
       const Experts experts = make_experts(kExperts, parts, options);
       const std::vector<Dense> dense = experts.dense();
       const StackPtr stack = load(experts);
-      EXPECT_EQ(stack->describe().kernel, GetParam());
+      EXPECT_EQ(stack->describe().kernel, GetParam().name);
       EXPECT_EQ(stack->num_experts(), kExperts);
       EXPECT_EQ(stack->k(), 100);
       EXPECT_EQ(stack->n_per_expert(), 40 * parts);
@@ -141,8 +141,8 @@ TEST_P(ExpertStackTest, FusedPhase) {
                        5);  // not zeroed beforehand: guard bytes everywhere
             stack->gemm_phase_fused(context_, x.input(), tiles.view, out.view());
             ASSERT_TRUE(test::matches(
-                out, fused_reference(dense, x, ids, {}, weighted ? &weights : nullptr),
-                out.rows()));
+                out, fused_reference(dense, x, ids, {}, weighted ? &weights : nullptr), out.rows(),
+                bound()));
           }
         }
       }
@@ -162,7 +162,7 @@ TEST_P(ExpertStackTest, FusedPhaseOfAPartOfTheExperts) {
   Matrix out(200, 40, DType::kFloat32);
   stack->gemm_phase_fused(context_, x.input(), tiles.view, out.view());
   const Product expected = fused_reference(dense, x, ids, map, nullptr);
-  ASSERT_TRUE(test::matches(out, expected, 200));
+  ASSERT_TRUE(test::matches(out, expected, 200, bound()));
   for (std::int64_t id = 0; id < 200; ++id) {  // rows that are not here are zero, not merely small
     if (expected.energy[static_cast<std::size_t>(id)] > 0) continue;
     for (std::int64_t n = 0; n < 40; ++n) ASSERT_EQ(out.at(id, n), 0.0);
@@ -179,7 +179,8 @@ TEST_P(ExpertStackTest, FusedPhaseWithAllTokensOnOneExpertOrNone) {
     const Tiles tiles(ids, 64, kExperts);
     Matrix out(130, 40, DType::kFloat32);
     stack->gemm_phase_fused(context_, x.input(), tiles.view, out.view());
-    EXPECT_TRUE(test::matches(out, fused_reference(experts.dense(), x, ids, {}, nullptr), 130));
+    EXPECT_TRUE(
+        test::matches(out, fused_reference(experts.dense(), x, ids, {}, nullptr), 130, bound()));
   }
 }
 
@@ -213,8 +214,7 @@ TEST_P(ExpertStackTest, FusedPhaseOfTilesInAnyOrder) {
         row, 1, dense[static_cast<std::size_t>(expert_of[static_cast<std::size_t>(id)])]);
     std::vector<double> actual;
     for (std::int64_t n = 0; n < 40; ++n) actual.push_back(out.at(id, n));
-    EXPECT_TRUE(test::within(actual, one.y, one.energy[0], 40, test::tolerances::kLinearFloat32))
-        << "id " << id;
+    EXPECT_TRUE(test::within(actual, one.y, one.energy[0], 40, bound())) << "id " << id;
   }
   EXPECT_TRUE(out.guards_intact(5));  // ids that no tile names are left alone
 }
@@ -259,7 +259,8 @@ TEST_P(ExpertStackTest, BatchedPhase) {
           for (std::int64_t n = 0; n < out.cols(); ++n)
             actual.push_back(out.at(d.output_row + i, n));
         }
-        EXPECT_TRUE(test::within(actual, expected.y, energy, out.cols(), test::bound_for(dtype)))
+        EXPECT_TRUE(
+            test::within(actual, expected.y, energy, out.cols(), test::bound_for(dtype, bound())))
             << "expert " << d.expert << ", " << d.rows << " rows";
       }
       EXPECT_TRUE(out.guards_intact());
@@ -321,7 +322,8 @@ TEST_P(ExpertStackTest, PhasesViewsAndThreadsAgreeBitForBit) {
 TEST(ExpertViewTest, OutlivesTheStack) {
   const Experts experts = make_experts(2, 1, expert_options());
   CpuBackend::Context context(1);
-  auto stack = CpuBackend::load_gptq_stacked(context, experts.tensors(), experts.spec());
+  auto stack = CpuBackend::load_gptq_stacked(context, experts.tensors(), experts.spec(),
+                                             {.compute = Compute::kFloat32});
   const auto view = stack->expert(1);
   stack.reset();
   const Matrix x = test::random_matrix(8, 100, DType::kFloat32, 3);

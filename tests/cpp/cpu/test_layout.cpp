@@ -356,8 +356,10 @@ TEST(StackLayoutTest, BytesDoNotDependOnThreads) {
 TEST(StackLayoutTest, BytesDoNotDependOnTheKernel) {
   const Layer layer = make_layer({.k = 96, .n = 40, .group_size = 32, .order = Order::kActOrder});
   const GptqWeights weights = validate(layer.tensors(), layer.spec());
-  const auto first = cpu::pack_experts({&weights, 1}, *cpu::isa_kernels().front(), 1);
-  const auto last = cpu::pack_experts({&weights, 1}, *cpu::isa_kernels().back(), 1);
+  const auto first =
+      cpu::pack_experts({&weights, 1}, *cpu::isa_kernels().front(), Compute::kInt16, 1);
+  const auto last =
+      cpu::pack_experts({&weights, 1}, *cpu::isa_kernels().back(), Compute::kFloat32, 1);
   ASSERT_EQ(first->bytes(0).size(), last->bytes(0).size());
   EXPECT_EQ(std::memcmp(first->data(), last->data(), first->bytes(0).size()), 0);
 }

@@ -55,12 +55,12 @@ struct Block {
     reference.down = down.dense();
   }
 
-  void add_shared_expert(CpuBackend::Context& context) {
+  void add_shared_expert(CpuBackend::Context& context, const LoadOptions& options = {}) {
     shared_gate_up = make_experts(1, 2, {.k = kHidden, .n = 48, .group_size = 32, .seed = 800});
     shared_down = make_experts(1, 1, {.k = 48, .n = kHidden, .group_size = 16, .seed = 900});
     parts.shared = SharedExpert<CpuBackend>{
-        CpuBackend::load_gptq(context, shared_gate_up.tensors()[0], shared_gate_up.spec()),
-        CpuBackend::load_gptq(context, shared_down.tensors()[0], shared_down.spec())};
+        CpuBackend::load_gptq(context, shared_gate_up.tensors()[0], shared_gate_up.spec(), options),
+        CpuBackend::load_gptq(context, shared_down.tensors()[0], shared_down.spec(), options)};
     reference.shared = {shared_gate_up.dense()[0], shared_down.dense()[0]};
   }
 
@@ -97,19 +97,21 @@ struct Input {
   Matrix x, ids, weights;
 };
 
-::testing::AssertionResult block_matches(const Matrix& out, const std::vector<double>& expected) {
+::testing::AssertionResult block_matches(const Matrix& out, const std::vector<double>& expected,
+                                         double bound) {
   if (!out.guards_intact()) return ::testing::AssertionFailure() << "guard bytes have changed";
   if (expected.size() < 256) return ::testing::AssertionFailure() << "too small to be measured";
-  return test::within(out.values(), expected, 0, out.cols(),
-                      test::bound_for(out.dtype(), test::tolerances::kMoeFloat32));
+  return test::within(out.values(), expected, 0, out.cols(), test::bound_for(out.dtype(), bound));
 }
 
 class MoeTest : public test::CpuKernelTest {
  protected:
+  double bound() const { return test::moe_bound(to_string(GetParam().compute)); }
+
   CpuBackend::Context context_{2};
 };
 
-INSTANTIATE_TEST_SUITE_P(Kernels, MoeTest, ::testing::ValuesIn(test::cpu_kernel_names()),
+INSTANTIATE_TEST_SUITE_P(Kernels, MoeTest, ::testing::ValuesIn(test::cpu_kernels()),
                          test::kernel_name);
 
 TEST_P(MoeTest, EveryActivationAndDType) {
@@ -129,7 +131,8 @@ TEST_P(MoeTest, EveryActivationAndDType) {
         const Input input(33, 3, 6, dtype, DType::kInt32, 10, seed += 10);
         Matrix out(33, kHidden, out_dtype, 4);
         moe->forward(context_, input.view(), out.view());
-        EXPECT_TRUE(block_matches(out, block.reference.forward(input.x, input.ids, input.weights)));
+        EXPECT_TRUE(block_matches(out, block.reference.forward(input.x, input.ids, input.weights),
+                                  bound()));
       }
     }
   }
@@ -147,9 +150,10 @@ TEST_P(MoeTest, ClampedSwigluClamps) {
   Matrix out(20, kHidden, DType::kFloat32);
   moe->forward(context_, input.view(), out.view());
   const std::vector<double> expected = block.reference.forward(input.x, input.ids, input.weights);
-  EXPECT_TRUE(block_matches(out, expected));
+  EXPECT_TRUE(block_matches(out, expected, bound()));
   block.reference.activation = Activation::kSilu;
-  EXPECT_FALSE(block_matches(out, block.reference.forward(input.x, input.ids, input.weights)));
+  EXPECT_FALSE(
+      block_matches(out, block.reference.forward(input.x, input.ids, input.weights), bound()));
 }
 
 TEST_P(MoeTest, EveryTopKWithIdsOfBothWidths) {
@@ -162,7 +166,8 @@ TEST_P(MoeTest, EveryTopKWithIdsOfBothWidths) {
                         static_cast<std::uint64_t>(top_k));
       Matrix out(9, kHidden, DType::kFloat32);
       moe->forward(context_, input.view(), out.view());
-      EXPECT_TRUE(block_matches(out, block.reference.forward(input.x, input.ids, input.weights)));
+      EXPECT_TRUE(
+          block_matches(out, block.reference.forward(input.x, input.ids, input.weights), bound()));
     }
   }
 }
@@ -175,21 +180,23 @@ TEST_P(MoeTest, AllTokensOnOneExpertAndNoneAnywhere) {
     input.ids.fill(id);
     Matrix out(70, kHidden, DType::kFloat32);
     moe->forward(context_, input.view(), out.view());
-    EXPECT_TRUE(block_matches(out, block.reference.forward(input.x, input.ids, input.weights)));
+    EXPECT_TRUE(
+        block_matches(out, block.reference.forward(input.x, input.ids, input.weights), bound()));
   }
 }
 
 TEST_P(MoeTest, SharedExpertAndItsGate) {
   for (const bool gate : {false, true}) {
     Block block(4, context_, options());
-    block.add_shared_expert(context_);
+    block.add_shared_expert(context_, options());
     if (gate) block.add_shared_gate();
     const auto moe = CpuBackend::make_moe_block(context_, block.parts);
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
       const Input input(12, 2, 4, dtype, DType::kInt32, 30, 21);
       Matrix out(12, kHidden, dtype);
       moe->forward(context_, input.view(), out.view());
-      EXPECT_TRUE(block_matches(out, block.reference.forward(input.x, input.ids, input.weights)))
+      EXPECT_TRUE(
+          block_matches(out, block.reference.forward(input.x, input.ids, input.weights), bound()))
           << "gate " << gate;
     }
   }
@@ -208,8 +215,8 @@ TEST_P(MoeTest, SharedOutputOfTheCaller) {
       view.shared_output = shared.input();
       Matrix out(12, kHidden, DType::kFloat32);
       moe->forward(context_, view, out.view());
-      EXPECT_TRUE(
-          block_matches(out, block.reference.forward(input.x, input.ids, input.weights, &shared)));
+      EXPECT_TRUE(block_matches(
+          out, block.reference.forward(input.x, input.ids, input.weights, &shared), bound()));
     }
   }
 }
@@ -241,19 +248,20 @@ TEST_P(MoeTest, RouterWeightOnTheInput) {
   Block block(4, context_, options());
   block.parts.router_weight = RouterWeight::kOnInput;
   block.reference.router_weight = RouterWeight::kOnInput;
-  block.add_shared_expert(context_);
+  block.add_shared_expert(context_, options());
   const auto moe = CpuBackend::make_moe_block(context_, block.parts);
   for (const DType dtype : {DType::kFloat32, DType::kFloat16}) {
     const Input input(30, 2, 4, dtype, DType::kInt64, 10, 31);
     Matrix out(30, kHidden, DType::kFloat32);
     moe->forward(context_, input.view(), out.view());
-    EXPECT_TRUE(block_matches(out, block.reference.forward(input.x, input.ids, input.weights)));
+    EXPECT_TRUE(
+        block_matches(out, block.reference.forward(input.x, input.ids, input.weights), bound()));
   }
 }
 
 TEST_P(MoeTest, BitsDoNotDependOnThreadsRunsOrBatch) {
   Block block(6, context_, options());
-  block.add_shared_expert(context_);
+  block.add_shared_expert(context_, options());
   block.add_shared_gate();
   const auto moe = CpuBackend::make_moe_block(context_, block.parts);
   const Input input(150, 3, 6, DType::kFloat16, DType::kInt32, 10, 41);

@@ -164,12 +164,15 @@ test::Dense accepted_dense(const GptqModule& module, const GptqSpec& spec, std::
                           test::expected_convention(module, spec));
 }
 
+// What the words say is judged most closely by the compute type with the least error.
+const LoadOptions kExact{.compute = Compute::kFloat32};
+
 class FuzzTest : public ::testing::Test {
  protected:
   FuzzTest()
       : context_(open_context({}, {.threads = 2})),
         witness_(test::make_layer({.k = 64, .n = 32, .group_size = 32})),
-        witness_linear_(context_.load_gptq(witness_.tensors(), witness_.spec())),
+        witness_linear_(context_.load_gptq(witness_.tensors(), witness_.spec(), kExact)),
         witness_x_(test::random_matrix(8, 64, DType::kFloat32, 1)),
         witness_y_(test::multiply(witness_x_.values(), 8, witness_.dense())) {}
 
@@ -210,7 +213,7 @@ TEST_F(FuzzTest, DamagedLayers) {
     Subject s = make_subject(random);
     const std::string history = "seed " + std::to_string(seed) + ": " + s.history;
     std::optional<LinearHandle> linear;
-    if (!accepted(history, [&] { linear = context_.load_gptq(s.module, s.spec); })) {
+    if (!accepted(history, [&] { linear = context_.load_gptq(s.module, s.spec, kExact); })) {
       ++refused;
       if (seed % 500 == 0) {
         ASSERT_TRUE(witness_works()) << history;
@@ -259,7 +262,7 @@ TEST_F(FuzzTest, DamagedStacks) {
     for (const Subject& s : subjects) tensors.emplace_back(s.module);
     const GptqSpec spec = subjects.front().spec;
     std::optional<ExpertStackHandle> stack;
-    if (!accepted(history, [&] { stack = context_.load_gptq_stacked(tensors, spec); })) {
+    if (!accepted(history, [&] { stack = context_.load_gptq_stacked(tensors, spec, kExact); })) {
       ++refused;
       continue;
     }

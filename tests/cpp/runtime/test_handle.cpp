@@ -71,6 +71,9 @@ ExpertStackHandle null_stack() {
       std::make_shared<detail::ExpertStackModel<NullBackend>>(std::make_shared<NullStack>()));
 }
 
+// The compute type with the least error.
+const LoadOptions kExact{.compute = Compute::kFloat32};
+
 class HandleTest : public ::testing::Test {
  protected:
   HandleTest()
@@ -78,10 +81,10 @@ class HandleTest : public ::testing::Test {
         gate_up(test::make_experts(3, 2, {.k = 64, .n = 32, .group_size = 32, .seed = 20})),
         down(test::make_experts(3, 1, {.k = 32, .n = 64, .group_size = 32, .seed = 40})),
         cpu(open_context({}, {.threads = 2})),
-        linear(cpu.load_gptq(layer.tensors(), layer.spec())) {}
+        linear(cpu.load_gptq(layer.tensors(), layer.spec(), kExact)) {}
 
   ExpertStackHandle load(const Experts& experts) const {
-    return cpu.load_gptq_stacked(experts.tensors(), experts.spec());
+    return cpu.load_gptq_stacked(experts.tensors(), experts.spec(), kExact);
   }
   MoeBlockSpec block_spec() const { return {.gate_up = load(gate_up), .down = load(down)}; }
 
@@ -132,7 +135,7 @@ TEST_F(HandleTest, TellWhatTheyHold) {
 
 TEST_F(HandleTest, CopiesShareTheWeightAndOutliveTheOriginal) {
   std::optional<ContextHandle> loader = open_context({}, {.threads = 1});
-  std::optional<LinearHandle> original = loader->load_gptq(layer.tensors(), layer.spec());
+  std::optional<LinearHandle> original = loader->load_gptq(layer.tensors(), layer.spec(), kExact);
   linear = *original;
   original.reset();
   loader.reset();  // not even the context that loaded it is needed
@@ -393,7 +396,7 @@ TEST_F(HandleTest, ThreadsLoadAtTheSameTime) {
   for (std::size_t i = 0; i < right.size(); ++i) {
     threads.emplace_back([&, i] {
       const ContextHandle own = open_context({}, {.threads = 1});
-      const LinearHandle mine = own.load_gptq(layer.tensors(), layer.spec());
+      const LinearHandle mine = own.load_gptq(layer.tensors(), layer.spec(), kExact);
       const Matrix x = test::random_matrix(9, 64, DType::kFloat32, i);
       Matrix out(9, 32, DType::kFloat32);
       mine.forward(own, x.input(), out.view(), 9);

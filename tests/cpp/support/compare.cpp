@@ -5,6 +5,20 @@
 
 namespace marlinq::test {
 
+double linear_bound(std::string_view compute) {
+  return compute == "int16"      ? tolerances::kLinearInt16
+         : compute == "bfloat16" ? tolerances::kLinearBfloat16
+         : compute == "int8"     ? tolerances::kLinearInt8
+                                 : tolerances::kLinearFloat32;
+}
+
+double moe_bound(std::string_view compute) {
+  return compute == "int16"      ? tolerances::kMoeInt16
+         : compute == "bfloat16" ? tolerances::kMoeBfloat16
+         : compute == "int8"     ? tolerances::kMoeInt8
+                                 : tolerances::kMoeFloat32;
+}
+
 double bound_for(DType dtype, double compute) {
   return dtype == DType::kFloat16    ? compute + tolerances::kOutputFloat16
          : dtype == DType::kBFloat16 ? compute + tolerances::kOutputBfloat16

@@ -16,6 +16,11 @@
 
 namespace marlinq::test {
 
+/// The bound of a linear layer on the CPU, by the name of its compute type.
+double linear_bound(std::string_view compute);
+/// The bound of a mixture-of-experts block whose layers have that compute type.
+double moe_bound(std::string_view compute);
+
 /// The bound for an output of `dtype` whose arithmetic meets `compute`.
 double bound_for(DType dtype, double compute = tolerances::kLinearFloat32);
 

@@ -2,8 +2,47 @@
 #define MARLINQ_CPU_ISA avx2
 
 #include "cpu/isa/avx2/vec.hpp"
+
+namespace marlinq::cpu::avx2 {
+
+struct Vec : Vec256 {
+  // 6 sums of one vector, or 4 of two, in 16 and in 32 bits each; 2 codes, a broadcast and a mask.
+  static constexpr int kIntegerSums = 4;
+  static constexpr int kInt16Rows = 3;
+  static constexpr int kInt8Rows = 6;
+  static constexpr int kChainedSums = 0;  // additions of 16 bits have no latency to hide
+
+  // Rows whose products with 4-bit codes add up in 16 bits: a pair is at most 2 * 15 * 128, and eight
+  // pairs are 30720.
+  static constexpr int kNarrowRows = 32;
+
+  /// sum += the products of unsigned bytes of 4-bit codes with signed bytes of x, in pairs, in 16 bits.
+  [[gnu::always_inline]] static inline void dot_narrow(I& sum, I codes, I x) {
+    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x));
+  }
+  /// Two such sums a word.
+  [[gnu::always_inline]] static inline I widen(I sum) {
+    return _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+  }
+  /// sum += the four products of unsigned bytes of 8-bit codes with signed bytes of x, in each word.
+  /// Codes are taken apart, since a pair of their products would not fit into 16 bits.
+  template <int kBits>
+    requires(kBits == 8)
+  [[gnu::always_inline]] static inline void dot(I& sum, I codes, I x) {
+    const I low = _mm256_maddubs_epi16(low_nibbles(codes), x);
+    const I high = _mm256_maddubs_epi16(high_nibbles(codes), x);
+    sum = add_words(sum, widen(low));
+    sum = add_words(sum, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
+  }
+};
+
+}  // namespace marlinq::cpu::avx2
 //
-#include "cpu/generic/gemm-inl.hpp"
+#include "cpu/generic/convert-inl.hpp"
+#include "cpu/generic/float_gemm-inl.hpp"
+#include "cpu/generic/integer_gemm-inl.hpp"
+#include "cpu/generic/prepare-inl.hpp"
+#include "cpu/generic/sigmoid-inl.hpp"
 
 namespace marlinq::cpu::avx2 {
 
@@ -12,10 +51,14 @@ constinit const IsaKernels kKernels = {
     .name = "avx2",
     .priority = 20,
     .required = kAvx2 | kFma | kF16c,
-    .tile_rows = Vec::kTileRows,
-    .gemm_float32 = gemm_float32,
+    .int16_by_default = false,
+    .float32 = float32_arithmetic(prepare_float32, true),
+    .int16 = integer_arithmetic<2>(),
+    .bfloat16 = float32_arithmetic(prepare_bfloat16<false>, false),
+    .int8 = integer_arithmetic<1>(),
     .to_float = to_float,
     .from_float = from_float,
+    .sigmoid = sigmoid,
 };
 
 }  // namespace marlinq::cpu::avx2

@@ -8,11 +8,12 @@
 
 namespace marlinq::cpu::MARLINQ_CPU_ISA {
 
-struct Vec {
+struct Vec256 {
   static constexpr int kLanes = 8;
   // 6 rows x 2 vectors: 12 accumulators, 2 weights and a broadcast in 16 registers.
   static constexpr int kVectors = 2;
   static constexpr int kTileRows = 6;
+  static constexpr int kRunsOfOneRow = 2;
 
   using F = __m256;
   using I = __m256i;
@@ -64,6 +65,24 @@ struct Vec {
     const __m128i high = _mm_and_si128(_mm_srli_epi16(pairs, 4), mask);
     const I wide = _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(low, high));
     return _mm256_cvtepi32_ps(_mm256_sub_epi32(wide, _mm256_set1_epi32(middle)));
+  }
+
+  [[gnu::always_inline]] static inline F multiply(F a, F b) { return _mm256_mul_ps(a, b); }
+
+  [[gnu::always_inline]] static inline I zero_words() { return _mm256_setzero_si256(); }
+  [[gnu::always_inline]] static inline I broadcast_word(const void* p) {
+    std::int32_t word;
+    std::memcpy(&word, p, sizeof word);
+    return _mm256_set1_epi32(word);
+  }
+  [[gnu::always_inline]] static inline I add_words(I a, I b) { return _mm256_add_epi32(a, b); }
+  [[gnu::always_inline]] static inline I shift_left_8(I a) { return _mm256_slli_epi32(a, 8); }
+  [[gnu::always_inline]] static inline F to_float(I a) { return _mm256_cvtepi32_ps(a); }
+  [[gnu::always_inline]] static inline I low_nibbles(I words) {
+    return _mm256_and_si256(words, _mm256_set1_epi32(0x0F0F0F0F));
+  }
+  [[gnu::always_inline]] static inline I high_nibbles(I words) {
+    return low_nibbles(_mm256_srli_epi32(words, 4));
   }
 
   struct Decoder {

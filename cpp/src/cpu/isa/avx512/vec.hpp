@@ -1,4 +1,4 @@
-// Sixteen-lane vectors: AVX-512 F, BW, DQ, VL.
+// Sixteen-lane vectors: AVX-512 F, BW, DQ, VL, VNNI, BF16.
 #pragma once
 
 #include <immintrin.h>
@@ -9,10 +9,19 @@ namespace marlinq::cpu::MARLINQ_CPU_ISA {
 
 struct Vec {
   static constexpr int kLanes = 16;
-  // 8 rows x 2 vectors: 16 accumulators of 32 registers, enough chains to hide the latency of FMA
-  // twice.
+  // 10 rows x 2 vectors: 20 accumulators of 32 registers; with 12 rows GCC moves some to the stack.
   static constexpr int kVectors = 2;
-  static constexpr int kTileRows = 8;
+  static constexpr int kTileRows = 10;
+  // Chains of 2 vectors each for one row: eight, as latency and rate of FMA ask for.
+  static constexpr int kRunsOfOneRow = 4;
+
+  // 6 rows x 2 vectors x 2 halves, or 12 rows x 2 vectors: 24 accumulators, 4 codes, a broadcast and
+  // a mask.
+  static constexpr int kIntegerSums = 24;
+  static constexpr int kInt16Rows = 6;
+  static constexpr int kInt8Rows = 12;
+  // Up to so many sums a vector of columns have two chains each: 16 accumulators.
+  static constexpr int kChainedSums = 4;
 
   using F = __m512;
   using I = __m512i;
@@ -64,6 +73,34 @@ struct Vec {
     return _mm512_cvtepi32_ps(_mm512_sub_epi32(wide, _mm512_set1_epi32(middle)));
   }
 
+  [[gnu::always_inline]] static inline F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
+
+  [[gnu::always_inline]] static inline I zero_words() { return _mm512_setzero_si512(); }
+  [[gnu::always_inline]] static inline I broadcast_word(const void* p) {
+    std::int32_t word;
+    __builtin_memcpy(&word, p, sizeof word);
+    return _mm512_set1_epi32(word);
+  }
+  [[gnu::always_inline]] static inline I add_words(I a, I b) { return _mm512_add_epi32(a, b); }
+  [[gnu::always_inline]] static inline I shift_left_8(I a) { return _mm512_slli_epi32(a, 8); }
+  [[gnu::always_inline]] static inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+  [[gnu::always_inline]] static inline I low_nibbles(I words) {
+    return _mm512_and_si512(words, _mm512_set1_epi32(0x0F0F0F0F));
+  }
+  [[gnu::always_inline]] static inline I high_nibbles(I words) {
+    return low_nibbles(_mm512_srli_epi32(words, 4));
+  }
+  /// sum += the four products of unsigned bytes of `codes` with signed bytes of `x`, in each word.
+  /// Not the intrinsic, whose accumulators GCC 12 moves to the stack.
+  template <int kBits>
+  [[gnu::always_inline]] static inline void dot(I& sum, I codes, I x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
+  }
+  /// sum += the two products of bfloat16 in each word.
+  [[gnu::always_inline]] static inline void dot_bfloat16(F& sum, I weights, F x) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
+  }
+
   struct Decoder {
     F middle;
     F table;  // code - middle of the 16 four-bit codes
@@ -85,6 +122,42 @@ struct Vec {
       }
     }
   };
+};
+
+/// Pairs of bfloat16 (generic/float_gemm-inl.hpp). Pair i of a dword of codes has the rows whose
+/// codes lie in bits [b, b + bits) and [b + 16, b + 16 + bits), b = i * bits.
+struct Bfloat16Unit {
+  static constexpr int kRowsPerDword = 2;
+  static constexpr int kTileRows = 12;  // 24 accumulators
+
+  __m512i table;  // code - middle of the 16 four-bit codes as bfloat16, twice
+  __m512 middle;
+  [[gnu::always_inline]] explicit inline Bfloat16Unit(std::int32_t value)
+      : middle(_mm512_set1_ps(static_cast<float>(value))) {
+    const __m512i codes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512 exact = _mm512_sub_ps(_mm512_cvtepi32_ps(codes), middle);
+    const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(exact), 16));
+    table = _mm512_broadcast_i64x4(half);
+  }
+
+  template <int kBits, int kPair>
+  [[gnu::always_inline]] inline __m512 decode(__m512i words) const {
+    if constexpr (kBits == 4) {  // the look-up takes its index from the low 5 bits of each half
+      return _mm512_castsi512_ps(
+          _mm512_permutexvar_epi16(_mm512_srli_epi32(words, 4 * kPair), table));
+    } else {
+      const __m512i mask = _mm512_set1_epi32(0xFF);
+      const __m512i low = _mm512_and_si512(_mm512_srli_epi32(words, 8 * kPair), mask);
+      const __m512i high = _mm512_and_si512(_mm512_srli_epi32(words, 8 * kPair + 16), mask);
+      const __m512i first = _mm512_castps_si512(_mm512_sub_ps(_mm512_cvtepi32_ps(low), middle));
+      const __m512i second = _mm512_castps_si512(_mm512_sub_ps(_mm512_cvtepi32_ps(high), middle));
+      return _mm512_castsi512_ps(
+          _mm512_mask_blend_epi16(0xAAAAAAAAU, _mm512_srli_epi32(first, 16), second));
+    }
+  }
+  [[gnu::always_inline]] static inline void multiply_add(__m512& sum, __m512 x, __m512 weights) {
+    Vec::dot_bfloat16(sum, _mm512_castps_si512(weights), x);
+  }
 };
 
 }  // namespace marlinq::cpu::MARLINQ_CPU_ISA

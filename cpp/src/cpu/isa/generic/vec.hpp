@@ -14,6 +14,7 @@ struct Vec {
   // 2 rows x 4 vectors: 8 accumulators, 4 weights and a broadcast in 16 registers.
   static constexpr int kVectors = 4;
   static constexpr int kTileRows = 2;
+  static constexpr int kRunsOfOneRow = 2;
 
   typedef float F __attribute__((vector_size(16)));
   typedef std::uint32_t I __attribute__((vector_size(16)));

@@ -1,0 +1,244 @@
+// The product of one column block with x held as integers: int16 in two halves of 8 bits, or int8.
+// An object defines MARLINQ_CPU_ISA and its Vec, which has `dot` (or `dot_narrow` and `widen`) on top
+// of what float kernels ask of it, and includes this; everything has internal linkage.
+//
+// For each run and each output, with x about `scale` times the integers i (prepare-inl.hpp):
+//   sum     = (q - middle) * i + ... over the run, exact in 32 bits: at most 128 * 32600 * 128
+//   sum    -= (zero - middle) * (sum of i), in float32             where zero points differ
+//   result += sum * (scale of the weight * scale of x), float32
+// Sums of integers have no order, and the runs come one after the other, so a row's result does
+// not depend on its batch. The middle enters as the value that an accumulator starts with.
+//
+// Codes are unpacked in registers for every tile of rows: on the processors at hand shifts and
+// masks run beside the dot products, and a panel of unpacked codes would cost loads and stores.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/generic/block-inl.hpp"
+#include "cpu/generic/prepare-inl.hpp"
+
+namespace marlinq::cpu::MARLINQ_CPU_ISA {
+namespace {
+
+// x of a tile: [packed row / 4][row of the tile][half] of 4 bytes, the high half first.
+template <int kHalves>
+constexpr int kQuadBytes = 4 * kHalves;
+
+// A tile of rows of a task.
+struct IntegerTile {
+  const BlockTask& task;
+  const std::uint8_t* x;
+  const RunInput* inputs;  // [run][row]
+  float* result;           // [row][32]
+};
+
+// Chains of additions of one sum. For few rows each 4 packed rows of a dword have their own, so that
+// latency does not bound the rate.
+template <int kBits, int kHalves, int kRows>
+constexpr int kChains = kBits == 4 && kRows * kHalves <= Vec::kChainedSums ? 2 : 1;
+
+template <int kRows, int kVectors, int kHalves, int kChains>
+using IntegerSums = I[kRows][kVectors][kHalves][kChains];
+
+// One dword of codes a column: calls add.template operator()<row, vector, half, quad>(codes, x) for
+// each product of four codes with four integers.
+template <int kBits, int kRows, int kVectors, int kHalves, class Add>
+MARLINQ_INLINE void step(const std::uint8_t* codes, const std::uint8_t* x, const Add& add) {
+  I words[kVectors];
+  unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
+    words[v] = Vec::load_words(codes + 4 * Vec::kLanes * v);
+    if constexpr (v * Vec::kLanes % 16 == 0) {
+      __builtin_prefetch(codes + kPrefetch + 4 * Vec::kLanes * v);
+    }
+  });
+  unrolled<8 / kBits>([&]<int quad>() __attribute__((always_inline)) {
+    I weight[kVectors];
+    unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
+      if constexpr (kBits == 8) {
+        weight[v] = words[v];
+      } else if constexpr (quad == 0) {
+        weight[v] = Vec::low_nibbles(words[v]);
+      } else {
+        weight[v] = Vec::high_nibbles(words[v]);
+      }
+    });
+    unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
+      unrolled<kHalves>([&]<int h>() __attribute__((always_inline)) {
+        constexpr int kPlace = (quad * kRows + r) * kQuadBytes<kHalves> + 4 * h;
+        const I value = Vec::broadcast_word(x + kPlace);
+        unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
+          add.template operator()<r, v, h, quad>(weight[v], value);
+        });
+      });
+    });
+  });
+}
+
+// Vec::dot adds to 32 bits. Without it, 4-bit codes add up in 16 bits for a while (Vec::dot_narrow).
+template <class V>
+concept HasDot = requires(I& sum, I codes) { V::template dot<4>(sum, codes, codes); };
+
+template <class V, int kBits, int kRows, int kVectors, int kHalves, int kChains>
+MARLINQ_INLINE void accumulate(const IntegerTile& tile, const RowBlock& run, int column,
+                               IntegerSums<kRows, kVectors, kHalves, kChains>& sum) {
+  constexpr int kStep = 32 / kBits;
+  constexpr int kBytesOfX = kStep / 4 * kRows * kQuadBytes<kHalves>;
+  const std::int64_t stride = std::int64_t{4} * tile.task.columns;
+  const std::uint8_t* codes =
+      tile.task.codes + run.first / kStep * stride + std::int64_t{4} * column;
+  const std::uint8_t* x = tile.x + std::int64_t{run.first / kStep} * kBytesOfX;
+  if constexpr (kBits == 8 || HasDot<V>) {
+    for (int row = 0; row < run.count; row += kStep, codes += stride, x += kBytesOfX) {
+      step<kBits, kRows, kVectors, kHalves>(
+          codes, x,
+          [&]<int r, int v, int h, int quad>(I weight, I value) __attribute__((always_inline)) {
+            V::template dot<kBits>(sum[r][v][h][quad % kChains], weight, value);
+          });
+    }
+  } else {
+    for (int row = 0; row < run.count;) {
+      const int end = row + V::kNarrowRows < run.count ? row + V::kNarrowRows : run.count;
+      I narrow[kRows][kVectors][kHalves];
+      unrolled<kRows * kVectors * kHalves>([&]<int i>() __attribute__((always_inline)) {
+        narrow[i / kHalves / kVectors][i / kHalves % kVectors][i % kHalves] = Vec::zero_words();
+      });
+      for (; row < end; row += kStep, codes += stride, x += kBytesOfX) {
+        step<kBits, kRows, kVectors, kHalves>(
+            codes, x,
+            [&]<int r, int v, int h, int quad>(I weight, I value)
+                __attribute__((always_inline)) { V::dot_narrow(narrow[r][v][h], weight, value); });
+      }
+      unrolled<kRows * kVectors * kHalves>([&]<int i>() __attribute__((always_inline)) {
+        constexpr int r = i / kHalves / kVectors;
+        constexpr int v = i / kHalves % kVectors;
+        constexpr int h = i % kHalves;
+        sum[r][v][h][0] = Vec::add_words(sum[r][v][h][0], V::widen(narrow[r][v][h]));
+      });
+    }
+  }
+}
+
+template <int kChains>
+MARLINQ_INLINE I add_chains(const I (&sum)[kChains]) {
+  return kChains == 2 ? Vec::add_words(sum[0], sum[kChains - 1]) : sum[0];
+}
+
+template <int kRows, int kVectors, int kHalves, int kChains>
+MARLINQ_INLINE void apply_run(const IntegerTile& tile, int run, int column,
+                              const IntegerSums<kRows, kVectors, kHalves, kChains>& sum) {
+  const BlockTask& task = tile.task;
+  const RunInput* inputs = tile.inputs + std::int64_t{run} * kRows;
+  const std::int64_t first = std::int64_t{task.runs[run].group} * task.columns + column;
+  unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
+    const std::int64_t index = first + v * Vec::kLanes;
+    const F scale = load_scales(task, index);
+    F total[kRows];
+    unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
+      I words = add_chains(sum[r][v][kHalves - 1]);
+      if constexpr (kHalves == 2) {
+        words = Vec::add_words(Vec::shift_left_8(add_chains(sum[r][v][0])), words);
+      }
+      total[r] = Vec::to_float(words);
+    });
+    if (task.zeros != nullptr) {
+      const F zero = load_zeros(task, index);
+      unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
+        total[r] = Vec::negative_multiply_add(zero, Vec::broadcast(inputs[r].sum), total[r]);
+      });
+    }
+    unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
+      float* place = tile.result + r * kBlockColumns + column + v * Vec::kLanes;
+      const F factor = Vec::multiply(scale, Vec::broadcast(inputs[r].scale));
+      Vec::store(place, Vec::multiply_add(total[r], factor, Vec::load(place)));
+    });
+  });
+}
+
+template <int kBits, int kHalves, int kRows, int kVectors>
+[[gnu::noinline]] void integer_tile(const IntegerTile& source, int column) {
+  constexpr int kOwnChains = kChains<kBits, kHalves, kRows>;
+  const IntegerTile tile = source;
+  for (int run = 0; run < tile.task.num_runs; ++run) {
+    IntegerSums<kRows, kVectors, kHalves, kOwnChains> sum;
+    unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
+      const I start = Vec::broadcast_word(&tile.inputs[std::int64_t{run} * kRows + r].start);
+      unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
+        unrolled<kHalves * kOwnChains>([&]<int i>() __attribute__((always_inline)) {
+          sum[r][v][i / kOwnChains][i % kOwnChains] = Vec::zero_words();
+        });
+        sum[r][v][kHalves - 1][0] = start;
+      });
+    });
+    accumulate<Vec, kBits, kRows, kVectors, kHalves, kOwnChains>(tile, tile.task.runs[run], column,
+                                                                 sum);
+    apply_run<kRows, kVectors, kHalves, kOwnChains>(tile, run, column, sum);
+  }
+}
+
+template <int kHalves, int kRows, int kVectors>
+MARLINQ_INLINE void integer_tile(const IntegerTile& tile, int column) {
+  if (tile.task.code_bits == 4) {
+    integer_tile<4, kHalves, kRows, kVectors>(tile, column);
+  } else {
+    integer_tile<8, kHalves, kRows, kVectors>(tile, column);
+  }
+}
+
+template <int kHalves, int kRows>
+void integer_columns(const IntegerTile& tile) {
+  // Two vectors of columns share a broadcast of x, where there are registers for their sums.
+  constexpr int kVectors = 2 * kRows * kHalves <= Vec::kIntegerSums ? 2 : 1;
+  constexpr int kWide = kVectors * Vec::kLanes;
+  int column = 0;
+  for (; column + kWide <= tile.task.columns; column += kWide) {
+    integer_tile<kHalves, kRows, kVectors>(tile, column);
+  }
+  if constexpr (kWide > 16) {  // blocks have 16 or 32 columns
+    for (; column < tile.task.columns; column += Vec::kLanes) {
+      integer_tile<kHalves, kRows, 1>(tile, column);
+    }
+  }
+}
+
+template <int kHalves, int kRows>
+void integer_rows(int rows, const IntegerTile& tile) {
+  if constexpr (kRows > 1) {
+    if (rows != kRows) {
+      integer_rows<kHalves, kRows - 1>(rows, tile);
+      return;
+    }
+  }
+  integer_columns<kHalves, kRows>(tile);
+}
+
+// Tile after tile, each through all runs: one stream of codes, which later tiles find in the second
+// level of cache.
+template <int kHalves, int kMostRows>
+void gemm_integer(const BlockTask& task) {
+  clear_result(task);
+  std::int64_t first_row = 0;
+  for (int tile = 0; tile < task.tiles.count; ++tile) {
+    const int rows = rows_of_tile(task, tile);
+    integer_rows<kHalves, kMostRows>(rows, {.task = task,
+                                            .x = task.x + first_row * task.packed_rows * kHalves,
+                                            .inputs = task.run_inputs + first_row * task.num_runs,
+                                            .result = task.result + first_row * kBlockColumns});
+    first_row += rows;
+  }
+}
+
+// int16 (two halves) or int8 (one) where Vec has `dot`.
+template <int kHalves>
+constexpr Arithmetic integer_arithmetic() {
+  constexpr int kRows = kHalves == 2 ? Vec::kInt16Rows : Vec::kInt8Rows;
+  return {.native = true,
+          .integer = true,
+          .tile_rows = kRows,
+          .element_bytes = kHalves,
+          .prepare = prepare_integers<kHalves>,
+          .gemm = gemm_integer<kHalves, kRows>};
+}
+
+}  // namespace
+}  // namespace marlinq::cpu::MARLINQ_CPU_ISA
