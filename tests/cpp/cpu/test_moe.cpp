@@ -224,7 +224,7 @@ TEST_P(MoeTest, SharedOutputOfTheCaller) {
 // Beside every other part, and into the memory that it comes from.
 TEST_P(MoeTest, Residual) {
   Block block(4, context_, options());
-  block.add_shared_expert(context_);
+  block.add_shared_expert(context_, options());
   const auto moe = CpuBackend::make_moe_block(context_, block.parts);
   for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
     for (const DType residual_dtype : {dtype, DType::kFloat32}) {
@@ -237,9 +237,9 @@ TEST_P(MoeTest, Residual) {
       view.residual = residual.input();
       Matrix out(12, kHidden, dtype, 2);
       moe->forward(context_, view, out.view());
-      EXPECT_TRUE(block_matches(out, expected));
+      EXPECT_TRUE(block_matches(out, expected, bound()));
       moe->forward(context_, view, residual.view());
-      EXPECT_TRUE(block_matches(residual, expected));
+      EXPECT_TRUE(block_matches(residual, expected, bound()));
     }
   }
 }
