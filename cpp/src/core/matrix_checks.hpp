@@ -98,6 +98,12 @@ inline void check_array(const ConstArrayView& view, std::string_view name, Devic
   check_alignment(view.data, view.dtype, name);
 }
 
+inline void check_context(Device context, Device weight) {
+  if (context != weight) {
+    refuse_argument(concat("context: on ", to_string(context), ", expected ", to_string(weight)));
+  }
+}
+
 inline void check_rows(std::int64_t m) {
   if (m < 0) refuse_argument(concat("m: ", m, ", expected at least 0"));
 }
