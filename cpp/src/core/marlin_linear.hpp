@@ -36,6 +36,12 @@ concept PackedGemm =
       { packed.n() } -> std::same_as<std::int64_t>;
     };
 
+/// Refuses a context of another device than the weight's, where weights know theirs.
+template <PackedGemm B>
+void check_context_of(const typename B::Context& context, const typename B::Packed& packed) {
+  if constexpr (requires { packed.device(); }) check_context(context.device(), packed.device());
+}
+
 /// One expert of a packed weight, as a linear layer that shares its memory.
 template <PackedGemm B>
 class MarlinLinear final : public Linear<B> {
@@ -49,6 +55,7 @@ class MarlinLinear final : public Linear<B> {
   void forward(typename B::Context& context, const ConstMatrixView& input, const MatrixView& output,
                std::int64_t m) const override {
     check_rows(m);
+    check_context_of<B>(context, *packed_);
     check_input(input, "x", context.device(), m, packed_->k());
     check_output(output, "out", context.device(), m, packed_->n(), input.dtype);
     if (m > 0) B::gemm(context, *packed_, expert_, input, output, m);
@@ -83,12 +90,14 @@ class MarlinExpertStackImpl final : public MarlinExpertStack<B> {
   void gemm_phase_batched(typename B::Context& context, const ConstMatrixView& input,
                           std::span<const ExpertDispatch> dispatches,
                           const MatrixView& output) const override {
+    check_context_of<B>(context, *packed_);
     check_batched(input, dispatches, output, context.device(), num_experts(), k(), n_per_expert());
     if (!dispatches.empty()) B::gemm_batched(context, *packed_, input, dispatches, output);
   }
 
   void gemm_phase_fused(typename B::Context& context, const ConstMatrixView& input,
                         const FusedTiles& tiles, const MatrixView& output) const override {
+    check_context_of<B>(context, *packed_);
     check_fused(input, tiles, output, context.device(), k(), n_per_expert());
     if (tiles.num_tokens > 0) B::gemm_fused(context, *packed_, input, tiles, output);
   }

@@ -42,11 +42,6 @@ bool is_readable(const FloatMatrix& x, std::int64_t rows, std::int64_t k) noexce
 std::int32_t gathered_columns(const WeightView& weight) noexcept { return weight.chunks * 64; }
 
 void order_after_packing(ContextState& state, const PackedExperts& packed) {
-  const Device device{DeviceKind::kCuda, state.device};
-  if (device != packed.device()) {
-    refuse_argument(
-        concat("context: on ", to_string(device), ", expected ", to_string(packed.device())));
-  }
   state.captured = state.captured || state.capturing();
   packed.weight().ready.precede(state.stream);
 }

@@ -97,6 +97,7 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
 
   void forward(CudaContext& context, const MoeInput& input,
                const MatrixView& output) const override {
+    check_context(context.device(), packed_of(*parts_.gate_up).device());
     check_moe_input(input, output, context.device(), hidden_size(), parts_.shared.has_value());
     if (input.x.rows == 0) return;
     check_ids_fit(input);
