@@ -318,7 +318,7 @@ def test_the_same_as_the_cpu_backend() -> None:
     layer = make_layer(96, 320, bits=8, symmetric=False, act_order=True, bias=True, seed=10)
     x = normal(9, 320, "float16")
     device = host(load(layer)(x, out=torch.empty((9, 96), device=DEVICE)))
-    cpu = load(layer, device="cpu")(host(x))
+    cpu = load(layer, device="cpu", compute="float32")(host(x))
     assert np.linalg.norm(device - cpu) <= BOUNDS["float16"] * np.linalg.norm(cpu)
     assert_close(cpu, layer.expected(host(x)), 2e-6, "cpu")
 

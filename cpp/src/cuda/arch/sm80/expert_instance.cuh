@@ -95,7 +95,7 @@ constexpr ExpertInstance expert_instance() {
         // Estimates: the time that the codes of a chunk take at 4 TB/s, or what it takes alone.
         constexpr ExpertCost kCost =
             kRowWarps > 1      ? ExpertCost{{0.06F, 0.09F, 0.09F, 0.09F}, 1.5F, 0.3F, 6.0F}
-            : kTokenTiles <= 2 ? ExpertCost{{0.35F, 0.5F, 0.75F, 1.0F}, 1.5F, 0.5F, 6.0F}
+            : kTokenTiles <= 2 ? ExpertCost{{0.35F, 0.5F, 0.75F, 1.0F}, 1.5F, 0.5F, 2.0F}
             : kTokenTiles <= 4 ? ExpertCost{{0.6F, 1.05F, 1.34F, 1.34F}, 1.8F, 0.4F, 6.0F}
                                : ExpertCost{{0.91F, 1.46F, 1.46F, 1.46F}, 2.7F, 0.54F, 6.0F};
         if (problem.dispatches.empty()) {

@@ -178,12 +178,12 @@ struct SegmentTables {
 
   TilePosition at[kCount];
   int expert[kCount];
-  uint32_t codes[kCount][S::kFeatureWarps];  // pieces of 16 bytes before the first chunk, ...
-  uint32_t upper_codes[kCount];              // ... as TileLoop wants them
+  uint32_t codes[kCount][S::kFeatureWarps];        // pieces of 16 bytes before the first chunk, ...
+  uint32_t upper_codes[kCount][S::kFeatureWarps];  // ... as TileLoop wants them
   uint32_t records[kCount][S::kFeatureWarps];
-  uint32_t upper_records[kCount];  // further than those of the lower strips
-  uint32_t x[kCount][S::kTokens];  // the row's first piece, or kNoRow
-  int y[kCount][S::kTokens];       // row of the output; negative: none
+  uint32_t upper_records[kCount][S::kFeatureWarps];  // further than those of the lower strips
+  uint32_t x[kCount][S::kTokens];                    // the row's first piece, or kNoRow
+  int y[kCount][S::kTokens];                         // row of the output; negative: none
   float weight[kCount][S::kTokens];
   uint32_t present[kCount][kMasks];
 };
@@ -385,10 +385,9 @@ __device__ __forceinline__ void write_table(const SegmentWalk<S, Rows>& walk, in
       tables.at[table] = at;
       tables.expert[table] = expert;
     }
-    // The two halves of every warp are as far from each other.
-    tables.upper_codes[table] =
+    tables.upper_codes[table][thread] =
         codes_of(upper) - codes_of(lower) - kStrips / 2 * (S::kStripBytes / 16);
-    tables.upper_records[table] =
+    tables.upper_records[table][thread] =
         records_of(upper) - records_of(lower) - kStrips / 2 * walk.record_pieces;
   }
   if (thread >= SegmentTables<S>::kMasks * 32) return;
@@ -519,10 +518,10 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
     set_groups(fill_chunk_groups_, tables_.expert[table]);
     fill_codes_ = tables_.codes[table][feature_warp_] + lane_ +
                   (fill_chunk_ - at.begin) * (S::kBlockBytes / 16);
-    upper_codes_ = tables_.upper_codes[table];
+    upper_codes_ = tables_.upper_codes[table][feature_warp_];
     // The first lanes copy the records of the lower strips.
     fill_records_ = tables_.records[table][feature_warp_] + lane_ +
-                    (lane_ < group_bytes() / 32 ? 0 : tables_.upper_records[table]);
+                    (lane_ < group_bytes() / 32 ? 0 : tables_.upper_records[table][feature_warp_]);
     fill_x_ = fill_chunk_ * (Layout::kChunkRows / 8) + threadIdx.x % 8;
   }
 
