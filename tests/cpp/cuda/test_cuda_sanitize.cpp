@@ -1,4 +1,4 @@
-// A handful of layers, and routing, through handles, on memory that nothing else touches, for
+// A handful of layers, blocks, and routing, through handles, on memory that nothing else touches, for
 // compute-sanitizer: every allocation is as large as its matrix, inputs are written by the host
 // alone, and everything is freed at the end. Without a sanitizer it is a small test. Needs no GoogleTest.
 // Exit codes: 0 right, 1 wrong, 77 no device.
@@ -19,6 +19,7 @@
 #include "marlinq/routing.hpp"
 #include "marlinq_tolerances.hpp"  // generated from tolerances.json
 #include "support/generators.hpp"
+#include "support/moe_reference.hpp"
 #include "support/reference.hpp"
 
 namespace {
@@ -298,6 +299,128 @@ int run_routing(cudaStream_t stream, const marlinq::ContextHandle& context) {
   return wrong;
 }
 
+/// A copy of a matrix whose rows follow one another, in memory of its size.
+class Uploaded {
+ public:
+  Uploaded(const Matrix& matrix, cudaStream_t stream)
+      : view_(matrix.input()),
+        memory_(static_cast<std::size_t>(view_.rows * view_.cols) * size_of(view_.dtype)) {
+    check(cudaMemcpyAsync(memory_.data(), view_.data,
+                          static_cast<std::size_t>(view_.rows * view_.cols) * size_of(view_.dtype),
+                          cudaMemcpyHostToDevice, stream),
+          "copy in");
+    view_.data = memory_.data();
+    view_.device = kDevice;
+  }
+
+  marlinq::ConstMatrixView input() const { return view_; }
+
+ private:
+  marlinq::ConstMatrixView view_;
+  Memory memory_;
+};
+
+struct BlockCase {
+  std::int64_t experts = 8;
+  std::int64_t hidden = 128;
+  std::int64_t inner = 96;
+  int top_k = 2;
+  LayerOptions layer;
+  std::vector<std::int64_t> tokens = {1, 12, 40, 600};
+};
+
+std::string describe(const BlockCase& c) {
+  return std::to_string(c.experts) + " experts of " + std::to_string(c.hidden) + " x " +
+         std::to_string(c.inner) + ", " + marlinq::test::describe(c.layer);
+}
+
+/// A block of every number of tokens, with a shared expert. How many results are wrong.
+int run_block(const BlockCase& c, cudaStream_t stream, const marlinq::ContextHandle& context) {
+  LayerOptions up = c.layer;
+  up.k = c.hidden;
+  up.n = c.inner;
+  LayerOptions down = c.layer;
+  down.k = c.inner;
+  down.n = c.hidden;
+  down.seed += 50;
+  const marlinq::test::Experts up_experts = marlinq::test::make_experts(c.experts, 2, up);
+  const marlinq::test::Experts down_experts = marlinq::test::make_experts(c.experts, 1, down);
+  const marlinq::test::Experts shared_up = marlinq::test::make_experts(1, 2, up);
+  const marlinq::test::Experts shared_down = marlinq::test::make_experts(1, 1, down);
+  marlinq::test::MoeReference reference;
+  reference.gate_up = up_experts.dense();
+  reference.down = down_experts.dense();
+  reference.shared = {shared_up.dense()[0], shared_down.dense()[0]};
+  const marlinq::MoeBlockHandle block = context.make_moe_block(
+      {.gate_up = context.load_gptq_stacked(up_experts.tensors(), up_experts.spec()),
+       .down = context.load_gptq_stacked(down_experts.tensors(), down_experts.spec()),
+       .shared_gate_up = context.load_gptq(shared_up.tensors()[0], shared_up.spec()),
+       .shared_down = context.load_gptq(shared_down.tensors()[0], shared_down.spec())});
+  int wrong = 0;
+  double worst = 0;
+  for (const std::int64_t tokens : c.tokens) {
+    marlinq::test::Random random(static_cast<std::uint64_t>(tokens));
+    const Matrix x =
+        marlinq::test::random_matrix(tokens, c.hidden, DType::kFloat16, c.layer.seed + 100);
+    const Matrix ids =
+        marlinq::test::random_topk_ids(tokens, c.top_k, c.experts, DType::kInt32, 20, random);
+    const Matrix weights = marlinq::test::random_topk_weights(tokens, c.top_k, random);
+    const std::vector<double> expected = reference.forward(x, ids, weights);
+    const Uploaded x_there(x, stream);
+    const Uploaded ids_there(ids, stream);
+    const Uploaded weights_there(weights, stream);
+    const Array<float> out(tokens * c.hidden, DType::kFloat32);
+    block.forward(context,
+                  {.x = x_there.input(),
+                   .topk_ids = ids_there.input(),
+                   .topk_weights = weights_there.input()},
+                  out.matrix(c.hidden));
+    const std::vector<float> y = out.read(stream);
+    double error = 0;
+    double norm = 0;
+    for (std::size_t i = 0; i < y.size(); ++i) {
+      error += (y[i] - expected[i]) * (y[i] - expected[i]);
+      norm += expected[i] * expected[i];
+    }
+    // A single row may cancel more than the many that the bound is for.
+    const double bound =
+        (tokens == 1 ? 3 : 1) * marlinq::test::tolerances::kCudaMoeFloat16 * std::sqrt(norm);
+    const double over = std::sqrt(error) / bound;
+    worst = std::fmax(worst, over);
+    if (!(over <= 1)) {
+      ++wrong;
+      std::printf("  %lld tokens: %.2f times the bound\n", static_cast<long long>(tokens), over);
+    }
+  }
+  std::printf("%s block of %s: at most %.2f times the bound\n", wrong == 0 ? "ok   " : "WRONG",
+              describe(c).c_str(), worst);
+  return wrong;
+}
+
+/// Blocks whose activation is a step of the product or a kernel of its own, with tiles that are cut and
+/// tiles that are not.
+int run_blocks(cudaStream_t stream, const marlinq::ContextHandle& context) {
+  std::vector<BlockCase> all(3);
+  all[0].layer = {.bits = 4, .group_size = 32, .seed = 60};
+  all[1].experts = 20;
+  all[1].hidden = 704;
+  all[1].inner = 160;
+  all[1].layer = {.bits = 4,
+                  .group_size = 32,
+                  .zeros = Zeros::kAsymmetricV1,
+                  .bias = DType::kFloat16,
+                  .seed = 61};
+  all[1].tokens = {3, 70};
+  all[2].experts = 3;
+  all[2].hidden = 96;
+  all[2].inner = 72;
+  all[2].layer = {.bits = 8, .group_size = 24, .order = Order::kActOrder, .seed = 62};
+  all[2].tokens = {5, 33};
+  int wrong = 0;
+  for (const BlockCase& c : all) wrong += run_block(c, stream, context);
+  return wrong;
+}
+
 int run_all() {
   cudaStream_t stream = nullptr;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
@@ -306,6 +429,7 @@ int run_all() {
     const marlinq::ContextHandle context = marlinq::open_context(kDevice, {.stream = stream});
     for (const Case& which : cases()) wrong += run_layer(which, stream, context);
     wrong += run_routing(stream, context);
+    wrong += run_blocks(stream, context);
   }
   check(cudaStreamDestroy(stream), "cudaStreamDestroy");
   return wrong;
