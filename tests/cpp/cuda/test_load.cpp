@@ -220,6 +220,87 @@ TEST_F(LoadTest, LoadsInARow) {
   }
 }
 
+// An expert is a pointer offset: its bytes are contiguous, and those of the same weight loaded alone.
+TEST_F(LoadTest, AnExpertHasTheBytesOfTheLayer) {
+  constexpr std::int64_t kExperts = 5;
+  for (const bool asymmetric : {false, true}) {
+    for (const Order order : {Order::kNone, Order::kActOrder}) {
+      std::vector<std::vector<Layer>> experts;
+      std::vector<GptqTensors> tensors;
+      std::vector<GptqWeights> weights;
+      for (std::uint64_t e = 0; e < kExperts; ++e) {
+        const Layer gate =
+            make_layer({.bits = 4,
+                        .k = 320,
+                        .n = 96,
+                        .group_size = 32,
+                        .zeros = asymmetric ? Zeros::kAsymmetricV1 : Zeros::kSymmetricV1,
+                        .order = order,
+                        .bias = DType::kFloat16,
+                        .seed = e + 1});
+        experts.push_back({gate, gate});
+        tensors.push_back(test::fused(experts.back()));
+        GptqSpec spec = gate.spec();
+        spec.n = 2 * 96;
+        weights.push_back(validate(tensors.back(), spec));
+      }
+      for (const UploadSizes& sizes : {UploadSizes{}, small_sizes()}) {
+        Uploader uploader(0, sizes);
+        LayerUpload upload(uploader, weights);
+        const DeviceWeight stack = cuda::sm80::load(weights, upload);
+        ASSERT_EQ(stack.experts, kExperts);
+        const Bytes all = bytes_of(stack);
+        ASSERT_EQ(static_cast<std::int64_t>(all.size()), kExperts * stack.expert_bytes);
+        for (std::int64_t e = 0; e < kExperts; ++e) {
+          const auto begin = all.begin() + e * stack.expert_bytes;
+          EXPECT_TRUE(same(Bytes(begin, begin + stack.expert_bytes),
+                           test::packed_by_definition(experts[static_cast<std::size_t>(e)])))
+              << "expert " << e;
+        }
+      }
+    }
+  }
+}
+
+// Groups of other sizes, rows in plain order, zero points: what one expert needs, all have, and the
+// codes of each are at the places of its own.
+TEST_F(LoadTest, ExpertsOfDifferentOrdersShareOneLayout) {
+  std::vector<Layer> layers;
+  layers.reserve(3);  // tensors are views into them
+  std::vector<GptqTensors> tensors;
+  std::vector<GptqWeights> weights;
+  for (const Order order : {Order::kNone, Order::kUnbalanced, Order::kActOrder}) {
+    layers.push_back(
+        make_layer({.bits = 4,
+                    .k = 320,
+                    .n = 96,
+                    .group_size = 32,
+                    .zeros = order == Order::kNone ? Zeros::kSymmetricV1 : Zeros::kAsymmetricV1,
+                    .order = order,
+                    .seed = layers.size() + 1}));
+    tensors.emplace_back(test::fused({layers.back()}));
+    weights.push_back(validate(tensors.back(), layers.back().spec()));
+  }
+  const std::vector<cuda::sm80::LayerPlan> plans = cuda::sm80::plan_experts(weights);
+  for (const cuda::sm80::LayerPlan& plan : plans) {
+    EXPECT_EQ(plan.bytes, plans.front().bytes);
+    const cuda::sm80::SegmentPlan& segment = plan.segments.front();
+    EXPECT_TRUE(segment.has_source);
+    EXPECT_TRUE(segment.layout.has_zeros);
+    EXPECT_EQ(segment.chunk_shift, -1);
+    EXPECT_EQ(static_cast<std::int64_t>(segment.source.size()),
+              segment.layout.chunks * cuda::sm80::Layout::kChunkRows);
+    std::vector<std::int32_t> rows;
+    for (const std::int32_t row : segment.source) {
+      if (row >= 0) rows.push_back(row);
+    }
+    std::sort(rows.begin(), rows.end());
+    for (std::int32_t row = 0; row < 320; ++row) {
+      ASSERT_EQ(rows[static_cast<std::size_t>(row)], row);
+    }
+  }
+}
+
 TEST_F(LoadTest, AnySourceGivesTheSameBytes) {
   Uploader uploader(0, small_sizes());
   for (const Source source : kSources) {

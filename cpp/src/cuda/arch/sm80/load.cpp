@@ -33,34 +33,19 @@ const std::int32_t* ints(const unsigned char* memory, std::int64_t place) {
   return place < 0 ? nullptr : reinterpret_cast<const std::int32_t*>(memory + place);
 }
 
-// Those of all experts in one copy.
-void put_host_parts(std::span<const GptqWeights> experts, const std::vector<LayerPlan>& plans,
-                    std::size_t segment, unsigned char* memory, std::int64_t expert_bytes,
-                    LayerUpload& upload) {
-  unsigned char* const place = memory + plans.front().segments[segment].places.chunk_groups;
-  std::vector<unsigned char> parts;
-  for (std::size_t e = 0; e < experts.size(); ++e) {
-    const std::vector<unsigned char> own = host_parts(experts[e], plans[e].segments[segment]);
-    parts.insert(parts.end(), own.begin(), own.end());
-  }
-  const std::size_t width = parts.size() / experts.size();
-  if (experts.size() == 1) {
-    upload.put(place, parts.data(), static_cast<std::int64_t>(width));
-  } else {
-    MARLINQ_CUDA_CHECK(cudaMemcpy2DAsync(place, static_cast<std::size_t>(expert_bytes),
-                                         parts.data(), width, width, experts.size(),
-                                         cudaMemcpyHostToDevice, upload.stream()));
-  }
-}
-
 // Pieces that end inside a block of features or-in their codes, so that all start from 0.
 void pack_experts(std::span<const GptqWeights> experts, const std::vector<LayerPlan>& plans,
                   DeviceWeight& target, LayerUpload& upload) {
   auto* memory = static_cast<unsigned char*>(target.memory.data());
   const auto bytes = static_cast<std::size_t>(target.memory.size()) * 4;
   MARLINQ_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, upload.stream()));
-  for (std::size_t i = 0; i < plans.front().segments.size(); ++i) {
-    put_host_parts(experts, plans, i, memory, target.expert_bytes, upload);
+  for (std::size_t e = 0; e < experts.size(); ++e) {
+    unsigned char* const slot = memory + static_cast<std::int64_t>(e) * target.expert_bytes;
+    for (const SegmentPlan& segment : plans[e].segments) {
+      const std::vector<unsigned char> parts = host_parts(experts[e], segment);
+      upload.put(slot + segment.places.chunk_groups, parts.data(),
+                 static_cast<std::int64_t>(parts.size()));
+    }
   }
   while (const DevicePiece* piece = upload.next()) {
     const GptqWeights& weights = experts[piece->raw.layer];
