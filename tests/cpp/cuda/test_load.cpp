@@ -278,7 +278,7 @@ TEST_F(LoadTest, ExpertsOfDifferentOrdersShareOneLayout) {
                     .zeros = order == Order::kNone ? Zeros::kSymmetricV1 : Zeros::kAsymmetricV1,
                     .order = order,
                     .seed = layers.size() + 1}));
-    tensors.emplace_back(test::fused({layers.back()}));
+    tensors.push_back(layers.back().tensors());
     weights.push_back(validate(tensors.back(), layers.back().spec()));
   }
   const std::vector<cuda::sm80::LayerPlan> plans = cuda::sm80::plan_experts(weights);
