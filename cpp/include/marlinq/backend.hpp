@@ -80,6 +80,7 @@ struct QuantMarlinDefaults {
 
   /// Grows the context's scratch to `required_elements` = m_total * (widest matmul input), so that
   /// forwards of linears and stacks up to there allocate nothing. Idempotent; only ever grows.
+  /// For blocks on a GPU, 2 * tokens * top_k * (hidden + inner).
   template <class Context>
   static void pregrow_marlin_gather_scratch(Context&, std::int64_t /*required_elements*/) {}
 
