@@ -18,7 +18,6 @@ struct ExpertGather {
   const void* x = nullptr;
   FloatType x_type = FloatType::kF16;
   std::int64_t x_stride = 0;
-  std::int32_t k = 0;
   TokenTileLists tiles = {};
   std::int32_t top_k = 1;
   bool x_by_slot = false;
@@ -26,11 +25,10 @@ struct ExpertGather {
   std::int64_t expert_bytes = 0;
   std::int32_t num_experts = 0;
   void* out = nullptr;  // [slots, columns]
-  FloatType out_type = FloatType::kF16;
   std::int32_t columns = 0;
 };
 
-/// The row of x of every slot in the packed row order of its expert.
+/// The row of x of every slot in the packed row order of its expert; float32 becomes float16.
 void gather_expert_rows(const ExpertGather& gather, bool dependent_launch, void* stream);
 
 }  // namespace marlinq::cuda

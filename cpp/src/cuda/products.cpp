@@ -144,7 +144,6 @@ void gather_phase(ContextState& state, const PackedExperts& packed, const Segmen
     gather_expert_rows({.x = phase.x.data,
                         .x_type = phase.x.type,
                         .x_stride = phase.x.row_stride,
-                        .k = weight.k,
                         .tiles = phase.tiles,
                         .top_k = phase.top_k,
                         .x_by_slot = phase.x_by_slot,
@@ -152,7 +151,6 @@ void gather_phase(ContextState& state, const PackedExperts& packed, const Segmen
                         .expert_bytes = problem.expert_bytes,
                         .num_experts = problem.num_experts,
                         .out = gathered,
-                        .out_type = problem.matrix.x_type,
                         .columns = columns},
                        state.dependent_launches(), state.stream);
     problem.x_by_slot = true;

@@ -62,9 +62,11 @@ ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits
     while (chosen + 1 < all.size() && all[chosen].tokens < most_rows(problem)) ++chosen;
     while (chosen > least && shared_bytes(w, all[chosen]) > usable_shared(limits)) --chosen;
   }
-  // Beyond some rounds of the blocks it pays to go on from tile to tile without a pause.
+  // Beyond some rounds of the blocks it pays to go on from tile to tile without a pause. It divides K in
+  // another way, so that which of the two it is may not depend on the batch.
   constexpr std::int64_t kFewRounds = 2;
-  if (chosen == kAnyScales && shared_bytes(w, all[kFewTiles]) <= usable_shared(limits) &&
+  if (!invariant && chosen == kAnyScales &&
+      shared_bytes(w, all[kFewTiles]) <= usable_shared(limits) &&
       most_tiles(problem, all[kFewTiles].tokens) * ceil_div(w.n, all[kFewTiles].features) <=
           kFewRounds * all[kFewTiles].blocks_together * limits.multiprocessors) {
     chosen = kFewTiles;
