@@ -17,6 +17,7 @@ struct WeightView {
   const unsigned char* groups = nullptr;  // scales and zero points
   const std::int32_t* chunk_groups = nullptr;
   std::int32_t chunk_shift = -1;  // at least 0: the group of a whole chunk is chunk >> chunk_shift
+  std::int32_t step_shift = -1;   // the same of 16 rows
   const float* bias = nullptr;    // null: none
   // Input row of each packed row, -1 padding; null: the same row.
   const std::int32_t* source = nullptr;

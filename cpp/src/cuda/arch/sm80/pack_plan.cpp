@@ -33,6 +33,19 @@ std::int32_t find_chunk_shift(const std::vector<std::int32_t>& chunk_groups) {
   return -1;
 }
 
+/// The same for every step.
+std::int32_t find_step_shift(const std::vector<std::int32_t>& step_group) {
+  constexpr std::int32_t kMostShift = 26;
+  for (std::int32_t shift = 0; shift <= kMostShift; ++shift) {
+    bool fits = true;
+    for (std::size_t step = 0; fits && step < step_group.size(); ++step) {
+      fits = step_group[step] == static_cast<std::int32_t>(step >> shift);
+    }
+    if (fits) return shift;
+  }
+  return -1;
+}
+
 SegmentPlan start_segment(const GptqWeights& weights, const ValidatedModule& part) {
   SegmentPlan plan;
   RowOrder order = make_row_order(part.group_of_row, weights.groups, Layout::kGroupAlignment,
@@ -59,6 +72,7 @@ SegmentPlan start_segment(const GptqWeights& weights, const ValidatedModule& par
         std::max(plan.groups_per_chunk, groups[Layout::kChunkSteps - 1] - groups[0] + 1);
   }
   plan.chunk_shift = find_chunk_shift(plan.chunk_groups);
+  plan.step_shift = find_step_shift(plan.step_group);
   plan.scale_type = float_type(part.scale_dtype);
   plan.layout = {.code_bits = weights.bits == 8 ? 8 : 4,
                  .scale_bytes = plan.scale_type == FloatType::kF32 ? 4 : 2,
@@ -108,6 +122,8 @@ void share_layout(std::vector<LayerPlan>& experts, std::size_t index) {
     // The groups of chunks that some experts do not have are no quotient of their number.
     if (s.chunk_shift != most.chunk_shift || s.layout.chunks != most.layout.chunks)
       most.chunk_shift = -1;
+    if (s.step_shift != most.step_shift || s.layout.chunks != most.layout.chunks)
+      most.step_shift = -1;
     most.layout.chunks = std::max(most.layout.chunks, s.layout.chunks);
     most.layout.groups = std::max(most.layout.groups, s.layout.groups);
     most.layout.has_zeros = most.layout.has_zeros || s.layout.has_zeros;
@@ -121,6 +137,7 @@ void share_layout(std::vector<LayerPlan>& experts, std::size_t index) {
     s.layout = most.layout;
     s.groups_per_chunk = most.groups_per_chunk;
     s.chunk_shift = most.chunk_shift;
+    s.step_shift = most.step_shift;
     s.has_source = most.has_source;
     s.places.bias = most.places.bias;
     s.source.resize(chunks * Layout::kChunkRows, -1);

@@ -39,7 +39,8 @@ struct SegmentPlan {
   std::vector<std::int32_t> step_group;
   std::vector<std::int32_t> chunk_groups;  // Layout's words
   std::int32_t groups_per_chunk = 1;       // at most
-  std::int32_t chunk_shift = -1;           // as WeightView's
+  std::int32_t chunk_shift = -1;           // as WeightView's, ...
+  std::int32_t step_shift = -1;            // ... and this too
   SegmentPlaces places;
 };
 

@@ -1,0 +1,145 @@
+// wgmma with A in registers and B in shared memory; compute capability 9.0a.
+//
+// A is as for mma.m16n8k16, warp w of the four having rows 16 w to 16 w + 15; so is the result: element
+// 4 j + i of a lane is that of c[i] in the product with columns 8 j to 8 j + 7.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace marlinq::cuda::ptx {
+
+/// B of 16 rows in a tile of [column][64 rows] of 2-byte elements, whose 128-byte rows have their pieces
+/// of 16 bytes swizzled as tensor_map() says. The tile begins at a multiple of 1 KB.
+__device__ __forceinline__ uint64_t wgmma_operand(uint32_t address) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  constexpr uint64_t kStride = uint64_t{1024 / 16} << 32;  // of 8 columns
+  constexpr uint64_t kLead = uint64_t{1} << 16;            // not used
+  return kSwizzle128 | kStride | kLead | ((address & 0x3ffff) >> 4);
+}
+
+/// Before the first wgmma, and before one whose registers ordinary instructions have touched.
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+/// The compiler may not move what touches these registers over this place.
+template <int kCount>
+__device__ __forceinline__ void keep_in_place(float (&registers)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+
+#define MARLINQ_WGMMA_16(TYPE) \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n" \
+               "wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPE "." TYPE " {" \
+               "%0, %1, %2, %3, %4, %5, %6, %7" \
+               "}, {%8, %9, %10, %11}, %12, p, 1, 1, 0;\n}" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),  \
+                 "+f"(d[6]), "+f"(d[7]) \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), \
+                 "r"(static_cast<int>(adds)))
+
+#define MARLINQ_WGMMA_32(TYPE) \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n" \
+               "wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE " {" \
+               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
+               "}, {%16, %17, %18, %19}, %20, p, 1, 1, 0;\n}" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),  \
+                 "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),  \
+                 "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]) \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), \
+                 "r"(static_cast<int>(adds)))
+
+#define MARLINQ_WGMMA_64(TYPE) \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n" \
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" \
+               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
+               "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
+               "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),  \
+                 "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),  \
+                 "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),  \
+                 "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),  \
+                 "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),  \
+                 "+f"(d[30]), "+f"(d[31]) \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), \
+                 "r"(static_cast<int>(adds)))
+
+#define MARLINQ_WGMMA_128(TYPE) \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n" \
+               "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" \
+               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
+               "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, " \
+               "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+               "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
+               "}, {%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),  \
+                 "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),  \
+                 "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),  \
+                 "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),  \
+                 "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),  \
+                 "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),  \
+                 "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]),  \
+                 "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),  \
+                 "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]),  \
+                 "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),  \
+                 "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]) \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), \
+                 "r"(static_cast<int>(adds)))
+
+/// d = A (64 x 16) * B (16 x 2 kCount), added to d where `adds`. Asynchronous: neither d nor a may be touched
+/// before a wgmma_wait() that covers it.
+template <class T, int kCount>
+__device__ __forceinline__ void wgmma_k16(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b,
+                                          bool adds) {
+  static_assert(kCount == 8 || kCount == 16 || kCount == 32 || kCount == 64);
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  if constexpr (kCount == 8) {
+    if constexpr (kHalf) {
+      MARLINQ_WGMMA_16("f16");
+    } else {
+      MARLINQ_WGMMA_16("bf16");
+    }
+  }
+  if constexpr (kCount == 16) {
+    if constexpr (kHalf) {
+      MARLINQ_WGMMA_32("f16");
+    } else {
+      MARLINQ_WGMMA_32("bf16");
+    }
+  }
+  if constexpr (kCount == 32) {
+    if constexpr (kHalf) {
+      MARLINQ_WGMMA_64("f16");
+    } else {
+      MARLINQ_WGMMA_64("bf16");
+    }
+  }
+  if constexpr (kCount == 64) {
+    if constexpr (kHalf) {
+      MARLINQ_WGMMA_128("f16");
+    } else {
+      MARLINQ_WGMMA_128("bf16");
+    }
+  }
+}
+
+#undef MARLINQ_WGMMA_16
+#undef MARLINQ_WGMMA_32
+#undef MARLINQ_WGMMA_64
+#undef MARLINQ_WGMMA_128
+
+}  // namespace marlinq::cuda::ptx
