@@ -76,13 +76,23 @@ function(marlinq_write_cpu_isa_list)
   target_include_directories(marlinq_cpu PRIVATE "${CMAKE_CURRENT_BINARY_DIR}/generated")
 endfunction()
 
-# marlinq_add_cuda_arch(NAME name [SOURCES file...])
-# Compiles arch/<name>/ on its own: the given sources and instantiate/*.cu.
+# marlinq_add_cuda_arch(NAME name [TARGET architecture] [SOURCES file...])
+# Compiles arch/<name>/ on its own: the given sources and instantiate/*.cu. TARGET, such as 90a-real: for that alone,
+# and only where CMAKE_CUDA_ARCHITECTURES has 90.
 function(marlinq_add_cuda_arch)
-  cmake_parse_arguments(arg "" "NAME" "SOURCES" ${ARGN})
+  cmake_parse_arguments(arg "" "NAME;TARGET" "SOURCES" ${ARGN})
+  if(arg_TARGET)
+    string(REGEX MATCH "^[0-9]+" number "${arg_TARGET}")
+    if(NOT CMAKE_CUDA_ARCHITECTURES MATCHES "(^|;)(${number}|all|native)")
+      return()
+    endif()
+  endif()
   list(TRANSFORM arg_SOURCES PREPEND "${CMAKE_CURRENT_LIST_DIR}/")
   file(GLOB instances CONFIGURE_DEPENDS "${CMAKE_CURRENT_LIST_DIR}/instantiate/*.cu")
   add_library(marlinq_cuda_${arg_NAME} OBJECT ${arg_SOURCES} ${instances})
+  if(arg_TARGET)
+    set_target_properties(marlinq_cuda_${arg_NAME} PROPERTIES CUDA_ARCHITECTURES ${arg_TARGET})
+  endif()
   marlinq_target_options(marlinq_cuda_${arg_NAME})
   target_compile_options(marlinq_cuda_${arg_NAME} PRIVATE
     $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>)

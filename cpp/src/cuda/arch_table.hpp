@@ -18,6 +18,7 @@ struct ArchKernels {
   const char* name;
   int priority;             // the usable entry with the highest is chosen
   int min_capability;       // 10 * major + minor
+  int max_capability;
   const char* requirement;  // for people
 
   /// Packs a layer, or the experts of a stack, from the pieces of their upload; returns when the
@@ -43,6 +44,10 @@ struct ArchKernels {
   void (*launch_experts)(const ExpertProblem& problem, const ExpertPlan& plan,
                          const DeviceLimits& limits, const SplitScratch& scratch, void* stream);
   int most_dispatches;
+
+  bool runs_on(int capability) const noexcept {
+    return min_capability <= capability && capability <= max_capability;
+  }
 };
 
 /// Every architecture of this build, best first.

@@ -23,7 +23,7 @@ std::span<const ArchKernels* const> arch_kernels() {
 const ArchKernels& choose_arch(std::string_view name, int capability) {
   std::string known;
   for (const ArchKernels* arch : arch_kernels()) {
-    const bool usable = capability >= arch->min_capability;
+    const bool usable = arch->runs_on(capability);
     if (name.empty() && usable) return *arch;
     if (name == arch->name) {
       if (usable) return *arch;

@@ -71,7 +71,7 @@ BackendInfo CudaBackend::info() {
   }
   bool found = false;
   for (const cuda::ArchKernels* arch : cuda::arch_kernels()) {
-    const bool usable = best >= arch->min_capability;
+    const bool usable = arch->runs_on(best);
     info.kernels.push_back({.name = arch->name,
                             .requires_features = arch->requirement,
                             .usable = usable,

@@ -138,9 +138,14 @@ struct GemmPlan {
   std::int32_t instance = 0;  // of the architecture's table for the types at hand
   std::int32_t blocks = 1;
   std::int32_t warps = 8;  // of a block
+  std::int32_t cluster_blocks = 1;
   std::int32_t shared_bytes = 0;
   std::int32_t tokens = 8;  // rows of x that one launch takes: all of m, or slices of this many
   TileSchedule schedule;    // kTile
+  // Where an architecture leaves them to the plan: the stages of the rings, and how many of them are
+  // filled before the kernel before has ended.
+  std::int32_t stages = 0;
+  std::int32_t early_stages = 0;
   /// The kernel may start before the one before it has ended, and waits for it by itself.
   bool dependent_launch = false;
 };

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <climits>
 #include <cstdint>
 #include <limits>
 
@@ -254,6 +255,7 @@ extern const ArchKernels kKernels;
 constinit const ArchKernels kKernels = {.name = "sm80",
                                         .priority = 80,
                                         .min_capability = 80,
+                                        .max_capability = INT_MAX,
                                         .requirement = "compute capability 8.0",
                                         .pack = load,
                                         .plan = plan,

@@ -1,8 +1,8 @@
 // The dense product of sm90 for many tokens: wgmma with the weights in registers.
 //
-// A block has a tile of features x tokens: two warpgroups that multiply, each with one or two packed
-// blocks of 64 features, and a warp that fills a ring with x (a box of the tensor map), codes and group
-// records, a chunk of 64 rows a stage. A warpgroup decodes the codes of one of its packed blocks while
+// A block has a tile of features x tokens: warpgroups that multiply, each with one or two packed blocks of
+// 64 features, and warps that fill a ring with x (boxes of the tensor map), codes and group records, a slab
+// of two chunks a stage. A warpgroup decodes the codes of one of its packed blocks while
 // the products of the other run. There is one set of sums, in units of the scale of the current group:
 // when a group begins they are multiplied by the quotient of the old scale and the new one.
 //
@@ -41,24 +41,34 @@ using sm80::GroupValues;
 using sm80::Layout;
 using sm80::TileCuts;
 
-template <class T_, int kBits_, int kGroupBlocks_, int kTokens_>
+constexpr int kSlabChunks = 2;
+constexpr int kSlabSteps = kSlabChunks * Layout::kChunkSteps;
+
+template <class T_, int kBits_, int kGroups_, int kGroupBlocks_, int kTokens_>
 struct TileShape {
   using T = T_;
   static constexpr int kBits = kBits_;
   static constexpr int kGroupBlocks = kGroupBlocks_;  // packed blocks of a warpgroup
   static constexpr int kTokens = kTokens_;
-  static constexpr int kGroups = 2;  // warpgroups that multiply
+  static constexpr int kGroups = kGroups_;  // warpgroups that multiply
   static constexpr int kBlocks = kGroups * kGroupBlocks;
   static constexpr int kFeatures = kBlocks * Layout::kBlockFeatures;
   static constexpr int kMultiplyThreads = kGroups * 128;
   static constexpr int kThreads = kMultiplyThreads + 128;
   static constexpr int kStripBytes = 128 * kBits;  // codes of a strip and chunk
   static constexpr int kChunkBytes = Layout::kBlockStrips * kStripBytes;
-  static constexpr int kXBytes = kTokens * sm80::kXRowBytes;
-  static constexpr int kStageBytes = kXBytes + kBlocks * kChunkBytes;  // without records
-  static constexpr int kOutputBytes = kGroups * kTokens * Layout::kBlockFeatures * 2;
+  static constexpr int kSlabBytes = kSlabChunks * kChunkBytes;
+  static constexpr int kXTileBytes = kTokens * sm80::kXRowBytes;  // of a chunk
+  static constexpr int kXBytes = kSlabChunks * kXTileBytes;
+  static constexpr int kStageBytes = kXBytes + kBlocks * kSlabBytes;  // without records
+  static constexpr int kOutputTokens = kTokens < 64 ? kTokens : 64;   // that are stored at a time
+  static constexpr int kGroupOutputBytes = kOutputTokens * Layout::kBlockFeatures * 2;
+  static constexpr int kOutputBytes = kGroups * kGroupOutputBytes;
   static constexpr int kSums = kTokens / 2;  // of a thread and packed block
   static constexpr int kTileFloats = kFeatures * kTokens;
+  // Registers move from the warpgroup that fills to the others.
+  static constexpr int kFillRegisters = kGroups == 2 ? 40 : 32;
+  static constexpr int kMultiplyRegisters = kGroups == 2 ? 232 : 112;
 };
 
 struct TileParams {
@@ -71,10 +81,13 @@ struct TileParams {
   Divider band;            // by the tiles of a band of token tiles
   Divider band_widths[2];  // by the token tiles of a band; of the last band
   int stages;
+  int slabs;          // along K
+  int slab_groups;    // groups of a slab, 1 or 2
+  int group_slabs;    // slabs of a group, a power of two
   bool pairs;  // outputs are of type T, and may be stored 16 bytes at a time
 };
 
-/// A part of a tile: chunks begin to end - 1.
+/// A part of a tile: slabs begin to end - 1.
 struct TilePart {
   int feature_tile;
   int token_tile;
@@ -87,25 +100,25 @@ template <class S>
 class TileWalk {
  public:
   __device__ __forceinline__ explicit TileWalk(const TileParams& params)
-      : params_(params), chunks_(params.problem.weight.chunks) {}
+      : params_(params), slabs_(params.slabs) {}
 
   /// The parts of this block, one after the other: the tail from its last tile to its first.
   __device__ __forceinline__ bool next(TilePart& part) {
     const TileSchedule& schedule = params_.schedule;
     int tile = step_ * gridDim.x + blockIdx.x;
     part.begin = 0;
-    part.end = chunks_;
+    part.end = slabs_;
     if (step_ >= schedule.whole_tiles) {
       if (blockIdx.x >= schedule.tail_blocks) return false;
       const int first = params_.tail.begin(blockIdx.x);
       const int last = params_.tail.begin(blockIdx.x + 1);
-      if (step_ == schedule.whole_tiles) tail_tile_ = static_cast<unsigned>(last - 1) / chunks_;
+      if (step_ == schedule.whole_tiles) tail_tile_ = static_cast<unsigned>(last - 1) / slabs_;
       part.tail_tile = tail_tile_--;
-      const int tile_first = part.tail_tile * chunks_;
-      if (part.tail_tile < 0 || tile_first + chunks_ <= first) return false;
+      const int tile_first = part.tail_tile * slabs_;
+      if (part.tail_tile < 0 || tile_first + slabs_ <= first) return false;
       tile = schedule.whole_tiles * gridDim.x + part.tail_tile;
       part.begin = max(first - tile_first, 0);
-      part.end = min(last - tile_first, chunks_);
+      part.end = min(last - tile_first, slabs_);
     }
     ++step_;
     const int band = params_.band.divide(tile);
@@ -121,7 +134,7 @@ class TileWalk {
 
  private:
   const TileParams& params_;
-  int chunks_;
+  int slabs_;
   int step_ = 0;
   int tail_tile_ = 0;
 };
@@ -132,19 +145,20 @@ class TileRing {
  public:
   __device__ __forceinline__ TileRing(const TileParams& params, unsigned char* shared)
       : stages_(params.stages),
-        record_bytes_(Layout::kBlockStrips * params.problem.weight.record_bytes) {
+        record_bytes_(Layout::kBlockStrips * params.problem.weight.record_bytes),
+        slab_record_bytes_(params.slab_groups * record_bytes_) {
     ring_ = ptx::shared_address(shared);
     output_ = ring_ + stages_ * S::kStageBytes;
     records_ = output_ + S::kOutputBytes;
-    barriers_ = records_ + stages_ * S::kBlocks * record_bytes_;
+    barriers_ = records_ + stages_ * S::kBlocks * slab_record_bytes_;
   }
 
   __device__ __forceinline__ uint32_t x() const { return ring_ + stage_ * S::kStageBytes; }
   __device__ __forceinline__ uint32_t codes(int block) const {
-    return x() + S::kXBytes + block * S::kChunkBytes;
+    return x() + S::kXBytes + block * S::kSlabBytes;
   }
   __device__ __forceinline__ uint32_t records(int block) const {
-    return records_ + (stage_ * S::kBlocks + block) * record_bytes_;
+    return records_ + (stage_ * S::kBlocks + block) * slab_record_bytes_;
   }
   __device__ __forceinline__ uint32_t output() const { return output_; }
   __device__ __forceinline__ int record_bytes() const { return record_bytes_; }
@@ -165,100 +179,83 @@ class TileRing {
 
  private:
   uint32_t ring_, output_, records_, barriers_;
-  int stages_, record_bytes_;
+  int stages_, record_bytes_, slab_record_bytes_;
   int stage_ = 0;
   uint32_t parity_ = 0;
 };
 
-/// By one thread: fills the ring.
-template <class S>
+/// What a warp brings into the ring. Each has few instructions for a chunk, one after the other: a warp
+/// that did it all would be slower than the products of few tokens.
+enum class FillRole { kCodes, kRecords, kX };
+
+/// By one warp: fills its part of the ring. A lane copies for one packed block.
+template <class S, FillRole kRole>
 class TileFill {
  public:
   __device__ __forceinline__ TileFill(const TileParams& params, const TileRing<S>& ring)
-      : params_(params), w_(params.problem.weight), ring_(ring), walk_(params) {
-    policy_ = ptx::evict_first_policy();
-    last_block_ = (w_.n + Layout::kBlockFeatures - 1) / Layout::kBlockFeatures - 1;
-    group_chunks_ = (1 << w_.step_shift) / Layout::kChunkSteps;
+      : params_(params), w_(params.problem.weight), ring_(ring) {
+    lane_ = threadIdx.x % 32;
   }
 
+  // Weights do not depend on the kernel before.
   __device__ __forceinline__ void run() {
-    ptx::prefetch_tensor_map(params_.x_map);
-    // The first stages: weights, which do not depend on the kernel before, and after the wait for it x.
-    const TileRing<S> first_ring = ring_;
-    more_ = walk_.next(part_);
-    chunk_ = part_.begin;
-    TileWalk<S> x_walk = walk_;
-    TilePart x_part = part_;
-    int x_chunk = chunk_;
-    bool x_more = more_;
-    int primed = 0;
-    for (; primed < ring_.stages() && more_; ++primed) {
-      fill_weights();
-      step();
+    const uint64_t policy = ptx::evict_first_policy();
+    if (kRole == FillRole::kX) {
+      if (lane_ == 0) ptx::prefetch_tensor_map(params_.x_map);
+      ptx::wait_for_predecessor();
     }
-    ptx::wait_for_predecessor();
-    TileRing<S> ring = first_ring;
-    for (int i = 0; i < primed; ++i) {
-      fill_x(ring, x_part, x_chunk);
-      ring.advance();
-      if (++x_chunk == x_part.end) {
-        x_more = x_walk.next(x_part);
-        x_chunk = x_part.begin;
+    TileWalk<S> walk(params_);
+    TilePart part;
+    while (walk.next(part)) {
+      // Past the last block of features, which nobody stores, that is read again.
+      const int last = (w_.n + Layout::kBlockFeatures - 1) / Layout::kBlockFeatures - 1;
+      const int64_t block = min(part.feature_tile * S::kBlocks + lane_, last);
+      const unsigned char* codes = reinterpret_cast<const unsigned char*>(w_.codes) +
+                                   block * w_.chunks * S::kChunkBytes +
+                                   part.begin * S::kSlabBytes;
+      const unsigned char* groups = w_.groups + block * w_.num_groups * ring_.record_bytes();
+#pragma unroll 1
+      for (int slab = part.begin; slab < part.end; ++slab) {
+        const bool starts = slab == part.begin || (slab & (params_.group_slabs - 1)) == 0;
+        const uint32_t barrier = ring_.filled(ring_.stage());
+        const int records = starts ? record_bytes(slab) : 0;
+        if (kRole != FillRole::kRecords || starts)
+          ptx::barrier_wait(ring_.emptied(ring_.stage()), ring_.parity() ^ 1);
+        if constexpr (kRole == FillRole::kCodes) {
+          // An odd last chunk has what follows it for company, and meets zeros.
+          if (lane_ == 0) ptx::barrier_expect(barrier, S::kStageBytes + S::kBlocks * records);
+          if (lane_ < S::kBlocks)
+            ptx::bulk_copy(ring_.codes(lane_), codes, S::kSlabBytes, barrier, policy);
+          codes += S::kSlabBytes;
+        } else if constexpr (kRole == FillRole::kRecords) {
+          if (starts && lane_ < S::kBlocks) {
+            ptx::bulk_copy(ring_.records(lane_),
+                           groups + static_cast<int64_t>(group(slab)) * ring_.record_bytes(),
+                           records, barrier);
+          }
+        } else if (lane_ < kSlabChunks) {
+          ptx::tensor_copy(ring_.x() + lane_ * S::kXTileBytes, params_.x_map,
+                           (slab * kSlabChunks + lane_) * Layout::kChunkRows,
+                           part.token_tile * S::kTokens, barrier);
+        }
+        ring_.advance();
       }
     }
-    while (more_) {
-      ptx::barrier_wait(ring_.emptied(ring_.stage()), ring_.parity() ^ 1);
-      fill_weights();
-      fill_x(ring_, part_, chunk_);
-      step();
-    }
-    ptx::launch_dependents();
+    if (kRole == FillRole::kCodes) ptx::launch_dependents();
   }
 
  private:
-  __device__ __forceinline__ void step() {
-    ring_.advance();
-    if (++chunk_ == part_.end) {
-      more_ = walk_.next(part_);
-      chunk_ = part_.begin;
-    }
+  __device__ __forceinline__ int group(int slab) const {
+    return (slab * kSlabSteps) >> w_.step_shift;
   }
-
-  __device__ __forceinline__ void fill_weights() const {
-    const uint32_t barrier = ring_.filled(ring_.stage());
-    const bool starts = chunk_ == part_.begin || chunk_ % group_chunks_ == 0;
-    const int records = ring_.record_bytes();
-    ptx::barrier_expect(barrier, S::kStageBytes + (starts ? S::kBlocks * records : 0));
-    const int group = (chunk_ * Layout::kChunkSteps) >> w_.step_shift;
-#pragma unroll
-    for (int i = 0; i < S::kBlocks; ++i) {
-      // Past the last block of features, which nobody stores, that is read again.
-      const int64_t block = min(part_.feature_tile * S::kBlocks + i, last_block_);
-      ptx::bulk_copy(ring_.codes(i),
-                     reinterpret_cast<const unsigned char*>(w_.codes) +
-                         (block * w_.chunks + chunk_) * S::kChunkBytes,
-                     S::kChunkBytes, barrier, policy_);
-      if (starts) {
-        ptx::bulk_copy(ring_.records(i), w_.groups + (block * w_.num_groups + group) * records,
-                       records, barrier);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void fill_x(const TileRing<S>& ring, const TilePart& part,
-                                         int chunk) const {
-    ptx::tensor_copy(ring.x(), params_.x_map, chunk * Layout::kChunkRows,
-                     part.token_tile * S::kTokens, ring.filled(ring.stage()));
+  __device__ __forceinline__ int record_bytes(int slab) const {
+    return min(params_.slab_groups, w_.num_groups - group(slab)) * ring_.record_bytes();
   }
 
   const TileParams& params_;
   const WeightView& w_;
   TileRing<S> ring_;
-  TileWalk<S> walk_;
-  TilePart part_;
-  uint64_t policy_;
-  int chunk_, last_block_, group_chunks_;
-  bool more_;
+  int lane_;
 };
 
 /// By a warpgroup: multiplies.
@@ -272,7 +269,6 @@ class TileMultiply {
     group_ = threadIdx.x / 128;
     warp_ = threadIdx.x / 32 % 4;
     lane_ = threadIdx.x % 32;
-    group_chunks_ = (1 << w_.step_shift) / Layout::kChunkSteps;
   }
 
   __device__ __forceinline__ void run() {
@@ -295,61 +291,94 @@ class TileMultiply {
   }
 
  private:
-  // A group of scales after the other: between them no product is under way, which the other warpgroup
-  // makes use of.
+  // Between groups of scales no product of the warpgroup is under way, which the others make use of.
   __device__ __forceinline__ void multiply(const TilePart& part) {
 #pragma unroll
     for (int b = 0; b < S::kGroupBlocks; ++b) {
       values_[b].scale[0][0] = values_[b].scale[0][1] = 0.0f;
     }
-    bool adds = false;
-    int chunk = part.begin;
+    if (params_.slab_groups == 1) {
+      multiply_slabs(part);
+    } else {
+      multiply_half_slabs(part);
+    }
+  }
+
+  __device__ __forceinline__ void multiply_slabs(const TilePart& part) {
+    int slab = part.begin;
 #pragma unroll 1
     do {
-      const int end = min((chunk / group_chunks_ + 1) * group_chunks_, part.end);
       ptx::barrier_wait(ring_.filled(ring_.stage()), ring_.parity());
+      if (slab == part.begin || (slab & (params_.group_slabs - 1)) == 0) {
 #pragma unroll
-      for (int b = 0; b < S::kGroupBlocks; ++b) change_group(b);
-      int previous = -1;  // the stage before, which is read until its products are done
+        for (int b = 0; b < S::kGroupBlocks; ++b) change_group(b, 0);
+      }
+      const uint64_t x = ptx::wgmma_operand(ring_.x());
+#pragma unroll
+      for (int b = 0; b < S::kGroupBlocks; ++b) {
+        decode_chunk(b, 0);
+        decode_chunk(b, 1);
+        ptx::wgmma_fence();
+        multiply_chunk(b, 0, x, slab > part.begin);
+        multiply_chunk(b, 1, x, true);
+        ptx::wgmma_commit();
+      }
+      finish_products();
+    } while (++slab < part.end);
+  }
+
+  // Each chunk has a group of its own.
+  __device__ __forceinline__ void multiply_half_slabs(const TilePart& part) {
+    int slab = part.begin;
 #pragma unroll 1
-      do {
-        ptx::barrier_wait(ring_.filled(ring_.stage()), ring_.parity());
+    do {
+      ptx::barrier_wait(ring_.filled(ring_.stage()), ring_.parity());
+      const uint64_t x = ptx::wgmma_operand(ring_.x());
+#pragma unroll
+      for (int chunk = 0; chunk < kSlabChunks; ++chunk) {
 #pragma unroll
         for (int b = 0; b < S::kGroupBlocks; ++b) {
-          // The products of the block before run on; those of this one, which used the same registers,
-          // are done.
-          ptx::wgmma_wait<S::kGroupBlocks - 1>();
-          if (b == S::kGroupBlocks - 1) release(previous);
-          decode_chunk(b);
-          multiply_block(b, adds);
+          if (slab * kSlabChunks + chunk < w_.num_groups) change_group(b, chunk);
         }
-        adds = true;
-        previous = ring_.stage();
-        ring_.advance();
-      } while (++chunk < end);
-      ptx::wgmma_wait<0>();
 #pragma unroll
-      for (int b = 0; b < S::kGroupBlocks; ++b) ptx::keep_in_place(sum_[b]);
-      release(previous);
-    } while (chunk < part.end);
+        for (int b = 0; b < S::kGroupBlocks; ++b) {
+          decode_chunk(b, chunk);
+          ptx::wgmma_fence();
+          multiply_chunk(b, chunk, x, slab > part.begin || chunk > 0);
+          ptx::wgmma_commit();
+        }
+        if (chunk == 0) wait_for_products();
+      }
+      finish_products();
+    } while (++slab < part.end);
   }
 
-  __device__ __forceinline__ void release(int stage) const {
-    if (lane_ == 0 && stage >= 0) ptx::barrier_arrive(ring_.emptied(stage));
+  __device__ __forceinline__ void wait_for_products() {
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int b = 0; b < S::kGroupBlocks; ++b) ptx::keep_in_place(sum_[b]);
   }
 
-  __device__ __forceinline__ void change_group(int b) {
+  // And gives back the stage.
+  __device__ __forceinline__ void finish_products() {
+    wait_for_products();
+    if (lane_ == 0) ptx::barrier_arrive(ring_.emptied(ring_.stage()));
+    ring_.advance();
+  }
+
+  __device__ __forceinline__ void change_group(int b, int group) {
+    const uint32_t records = ring_.records(group_ * S::kGroupBlocks + b) +
+                             group * ring_.record_bytes() + warp_ * w_.record_bytes;
     float quotient[1][2];
-    values_[b].change(ring_.records(group_ * S::kGroupBlocks + b) + warp_ * w_.record_bytes, w_,
-                      quotient);
+    values_[b].change(records, w_, quotient);
 #pragma unroll
     for (int i = 0; i < S::kSums; ++i) sum_[b][i] = __fmul_rn(sum_[b][i], quotient[0][i / 2 % 2]);
   }
 
-  __device__ __forceinline__ void decode_chunk(int b) {
+  __device__ __forceinline__ void decode_chunk(int b, int chunk) {
     constexpr int kStepWords = S::kBits / 4;
-    const uint32_t codes = ring_.codes(group_ * S::kGroupBlocks + b) + warp_ * S::kStripBytes +
-                           lane_ * 16;
+    const uint32_t codes = ring_.codes(group_ * S::kGroupBlocks + b) + chunk * S::kChunkBytes +
+                           warp_ * S::kStripBytes + lane_ * 16;
     uint32_t words[4 * kStepWords];
 #pragma unroll
     for (int i = 0; i < kStepWords; ++i) {
@@ -360,18 +389,18 @@ class TileMultiply {
       words[4 * i + 3] = q.w;
     }
 #pragma unroll
-    for (int step = 0; step < Layout::kChunkSteps; ++step)
-      decode(fragment_[b][step], &words[step * kStepWords], values_[b].zero[0], T());
+    for (int step = 0; step < Layout::kChunkSteps; ++step) {
+      decode(fragment_[b][chunk * Layout::kChunkSteps + step], &words[step * kStepWords],
+             values_[b].zero[0], T());
+    }
   }
 
-  __device__ __forceinline__ void multiply_block(int b, bool adds) {
-    ptx::wgmma_fence();
+  __device__ __forceinline__ void multiply_chunk(int b, int chunk, uint64_t x, bool adds) {
 #pragma unroll
     for (int step = 0; step < Layout::kChunkSteps; ++step) {
-      ptx::wgmma_k16<T>(sum_[b], fragment_[b][step], ptx::wgmma_operand(ring_.x() + step * 32),
-                        adds || step > 0);
+      ptx::wgmma_k16<T>(sum_[b], fragment_[b][chunk * Layout::kChunkSteps + step],
+                        x + (chunk * S::kXTileBytes + step * 32) / 16, adds || step > 0);
     }
-    ptx::wgmma_commit();
   }
 
   // --- the end of a part ---
@@ -388,11 +417,11 @@ class TileMultiply {
       for (int i = 0; i < S::kSums; ++i)
         sum_[b][i] = __fmul_rn(sum_[b][i], values_[b].scale[0][i / 2 % 2]);
     }
-    if (part.end < w_.chunks) {
+    if (part.end < params_.slabs) {
       leave_part();
       return;
     }
-    if (part.begin > 0) add_parts(params_.tail.block_of(part.tail_tile * w_.chunks));
+    if (part.begin > 0) add_parts(params_.tail.block_of(part.tail_tile * params_.slabs));
     store(part);
   }
 
@@ -471,29 +500,33 @@ class TileMultiply {
 
   // Through shared memory, so that a row of 64 features is written at once.
   __device__ __forceinline__ void store_rows(int b, int first_token, int first_feature) const {
-    const uint32_t rows = ring_.output() + group_ * (S::kOutputBytes / S::kGroups);
-    meet_group();  // the rows before have been read
-#pragma unroll
-    for (int j = 0; j < S::kTokens / 8; j += 2) {
-      const uint32_t turned[4] = {
-          sm80::round_pair<T>(sum_[b][4 * j], sum_[b][4 * j + 1]),
-          sm80::round_pair<T>(sum_[b][4 * j + 2], sum_[b][4 * j + 3]),
-          sm80::round_pair<T>(sum_[b][4 * j + 4], sum_[b][4 * j + 5]),
-          sm80::round_pair<T>(sum_[b][4 * j + 6], sum_[b][4 * j + 7])};
-      ptx::stmatrix_x4_transposed(
-          rows + sm80::x_piece_place(8 * (j + lane_ / 16) + lane_ % 8, 2 * warp_ + lane_ / 8 % 2),
-          turned);
-    }
-    meet_group();
+    const uint32_t rows = ring_.output() + group_ * S::kGroupOutputBytes;
     const int thread = threadIdx.x % 128;
     const int piece = thread % 8;
     const bool inside = first_feature + piece * 8 < w_.n;
     T* const y = static_cast<T*>(p_.y) + first_feature + piece * 8;
+#pragma unroll
+    for (int begin = 0; begin < S::kTokens; begin += S::kOutputTokens) {
+      meet_group();  // the rows before have been read
+#pragma unroll
+      for (int j = begin / 8; j < (begin + S::kOutputTokens) / 8; j += 2) {
+        const uint32_t turned[4] = {
+            sm80::round_pair<T>(sum_[b][4 * j], sum_[b][4 * j + 1]),
+            sm80::round_pair<T>(sum_[b][4 * j + 2], sum_[b][4 * j + 3]),
+            sm80::round_pair<T>(sum_[b][4 * j + 4], sum_[b][4 * j + 5]),
+            sm80::round_pair<T>(sum_[b][4 * j + 6], sum_[b][4 * j + 7])};
+        ptx::stmatrix_x4_transposed(rows + sm80::x_piece_place(8 * (j + lane_ / 16) - begin + lane_ % 8,
+                                                               2 * warp_ + lane_ / 8 % 2),
+                                    turned);
+      }
+      meet_group();
 #pragma unroll 4
-    for (int row = thread / 8; row < S::kTokens; row += 16) {
-      if (inside && first_token + row < p_.m) {
-        *reinterpret_cast<uint4*>(y + (first_token + row) * p_.y_stride) =
-            ptx::load_shared_16(rows + sm80::x_piece_place(row, piece));
+      for (int row = thread / 8; row < S::kOutputTokens; row += 16) {
+        const int token = first_token + begin + row;
+        if (inside && token < p_.m) {
+          *reinterpret_cast<uint4*>(y + token * p_.y_stride) =
+              ptx::load_shared_16(rows + sm80::x_piece_place(row, piece));
+        }
       }
     }
   }
@@ -517,9 +550,8 @@ class TileMultiply {
   const WeightView& w_;
   TileRing<S> ring_;
   int group_, warp_, lane_;
-  int group_chunks_;
   GroupValues<T, S::kBits, 1> values_[S::kGroupBlocks];
-  uint32_t fragment_[S::kGroupBlocks][Layout::kChunkSteps][4];
+  uint32_t fragment_[S::kGroupBlocks][kSlabSteps][4];
   float sum_[S::kGroupBlocks][S::kSums];
 };
 
@@ -536,13 +568,14 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     ptx::barrier_init_fence();
   }
   __syncthreads();
-  constexpr int kFillRegisters = 40;
-  constexpr int kMultiplyRegisters = 232;
   if (threadIdx.x >= S::kMultiplyThreads) {
-    ptx::give_registers<kFillRegisters>();
-    if (threadIdx.x == S::kMultiplyThreads) TileFill<S>(params, ring).run();
+    ptx::give_registers<S::kFillRegisters>();
+    const int role = threadIdx.x / 32 - S::kMultiplyThreads / 32;
+    if (role == 0) TileFill<S, FillRole::kCodes>(params, ring).run();
+    if (role == 1) TileFill<S, FillRole::kRecords>(params, ring).run();
+    if (role == 2) TileFill<S, FillRole::kX>(params, ring).run();
   } else {
-    ptx::take_registers<kMultiplyRegisters>();
+    ptx::take_registers<S::kMultiplyRegisters>();
     TileMultiply<S>(params, ring).run();
   }
 }
