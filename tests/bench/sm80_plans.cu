@@ -1,371 +1,57 @@
-// Times every plan of the sm_80 kernels on one GPU, and "auto" and "invariant", which plan() would take,
-// and checks each against float64 first: one line of CSV a plan, with its time in us and its error.
-// The cost model of plan() is fitted to these lines.
-//
-// Usage: sm80_plans [fp16 | bf16] [8] [asym] [NxK ...] [m=1,16,...] [only=begin of plan names]
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <string>
-#include <vector>
-
+// Every plan of the sm80 kernels: plans.cuh says how they are timed.
 #include "cuda/arch/sm80/launch.hpp"
-#include "cuda/arch/sm80/load.hpp"
-#include "cuda/context.hpp"
-#include "cuda/cuda_check.hpp"
-#include "marlinq/gptq.hpp"
+#include "plans.cuh"
 
 namespace {
 
-using namespace marlinq;
 using namespace marlinq::cuda;
+using marlinq::bench::NamedPlan;
 
-struct Shape {
-  int n, k;
-};
-
-std::uint64_t next_random(std::uint64_t& state) {
-  state += 0x9E3779B97F4A7C15ULL;
-  std::uint64_t z = state;
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
-  return z ^ (z >> 31);
-}
-
-__device__ float normal_like(std::uint64_t i) {
-  float sum = 0;
-  for (int j = 0; j < 4; ++j) {
-    std::uint64_t z = (i * 4 + j + 1) * 0x9E3779B97F4A7C15ULL;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
-    sum += static_cast<float>((z ^ (z >> 31)) >> 40) * 0x1p-24f - 0.5f;
-  }
-  return sum * 1.732f;
-}
-
-template <class T>
-__global__ void fill(T* x, std::size_t count) {
-  for (std::size_t i = blockIdx.x * 256 + threadIdx.x; i < count; i += gridDim.x * 256)
-    x[i] = T(normal_like(i));
-}
-
-// Rows row_of(j) = j * step of the product, in float64.
-template <class T>
-__global__ void reference(const std::uint32_t* qweight, const std::uint32_t* qzeros,
-                          const __half* scales, const T* x, double* y, int n, int k, int bits,
-                          int group_size, int rows, int step) {
-  const int column = blockIdx.x * 128 + threadIdx.x;
-  if (column >= n) return;
-  double sum[16] = {};
-  const std::uint32_t mask = (1u << bits) - 1;
-  for (int i = 0; i < k; ++i) {
-    const std::uint32_t code =
-        qweight[static_cast<std::size_t>(i * bits / 32) * n + column] >> (i * bits % 32) & mask;
-    const int group = i / group_size;
-    const std::uint32_t zero =
-        (qzeros[static_cast<std::size_t>(group) * (n * bits / 32) + column * bits / 32] >>
-             (column * bits % 32) &
-         mask) +
-        1;
-    const double w =
-        (static_cast<int>(code) - static_cast<int>(zero)) *
-        static_cast<double>(__half2float(scales[static_cast<std::size_t>(group) * n + column]));
-    for (int j = 0; j < rows; ++j)
-      sum[j] += w * static_cast<double>(float(x[static_cast<std::size_t>(j) * step * k + i]));
-  }
-  for (int j = 0; j < rows; ++j) y[static_cast<std::size_t>(j) * n + column] = sum[j];
-}
-
-template <class T>
-__global__ void difference(const T* y, const double* expected, double* sums, int n, int rows,
-                           int step) {
-  double error = 0, norm = 0;
-  for (std::size_t i = blockIdx.x * 256 + threadIdx.x; i < static_cast<std::size_t>(rows) * n;
-       i += gridDim.x * 256) {
-    const std::size_t row = i / n;
-    const double d = static_cast<double>(float(y[row * step * n + i % n])) - expected[i];
-    error += d * d;
-    norm += expected[i] * expected[i];
-  }
-  atomicAdd(sums, error);
-  atomicAdd(sums + 1, norm);
-}
-
-template <class T>
-class Bench {
- public:
-  Bench(Shape shape, int bits, bool symmetric) : shape_(shape), bits_(bits) {
-    MARLINQ_CUDA_CHECK(cudaStreamCreate(&stream_));
-    limits_ = device_limits(0);
-    const int groups = shape.k / 128;
-    std::uint64_t state = 1;
-    std::vector<std::uint32_t> qweight(static_cast<std::size_t>(shape.k) * bits / 32 * shape.n);
-    for (auto& word : qweight) word = static_cast<std::uint32_t>(next_random(state));
-    std::vector<std::uint32_t> qzeros(static_cast<std::size_t>(groups) * shape.n * bits / 32,
-                                      bits == 4 ? 0x77777777u : 0x7f7f7f7fu);
-    if (!symmetric) {
-      for (auto& word : qzeros) {
-        word ^= static_cast<std::uint32_t>(next_random(state)) &
-                (bits == 4 ? 0x33333333u : 0x0f0f0f0fu);
+std::vector<NamedPlan> every_plan(const GemmProblem& problem, const DeviceLimits& limits) {
+  std::vector<NamedPlan> plans;
+  const auto all = sm80::instances(problem.x_type, problem.weight.code_bits);
+  const int sms = limits.multiprocessors;
+  for (std::int32_t i = 0; i < static_cast<std::int32_t>(all.size()); ++i) {
+    const sm80::Instance& kernel = all[static_cast<std::size_t>(i)];
+    char name[64];
+    if (kernel.kind == KernelKind::kStrip) {
+      if (problem.m > kernel.tokens || (problem.m <= 8 && kernel.tokens > 8)) continue;
+      for (const int warps : {4, 8, 12, 16}) {
+        if (warps > kernel.warps) continue;
+        const GemmPlan plan = sm80::strip_plan(problem, i, sms, warps);
+        if (plan.shared_bytes > limits.shared_bytes - 256) continue;
+        std::snprintf(name, sizeof name, "strip%d w%d", kernel.tokens, warps);
+        plans.push_back({name, plan});
       }
+      continue;
     }
-    std::vector<std::uint16_t> scales(static_cast<std::size_t>(groups) * shape.n);
-    for (auto& scale : scales)
-      scale = static_cast<std::uint16_t>(0x1c00 + next_random(state) % 0x800);
-    GptqModule layer;
-    layer.name = "bench";
-    const auto tensor = [](const void* data, std::size_t bytes, DType dtype, std::int64_t a,
-                           std::int64_t b) { return HostTensor{data, bytes, dtype, {a, b}, 2}; };
-    layer.qweight =
-        tensor(qweight.data(), qweight.size() * 4, DType::kInt32, shape.k * bits / 32, shape.n);
-    layer.qzeros =
-        tensor(qzeros.data(), qzeros.size() * 4, DType::kInt32, groups, shape.n * bits / 32);
-    layer.scales = tensor(scales.data(), scales.size() * 2, DType::kFloat16, groups, shape.n);
-    const GptqWeights weights = validate(GptqTensors(layer), {.bits = bits, .group_size = 128});
-    Uploader uploader(0);
-    LayerUpload layer_upload(uploader, weights);
-    weight_ = sm80::load(weights, layer_upload);
-    weight_.ready.wait();
-    qweight_ = upload(qweight);
-    qzeros_ = upload(qzeros);
-    scales_ = upload(scales);
-    const std::size_t bytes = static_cast<std::size_t>(weight_.memory.size()) * 4;
-    copies_.push_back(weight_.segments[0].view);
-    std::size_t total = bytes;
-    while (total < (std::size_t{170} << 20)) {
-      memories_.emplace_back(0, DType::kInt32, weight_.memory.size());
-      auto* base = static_cast<unsigned char*>(memories_.back().data());
-      MARLINQ_CUDA_CHECK(cudaMemcpy(base, weight_.memory.data(), bytes, cudaMemcpyDeviceToDevice));
-      WeightView view = copies_[0];
-      const auto move = [&](auto*& pointer) {
-        using P = std::remove_reference_t<decltype(pointer)>;
-        if (pointer == nullptr) return;
-        pointer =
-            reinterpret_cast<P>(base + (reinterpret_cast<const unsigned char*>(pointer) -
-                                        static_cast<const unsigned char*>(weight_.memory.data())));
-      };
-      move(view.codes);
-      move(view.groups);
-      move(view.chunk_groups);
-      copies_.push_back(view);
-      total += bytes;
+    if (problem.m <= kernel.tokens / 8 || (kernel.tokens == 32 && problem.m > 256)) continue;
+    const int occupancy = kernel.blocks_together;
+    const int blocks = occupancy * sms;
+    const std::int64_t tiles =
+        static_cast<std::int64_t>((problem.weight.n + kernel.features - 1) / kernel.features) *
+        ((problem.m + kernel.tokens - 1) / kernel.tokens);
+    const int left = static_cast<int>(tiles % blocks);
+    std::vector<int> tails = {left};
+    if (left > 0) {
+      for (const int split : {2, 3, 4, 8})
+        if (left * split < blocks) tails.push_back(left * split);
+      tails.push_back(blocks);
     }
-    partials_ =
-        CudaBuffer(0, DType::kFloat32, std::int64_t{2} * 3 * limits_.multiprocessors * 16384);
-    flags_ = CudaBuffer(0, DType::kInt32, 4096);
-    MARLINQ_CUDA_CHECK(cudaMemset(flags_.data(), 0, 4096 * 4));
-    MARLINQ_CUDA_CHECK(cudaMalloc(&sums_, 16));
-    MARLINQ_CUDA_CHECK(cudaMalloc(&expected_, sizeof(double) * 16 * shape.n));
+    for (const int tail : tails) {
+      if (tail > 0 && left * problem.weight.chunks / tail < 2) continue;
+      const GemmPlan plan = sm80::tile_plan(problem, i, blocks, tail);
+      if (plan.shared_bytes > (limits.shared_bytes - 1024 * occupancy) / occupancy) continue;
+      std::snprintf(name, sizeof name, "tile%dx%dk%dw%d t%d/%d", kernel.features, kernel.tokens,
+                    kernel.row_warps, kernel.warps, tail, left);
+      plans.push_back({name, plan});
+    }
   }
-
-  void run(int m, const char* type) {
-    T* x = nullptr;
-    T* y = nullptr;
-    MARLINQ_CUDA_CHECK(cudaMalloc(&x, sizeof(T) * m * shape_.k));
-    MARLINQ_CUDA_CHECK(cudaMalloc(&y, sizeof(T) * m * shape_.n));
-    fill<<<1024, 256, 0, stream_>>>(x, static_cast<std::size_t>(m) * shape_.k);
-    GemmProblem problem{.weight = copies_[0],
-                        .x = x,
-                        .x_type = std::is_same_v<T, __half> ? FloatType::kF16 : FloatType::kBF16,
-                        .x_stride = shape_.k,
-                        .x_columns = shape_.k,
-                        .y = y,
-                        .y_type = std::is_same_v<T, __half> ? FloatType::kF16 : FloatType::kBF16,
-                        .y_stride = shape_.n,
-                        .m = m};
-    rows_ = std::min(m, 16);
-    step_ = rows_ > 1 ? (m - 1) / (rows_ - 1) : 1;
-    reference<<<(shape_.n + 127) / 128, 128, 0, stream_>>>(
-        qweight_, qzeros_, reinterpret_cast<const __half*>(scales_), x, expected_, shape_.n,
-        shape_.k, bits_, 128, rows_, step_);
-    const int sms = limits_.multiprocessors;
-    const int usable = limits_.shared_bytes - 256;
-    const auto all = sm80::instances(problem.x_type, bits_);
-    measure(problem, sm80::plan(problem, limits_, BatchInvariance::kNotRequired), "auto", type);
-    measure(problem, sm80::plan(problem, limits_, BatchInvariance::kRequired), "invariant", type);
-    for (std::int32_t i = 0; i < static_cast<std::int32_t>(all.size()); ++i) {
-      const sm80::Instance& kernel = all[static_cast<std::size_t>(i)];
-      if (kernel.kind == KernelKind::kStrip) {
-        if (m > kernel.tokens || (m <= 8 && kernel.tokens > 8)) continue;
-        for (const int warps : {4, 8, 12, 16}) {
-          if (warps > kernel.warps) continue;
-          const GemmPlan plan = sm80::strip_plan(problem, i, sms, warps);
-          if (plan.shared_bytes > usable) continue;
-          char name[64];
-          std::snprintf(name, sizeof name, "strip%d w%d", kernel.tokens, warps);
-          measure(problem, plan, name, type);
-        }
-      } else {
-        if (m <= kernel.tokens / 8 || (kernel.tokens == 32 && m > 256)) continue;
-        const int occupancy = kernel.blocks_together;
-        const int blocks = occupancy * sms;
-        const std::int64_t tiles =
-            static_cast<std::int64_t>((shape_.n + kernel.features - 1) / kernel.features) *
-            ((m + kernel.tokens - 1) / kernel.tokens);
-        const int left = static_cast<int>(tiles % blocks);
-        std::vector<int> tails = {left};
-        if (left > 0) {
-          for (const int split : {2, 3, 4, 8})
-            if (left * split < blocks) tails.push_back(left * split);
-          tails.push_back(blocks);
-        }
-        for (const int tail : tails) {
-          if (tail > 0 && left * copies_[0].chunks / tail < 2) continue;
-          const GemmPlan plan = sm80::tile_plan(problem, i, blocks, tail);
-          if (plan.shared_bytes > (limits_.shared_bytes - 1024 * occupancy) / occupancy) continue;
-          char name[64];
-          std::snprintf(name, sizeof name, "tile%dx%dk%dw%d t%d/%d", kernel.features, kernel.tokens,
-                        kernel.row_warps, kernel.warps, tail, left);
-          measure(problem, plan, name, type);
-        }
-      }
-    }
-    MARLINQ_CUDA_CHECK(cudaStreamSynchronize(stream_));
-    cudaFree(x);
-    cudaFree(y);
-  }
-
- private:
-  template <class V>
-  std::uint32_t* upload(const std::vector<V>& values) {
-    void* target = nullptr;
-    MARLINQ_CUDA_CHECK(cudaMalloc(&target, values.size() * sizeof(V)));
-    MARLINQ_CUDA_CHECK(
-        cudaMemcpy(target, values.data(), values.size() * sizeof(V), cudaMemcpyHostToDevice));
-    return static_cast<std::uint32_t*>(target);
-  }
-
-  void measure(GemmProblem problem, GemmPlan plan, const char* name, const char* type) {
-    if (std::strncmp(name, only.c_str(), only.size()) != 0) return;
-    plan.dependent_launch = true;
-    const SplitScratch scratch{static_cast<float*>(partials_.data()),
-                               static_cast<std::uint32_t*>(flags_.data())};
-    const std::size_t y_bytes = sizeof(T) * problem.m * shape_.n;
-    MARLINQ_CUDA_CHECK(cudaMemsetAsync(problem.y, 0xff, y_bytes, stream_));
-    MARLINQ_CUDA_CHECK(cudaMemsetAsync(sums_, 0, 16, stream_));
-    sm80::launch(problem, plan, scratch, stream_);
-    difference<<<256, 256, 0, stream_>>>(static_cast<const T*>(problem.y), expected_, sums_,
-                                         shape_.n, rows_, step_);
-    double sums[2];
-    MARLINQ_CUDA_CHECK(cudaMemcpyAsync(sums, sums_, 16, cudaMemcpyDeviceToHost, stream_));
-    MARLINQ_CUDA_CHECK(cudaStreamSynchronize(stream_));
-    const double error = std::sqrt(sums[0] / sums[1]);
-
-    const double flops = 2.0 * problem.m * shape_.n * shape_.k;
-    const double guess = std::max(5e-6, flops / 3e14);
-    const int launches = std::clamp(static_cast<int>(1.5e-3 / guess), 2, 400);
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    MARLINQ_CUDA_CHECK(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
-    for (int i = 0; i < launches; ++i) {
-      problem.weight = copies_[next_copy_];
-      next_copy_ = (next_copy_ + 1) % copies_.size();
-      sm80::launch(problem, plan, scratch, stream_);
-    }
-    MARLINQ_CUDA_CHECK(cudaStreamEndCapture(stream_, &graph));
-    MARLINQ_CUDA_CHECK(cudaGraphInstantiate(&exec, graph, 0));
-    cudaEvent_t begin, end;
-    cudaEventCreate(&begin);
-    cudaEventCreate(&end);
-    std::vector<float> times;
-    const int repeats = guess > 2e-3 ? 2 : 5;
-    for (int i = 0; i < repeats; ++i) {
-      MARLINQ_CUDA_CHECK(cudaEventRecord(begin, stream_));
-      MARLINQ_CUDA_CHECK(cudaGraphLaunch(exec, stream_));
-      MARLINQ_CUDA_CHECK(cudaEventRecord(end, stream_));
-      MARLINQ_CUDA_CHECK(cudaEventSynchronize(end));
-      float ms = 0;
-      cudaEventElapsedTime(&ms, begin, end);
-      if (i > 0) times.push_back(ms);
-    }
-    std::sort(times.begin(), times.end());
-    const double us = times[times.size() / 2] * 1e3 / launches;
-    std::printf("%dx%d,%s,%d,%s,%.2f,%.2e%s\n", shape_.n, shape_.k, type, problem.m, name, us,
-                error,
-                error < 6e-4 || (sizeof(T) == 2 && !std::is_same_v<T, __half> && error < 3.2e-3)
-                    ? ""
-                    : ",WRONG");
-    std::fflush(stdout);
-    cudaGraphExecDestroy(exec);
-    cudaGraphDestroy(graph);
-    cudaEventDestroy(begin);
-    cudaEventDestroy(end);
-  }
-
-  Shape shape_;
-  int bits_;
-
- public:
-  std::string only;  // begin of the names of plans that are measured
-
- private:
-  cudaStream_t stream_ = nullptr;
-  DeviceLimits limits_;
-  DeviceWeight weight_;
-  std::vector<CudaBuffer> memories_;
-  std::vector<WeightView> copies_;
-  std::size_t next_copy_ = 0;
-  std::uint32_t *qweight_ = nullptr, *qzeros_ = nullptr, *scales_ = nullptr;
-  CudaBuffer partials_, flags_;
-  double* sums_ = nullptr;
-  double* expected_ = nullptr;
-  int rows_ = 0, step_ = 1;
-};
+  return plans;
+}
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  bool half = true, symmetric = true;
-  int bits = 4;
-  std::vector<Shape> shapes;
-  std::string only;
-  std::vector<int> ms = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192};
-  for (int i = 1; i < argc; ++i) {
-    const std::string a = argv[i];
-    int n = 0, k = 0;
-    if (a == "bf16") half = false;
-    if (a == "asym") symmetric = false;
-    if (a == "8") bits = 8;
-    if (std::sscanf(a.c_str(), "%dx%d", &n, &k) == 2) shapes.push_back({n, k});
-    if (a.rfind("only=", 0) == 0) only = a.substr(5);
-    if (a.rfind("m=", 0) == 0) {
-      ms.clear();
-      for (const char* p = a.c_str() + 2; *p != 0;) {
-        ms.push_back(std::atoi(p));
-        p = std::strchr(p, ',');
-        if (p == nullptr) break;
-        ++p;
-      }
-    }
-  }
-  if (shapes.empty()) {
-    shapes = {{4096, 4096},  {6144, 4096},  {28672, 4096}, {4096, 14336},
-              {10240, 8192}, {57344, 8192}, {8192, 28672}};
-  }
-  try {
-    const std::string type =
-        std::string(half ? "fp16" : "bf16") + (bits == 8 ? " w8" : "") + (symmetric ? "" : " asym");
-    for (const Shape shape : shapes) {
-      if (half) {
-        Bench<__half> bench(shape, bits, symmetric);
-        bench.only = only;
-        for (const int m : ms) bench.run(m, type.c_str());
-      } else {
-        Bench<__nv_bfloat16> bench(shape, bits, symmetric);
-        bench.only = only;
-        for (const int m : ms) bench.run(m, type.c_str());
-      }
-    }
-  } catch (const marlinq::Error& error) {
-    std::printf("error: %s\n", error.what());
-    return 1;
-  }
-  return 0;
+  return marlinq::bench::run_plans(argc, argv, {"sm80", every_plan});
 }

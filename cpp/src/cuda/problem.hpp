@@ -142,10 +142,11 @@ struct GemmPlan {
   std::int32_t shared_bytes = 0;
   std::int32_t tokens = 8;  // rows of x that one launch takes: all of m, or slices of this many
   TileSchedule schedule;    // kTile
-  // Where an architecture leaves them to the plan: the stages of the rings, and how many of them are
-  // filled before the kernel before has ended.
+  // Where an architecture leaves them to the plan: the stages of the rings, how many of them are filled
+  // before the kernel before has ended, and halves of packed blocks that are shared out together.
   std::int32_t stages = 0;
   std::int32_t early_stages = 0;
+  std::int32_t share_halves = 1;
   /// The kernel may start before the one before it has ended, and waits for it by itself.
   bool dependent_launch = false;
 };

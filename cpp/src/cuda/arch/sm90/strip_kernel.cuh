@@ -38,20 +38,20 @@ namespace marlinq::cuda::sm90 {
 using sm80::EvenShare;
 using sm80::GroupValues;
 
-template <class T_, int kBits_, int kTokenTiles_, bool kStreamsX_, int kWarps_, int kItemChunks_,
-          int kBlocksTogether_, int kStripsTogether_>
+template <class T_, int kBits_, int kTokenTiles_, bool kStreamsX_>
 struct StripShape {
   using T = T_;
   static constexpr int kBits = kBits_;
   static constexpr int kTokenTiles = kTokenTiles_;
   static constexpr int kTokens = kTokenTiles * 8;
   static constexpr bool kStreamsX = kStreamsX_;
-  static constexpr int kWarps = kWarps_;
+  static constexpr int kWarps = 8;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kBlocksTogether = kBlocksTogether_;
+  // For the fewest tokens the next kernel may begin beside the one that ends.
+  static constexpr int kBlocksTogether = kTokenTiles == 1 ? 2 : 1;
   // Strips that are multiplied at a time: more tokens leave registers for two.
-  static constexpr int kStripsTogether = kStripsTogether_;
-  static constexpr int kItemChunks = kItemChunks_;
+  static constexpr int kStripsTogether = kTokenTiles <= 2 ? 4 : 2;
+  static constexpr int kItemChunks = 8 / kBits;  // 4 KB of codes
   static constexpr int kItemSteps = kItemChunks * Layout::kChunkSteps;
   static constexpr int kXTileBytes = kTokens * 128;  // of a chunk, where x is streamed
   static constexpr int kItemRows = kItemChunks * Layout::kChunkRows;

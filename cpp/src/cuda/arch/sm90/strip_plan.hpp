@@ -13,6 +13,9 @@ namespace marlinq::cuda::sm90 {
 
 using sm80::Layout;
 
+/// Codes of a stage of all warps of a block.
+constexpr std::int64_t kStripRingBytes = 8 * 4096;
+
 /// What a plan may choose.
 struct StripChoice {
   std::int32_t clusters = 1;
@@ -20,9 +23,15 @@ struct StripChoice {
   std::int32_t share_halves = 1;    // features are shared out by halves of packed blocks, or by 2
   std::int32_t warps = 8;
   std::int32_t item_chunks = 2;
-  std::int32_t stages = 2;          // of the ring of each warp
+  std::int32_t stages = 2;          // of the ring of each warp, ...
+  std::int32_t early_stages = 2;    // ... and those filled before the kernel before has ended
   bool streams_x = false;           // x comes with the codes, else it is there as a whole
 };
+
+/// What is divided over the clusters.
+inline std::int32_t strip_shares(const WeightView& w, const StripChoice& choice) {
+  return static_cast<std::int32_t>(ceil_div(w.n, Layout::kBlockFeatures) * 2 / choice.share_halves);
+}
 
 struct StripMemory {
   std::int32_t record_bytes = 0;  // of an item: those of all its groups
@@ -43,9 +52,8 @@ inline StripMemory strip_memory(const GemmProblem& problem, std::int32_t tokens,
   const std::int64_t items = ceil_div(w.chunks, choice.item_chunks);
   const std::int64_t slice = ceil_div(items, choice.cluster_blocks);
   const std::int64_t row_bytes = slice * choice.item_chunks * Layout::kChunkRows * 2;
-  const std::int64_t shares =
-      ceil_div(ceil_div(w.n, Layout::kBlockFeatures) * 2, choice.share_halves);
-  const std::int64_t halves = ceil_div(shares, choice.clusters) * choice.share_halves;
+  const std::int64_t halves =
+      ceil_div(strip_shares(w, choice), choice.clusters) * choice.share_halves;
   // At most: a run of single halves may begin inside a block.
   const std::int64_t segments = choice.share_halves == 2 ? halves / 2 : halves / 2 + 1;
   const std::int64_t groups =

@@ -21,6 +21,7 @@
 #include "cuda/arch/sm80/output.cuh"
 #include "cuda/arch/sm80/share.hpp"
 #include "cuda/arch/sm80/x_tile.cuh"
+#include "cuda/arch/sm90/tile_plan.hpp"
 #include "cuda/device/dequantize.cuh"
 #include "cuda/problem.hpp"
 #include "cuda/ptx/barrier.cuh"
@@ -40,9 +41,6 @@ using sm80::Divider;
 using sm80::GroupValues;
 using sm80::Layout;
 using sm80::TileCuts;
-
-constexpr int kSlabChunks = 2;
-constexpr int kSlabSteps = kSlabChunks * Layout::kChunkSteps;
 
 template <class T_, int kBits_, int kGroups_, int kGroupBlocks_, int kTokens_>
 struct TileShape {

@@ -1,0 +1,127 @@
+// Launches one instantiation of a kernel.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+#include "core/integers.hpp"
+#include "cuda/arch/sm90/launch.hpp"
+#include "cuda/arch/sm90/strip_kernel.cuh"
+#include "cuda/arch/sm90/tile_kernel.cuh"
+#include "cuda/launch.hpp"
+#include "cuda/shared_memory.hpp"
+#include "cuda/tensor_map.hpp"
+
+namespace marlinq::cuda::sm90 {
+
+/// Whether `elements` outputs in a row may be stored at once.
+inline bool stores_together(const GemmProblem& problem, int elements) {
+  return problem.y_type == problem.x_type && problem.weight.n % elements == 0 &&
+         reinterpret_cast<std::uintptr_t>(problem.y) % (2 * elements) == 0 &&
+         (problem.m == 1 || problem.y_stride % elements == 0);
+}
+
+inline TensorMap map_x(const GemmProblem& problem, int box_rows) {
+  return tensor_map(problem.x, problem.x_type, problem.x_columns, problem.m, problem.x_stride,
+                    box_rows);
+}
+
+/// A strip kernel of the shape StripShape<T, kBits, token tiles, streams x, strips at a time>.
+template <class T, int kBits, int kTokenTiles, bool kStreamsX>
+constexpr Instance strip_instance() {
+  using S = StripShape<T, kBits, kTokenTiles, kStreamsX>;
+  return {.kind = KernelKind::kStrip,
+          .tokens = S::kTokens,
+          .warps = S::kWarps,
+          .streams_x = kStreamsX,
+          .item_chunks = S::kItemChunks,
+          .slot_bytes = S::kSlotBytes,
+          .blocks = 0,
+          .stage_bytes = 0,
+          .output_bytes = 0,
+          .cost = {},
+          .launch = [](const GemmProblem& problem, const GemmPlan& plan, const SplitScratch&,
+                       cudaStream_t stream) {
+            static std::atomic<std::uint64_t> devices_done{0};
+            allow_shared_memory(strip_gemm<S>, devices_done);
+            const WeightView& w = problem.weight;
+            const StripChoice choice{.clusters = plan.blocks / plan.cluster_blocks,
+                                     .cluster_blocks = plan.cluster_blocks,
+                                     .share_halves = plan.share_halves,
+                                     .warps = S::kWarps,
+                                     .item_chunks = S::kItemChunks,
+                                     .stages = plan.stages,
+                                     .streams_x = kStreamsX};
+            const auto items = static_cast<int>(ceil_div(w.chunks, S::kItemChunks));
+            const auto slice = static_cast<int>(ceil_div(items, plan.cluster_blocks));
+            int part_shift = 0;
+            while (S::kWarps << part_shift < slice) ++part_shift;
+            const int group_steps = w.step_shift < 8 ? 1 << w.step_shift : S::kItemSteps;
+            launch_clusters(
+                strip_gemm<S>, dim3(static_cast<unsigned>(plan.blocks)), plan.cluster_blocks,
+                S::kThreads, plan.shared_bytes, plan.dependent_launch, stream,
+                StripParams{
+                    .problem = problem,
+                    .memory = strip_memory(problem, S::kTokens, S::kSlotBytes, choice),
+                    .shares = EvenShare(strip_shares(w, choice), choice.clusters),
+                    .share_halves = choice.share_halves,
+                    .cluster_blocks = choice.cluster_blocks,
+                    .stages = choice.stages,
+                    .early_stages = plan.early_stages,
+                    .items = items,
+                    .part_shift = part_shift,
+                    .item_groups = std::max(S::kItemSteps / group_steps, 1),
+                    .sub_steps = std::min(group_steps, S::kItemSteps),
+                    .pairs = stores_together(problem, 2),
+                    .x_map = kStreamsX ? map_x(problem, S::kTokens) : TensorMap{}});
+          }};
+}
+
+/// A tile kernel of the shape TileShape<T, kBits, warpgroups, packed blocks of each, tokens>.
+template <class T, int kBits, int kGroups, int kGroupBlocks, int kTokens>
+constexpr Instance tile_instance(const TileCost& cost) {
+  using S = TileShape<T, kBits, kGroups, kGroupBlocks, kTokens>;
+  return {.kind = KernelKind::kTile,
+          .tokens = S::kTokens,
+          .warps = S::kThreads / 32,
+          .streams_x = true,
+          .item_chunks = 0,
+          .slot_bytes = 0,
+          .blocks = S::kBlocks,
+          .stage_bytes = S::kStageBytes,
+          .output_bytes = S::kOutputBytes,
+          .cost = cost,
+          .launch = [](const GemmProblem& problem, const GemmPlan& plan,
+                       const SplitScratch& scratch, cudaStream_t stream) {
+            static std::atomic<std::uint64_t> devices_done{0};
+            allow_shared_memory(tile_gemm<S>, devices_done);
+            const WeightView& w = problem.weight;
+            const TileSchedule& schedule = plan.schedule;
+            const auto slabs = static_cast<int>(ceil_div(w.chunks, kSlabChunks));
+            const auto feature_tiles = static_cast<int>(ceil_div(w.n, S::kFeatures));
+            const auto token_tiles = static_cast<int>(ceil_div(problem.m, S::kTokens));
+            const int last_band = token_tiles % schedule.token_band;
+            launch_kernel(
+                tile_gemm<S>, dim3(static_cast<unsigned>(plan.blocks)), S::kThreads,
+                plan.shared_bytes, plan.dependent_launch, stream,
+                TileParams{
+                    .x_map = map_x(problem, S::kTokens),
+                    .problem = problem,
+                    .scratch = scratch,
+                    .schedule = schedule,
+                    .tail = TileCuts(schedule.tail_tiles, slabs, schedule.tail_blocks),
+                    .token_tiles = token_tiles,
+                    .band = Divider(feature_tiles * schedule.token_band),
+                    .band_widths = {Divider(schedule.token_band), Divider(std::max(last_band, 1))},
+                    .stages = plan.stages,
+                    .slabs = slabs,
+                    .slab_groups = slab_groups(w),
+                    .group_slabs = slab_groups(w) > 1
+                                       ? 1
+                                       : 1 << std::min(w.step_shift - kSlabStepShift, 24),
+                    .pairs = stores_together(problem, 8)});
+          }};
+}
+
+}  // namespace marlinq::cuda::sm90

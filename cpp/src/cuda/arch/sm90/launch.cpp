@@ -1,0 +1,287 @@
+// Plans of the sm90 kernels: pure host code, and the table that a plan selects from.
+#include "cuda/arch/sm90/launch.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <limits>
+
+#include "core/integers.hpp"
+#include "cuda/arch/sm80/experts.hpp"
+#include "cuda/arch/sm80/load.hpp"
+#include "cuda/arch/sm80/plan.hpp"
+#include "cuda/arch/sm90/tile_plan.hpp"
+
+namespace marlinq::cuda::sm90 {
+
+extern const std::array<Instance, kInstanceCount> kInstances_fp16_w4;
+extern const std::array<Instance, kInstanceCount> kInstances_fp16_w8;
+extern const std::array<Instance, kInstanceCount> kInstances_bf16_w4;
+extern const std::array<Instance, kInstanceCount> kInstances_bf16_w8;
+
+std::span<const Instance> instances(FloatType type, std::int32_t code_bits) {
+  if (type == FloatType::kF16) return code_bits == 4 ? kInstances_fp16_w4 : kInstances_fp16_w8;
+  return code_bits == 4 ? kInstances_bf16_w4 : kInstances_bf16_w8;
+}
+
+namespace {
+
+constexpr std::int32_t kFirstInstance = sm80::kInstanceCount;
+
+const Instance& instance_of(const GemmProblem& problem, std::int32_t index) {
+  return instances(problem.x_type, problem.weight.code_bits)[static_cast<std::size_t>(index)];
+}
+
+std::int32_t narrow(std::int64_t value) {
+  return static_cast<std::int32_t>(std::min<std::int64_t>(value, INT32_MAX));
+}
+
+}  // namespace
+
+GemmPlan strip_plan(const GemmProblem& problem, std::int32_t index, const StripChoice& choice) {
+  const Instance& kernel = instance_of(problem, index);
+  GemmProblem slice = problem;
+  slice.m = std::min(problem.m, kernel.tokens);
+  StripChoice complete = choice;
+  complete.warps = kernel.warps;
+  complete.item_chunks = kernel.item_chunks;
+  complete.streams_x = kernel.streams_x;
+  const StripMemory memory = strip_memory(slice, kernel.tokens, kernel.slot_bytes, complete);
+  const bool sums_fit = std::int64_t{choice.stages} * memory.stage_bytes >= kernel.slot_bytes;
+  return {.kind = KernelKind::kStrip,
+          .instance = kFirstInstance + index,
+          .blocks = choice.clusters * choice.cluster_blocks,
+          .warps = kernel.warps,
+          .cluster_blocks = choice.cluster_blocks,
+          .shared_bytes = sums_fit ? narrow(memory.bytes) : INT32_MAX,
+          .tokens = kernel.tokens,
+          .schedule = {},
+          .stages = choice.stages,
+          .early_stages = choice.early_stages,
+          .share_halves = choice.share_halves,
+          .dependent_launch = true};
+}
+
+GemmPlan tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceLimits& limits,
+                   std::int32_t tail_blocks) {
+  const WeightView& w = problem.weight;
+  const Instance& kernel = instance_of(problem, index);
+  const std::int32_t blocks = limits.multiprocessors;
+  const std::int64_t tiles = ceil_div(w.n, kernel.blocks * sm80::Layout::kBlockFeatures) *
+                             ceil_div(problem.m, kernel.tokens);
+  const std::int32_t stage = kernel.stage_bytes + stage_rest(w, kernel.blocks);
+  const std::int32_t stages = std::max(sm80::usable_shared(limits) - kernel.output_bytes, 0) / stage;
+  const auto waves = static_cast<std::int32_t>(tiles / blocks);
+  const auto left = static_cast<std::int32_t>(tiles % blocks);
+  // Tiles that are walked through together should share what they read.
+  constexpr std::int32_t kTokenBand = 8;
+  return {.kind = KernelKind::kTile,
+          .instance = kFirstInstance + index,
+          .blocks = waves > 0 ? blocks : tail_blocks,
+          .warps = kernel.warps,
+          .cluster_blocks = 1,
+          .shared_bytes = stages >= 2 ? kernel.output_bytes + stages * stage : INT32_MAX,
+          .tokens = INT32_MAX,
+          .schedule = {.whole_tiles = waves,
+                       .tail_tiles = left,
+                       .tail_blocks = left > 0 ? tail_blocks : 0,
+                       .token_band = kTokenBand},
+          .stages = stages,
+          .early_stages = stages,
+          .share_halves = 1,
+          .dependent_launch = true};
+}
+
+namespace {
+
+bool fits(const GemmPlan& plan, const DeviceLimits& limits) {
+  return plan.shared_bytes <= sm80::usable_shared(limits);
+}
+
+// The strip kernel for so many tokens: x is there as a whole where it is small.
+std::int32_t strip_index(std::int32_t token_tiles, bool streams_x) {
+  constexpr std::int32_t kThree = 4;
+  constexpr std::int32_t kFour = 5;
+  if (token_tiles >= 3) return token_tiles == 3 ? kThree : kFour;
+  return (token_tiles - 1) * 2 + (streams_x ? 1 : 0);
+}
+
+GemmPlan plan_strips(const GemmProblem& problem, std::int32_t token_tiles,
+                     const DeviceLimits& limits) {
+  const WeightView& w = problem.weight;
+  const std::int32_t tokens = std::min(problem.m, token_tiles * 8);
+  // A slice of K for each of two blocks, where both have some items.
+  constexpr std::int64_t kLeastChunks = 16;
+  StripChoice choice;
+  choice.cluster_blocks = w.chunks >= kLeastChunks ? 2 : 1;
+  const std::int64_t slice_rows =
+      ceil_div(w.chunks, choice.cluster_blocks) * sm80::Layout::kChunkRows;
+  // As little as can be for the busiest cluster, then as few clusters as that takes.
+  const std::int64_t halves = ceil_div(w.n, sm80::Layout::kBlockFeatures) * 2;
+  const std::int64_t most = limits.multiprocessors / choice.cluster_blocks;
+  const std::int64_t busiest = ceil_div(halves, most);
+  choice.share_halves = busiest % 2 == 0 ? 2 : 1;
+  choice.clusters = static_cast<std::int32_t>(ceil_div(halves, busiest));
+  // What a block streams.
+  const std::int64_t bytes = busiest * (sm80::Layout::kBlockFeatures / 2) * slice_rows * w.code_bits / 8;
+  constexpr std::int64_t kKilo = 1024;
+  const std::int64_t x_bytes = tokens * slice_rows * 2;
+  const bool streams_x = x_bytes > 96 * kKilo || (token_tiles > 1 && x_bytes > 64 * kKilo);
+  const std::int32_t index = strip_index(token_tiles, streams_x);
+  const auto shared_by = [&](std::int32_t stages, std::int32_t early) {
+    choice.stages = stages;
+    choice.early_stages = early;
+    return strip_plan(problem, index, choice);
+  };
+  // A small layer with few tokens is in the rings as a whole before the kernel before has ended, beside
+  // which it is on every multiprocessor.
+  if (bytes <= 2 * kStripRingBytes && x_bytes <= 8 * kKilo && halves >= most) {
+    choice.share_halves = 1;
+    choice.clusters = static_cast<std::int32_t>(most);
+    return shared_by(2, 2);
+  }
+  // Where x is long in coming behind the codes, most of them wait for it.
+  const bool is_long = token_tiles == 1 && bytes >= 8 * kStripRingBytes;
+  if (!is_long) {
+    GemmPlan plan = shared_by(2, 1);
+    return fits(plan, limits) ? plan : shared_by(1, 1);
+  }
+  for (std::int32_t stages = 5; stages > 1; --stages) {
+    const GemmPlan plan = shared_by(stages, stages);
+    if (fits(plan, limits)) return plan;
+  }
+  return shared_by(1, 1);
+}
+
+double tile_cost(const Instance& kernel, const GemmPlan& plan, std::int64_t slabs) {
+  const TileCost& cost = kernel.cost;
+  const TileSchedule& schedule = plan.schedule;
+  double time = cost.start + static_cast<double>(schedule.whole_tiles) *
+                                 (static_cast<double>(slabs) * cost.slab + cost.tile);
+  if (schedule.tail_tiles == 0) return time;
+  time += static_cast<double>(ceil_div(schedule.tail_tiles * slabs, schedule.tail_blocks)) *
+              cost.slab +
+          cost.tile;
+  if (schedule.tail_blocks > schedule.tail_tiles) {
+    const auto parts = static_cast<double>(ceil_div(schedule.tail_blocks, schedule.tail_tiles) - 1);
+    time += cost.cut + parts * cost.part +
+            cost.block * (schedule.tail_blocks - schedule.tail_tiles);
+    if (schedule.tail_blocks % schedule.tail_tiles != 0) time += cost.uneven;
+  }
+  return time;
+}
+
+// The cheapest plan of a tile kernel; shared_bytes tells whether there is one.
+GemmPlan plan_tiles(const GemmProblem& problem, const DeviceLimits& limits, double& least) {
+  const std::span<const Instance> all = instances(problem.x_type, problem.weight.code_bits);
+  const std::int64_t slabs = ceil_div(problem.weight.chunks, kSlabChunks);
+  GemmPlan best;
+  best.shared_bytes = INT32_MAX;
+  least = std::numeric_limits<double>::infinity();
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    if (all[i].kind != KernelKind::kTile) continue;
+    const auto index = static_cast<std::int32_t>(i);
+    const std::int32_t left = tile_plan(problem, index, limits, 1).schedule.tail_tiles;
+    // Blocks of a tile, and last as many blocks as there can be.
+    constexpr std::int32_t kAll = 0;
+    for (const std::int32_t share : {1, 2, 3, 4, 8, kAll}) {
+      const std::int64_t most =
+          std::min<std::int64_t>(limits.multiprocessors, std::int64_t{left} * slabs / 2);
+      const auto tail =
+          static_cast<std::int32_t>(share == kAll ? most : std::int64_t{left} * share);
+      if (share != 1 && (tail > most || tail <= left)) continue;
+      const GemmPlan plan = tile_plan(problem, index, limits, tail);
+      const double cost = tile_cost(all[i], plan, slabs);
+      if (fits(plan, limits) && cost < least) {
+        least = cost;
+        best = plan;
+      }
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvariance invariance) {
+  const WeightView& w = problem.weight;
+  constexpr std::int32_t kTileShift = 2;  // groups of whole chunks
+  // K is divided in one way for all m by kernels of sm80 alone, which also take groups of any rows.
+  if (invariance == BatchInvariance::kRequired || w.step_shift < 0)
+    return sm80::plan(problem, limits, invariance);
+  const bool tiles = w.scales_divide && w.step_shift >= kTileShift;
+  const auto token_tiles = static_cast<std::int32_t>(ceil_div(std::max(problem.m, 1), 8));
+  constexpr std::int32_t kMostTokenTiles = 4;
+  GemmPlan best;
+  best.shared_bytes = INT32_MAX;
+  if (token_tiles < kMostTokenTiles || !tiles) {
+    best = plan_strips(problem, std::min(token_tiles, tiles ? 3 : 2), limits);
+  }
+  if (!fits(best, limits) && tiles) {
+    double cost = 0;
+    best = plan_tiles(problem, limits, cost);
+    if (token_tiles == kMostTokenTiles) {
+      // A block of the strip kernel streams 4 KB of codes in about this time.
+      constexpr double kItem = 0.265;
+      constexpr double kStart = 4.0;
+      const double items = static_cast<double>(w.n) * w.chunks * w.code_bits * 2 / 1024 /
+                           limits.multiprocessors;
+      if (kStart + items * kItem < cost) {
+        const GemmPlan strips = plan_strips(problem, kMostTokenTiles, limits);
+        if (fits(strips, limits)) best = strips;
+      }
+    }
+  }
+  return fits(best, limits) ? best : sm80::plan(problem, limits, invariance);
+}
+
+void launch(const GemmProblem& problem, const GemmPlan& plan, const SplitScratch& scratch,
+            void* stream) {
+  if (plan.instance < kFirstInstance) {
+    sm80::launch(problem, plan, scratch, stream);
+    return;
+  }
+  const Instance& kernel = instance_of(problem, plan.instance - kFirstInstance);
+  constexpr std::int64_t kXSize = 2;
+  const std::int64_t y_size = problem.y_type == FloatType::kF32 ? 4 : 2;
+  for (std::int64_t first = 0; first < problem.m; first += plan.tokens) {
+    GemmProblem part = problem;
+    part.x = static_cast<const unsigned char*>(problem.x) + first * problem.x_stride * kXSize;
+    part.y = static_cast<unsigned char*>(problem.y) + first * problem.y_stride * y_size;
+    part.m = static_cast<std::int32_t>(std::min<std::int64_t>(plan.tokens, problem.m - first));
+    kernel.launch(part, plan, scratch, static_cast<cudaStream_t>(stream));
+  }
+}
+
+namespace {
+
+void scratch_need(const DeviceLimits& limits, std::int64_t& partial_floats, std::int32_t& flags) {
+  // A block leaves one part at most, and has one flag.
+  partial_floats = 0;
+  flags = limits.multiprocessors;
+  for (const Instance& instance : instances(FloatType::kF16, 4)) {
+    if (instance.kind != KernelKind::kTile) continue;
+    partial_floats = std::max<std::int64_t>(
+        partial_floats, std::int64_t{limits.multiprocessors} * instance.tokens * instance.blocks *
+                            sm80::Layout::kBlockFeatures);
+  }
+}
+
+}  // namespace
+
+extern const ArchKernels kKernels;
+// The packed order is that of sm80, and so are the products over experts.
+constinit const ArchKernels kKernels = {.name = "sm90",
+                                        .priority = 90,
+                                        .min_capability = 90,
+                                        .max_capability = 90,
+                                        .requirement = "compute capability 9.0",
+                                        .pack = sm80::load,
+                                        .plan = plan,
+                                        .scratch_need = scratch_need,
+                                        .launch = launch,
+                                        .plan_experts = sm80::plan_experts,
+                                        .launch_experts = sm80::launch_experts,
+                                        .most_dispatches = sm80::kMostDispatches};
+
+}  // namespace marlinq::cuda::sm90

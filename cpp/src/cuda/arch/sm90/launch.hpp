@@ -1,0 +1,67 @@
+// The instantiations of the sm90 kernels, and the plans that choose among them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "cuda/arch/sm80/launch.hpp"
+#include "cuda/arch/sm90/strip_plan.hpp"
+#include "cuda/arch_table.hpp"
+#include "cuda/problem.hpp"
+
+namespace marlinq::cuda::sm90 {
+
+/// What a tile kernel takes, in microseconds; a plan compares these. Fitted to times of
+/// tests/bench/sm90_plans.cu.
+struct TileCost {
+  double start;
+  double slab;
+  double tile;    // the end of a tile
+  double cut;     // handing over the parts of a tile, ...
+  double part;    // ... for each part,
+  double block;   // ... and for each block that leaves one
+  double uneven;  // runs that cross from a tile into the next
+};
+
+/// One kernel: what it takes, how to launch it.
+struct Instance {
+  KernelKind kind;
+  std::int32_t tokens;  // of a tile; at most, for kStrip
+  std::int32_t warps;   // of a block
+  // kStrip
+  bool streams_x;
+  std::int32_t item_chunks;
+  std::int32_t slot_bytes;
+  // kTile
+  std::int32_t blocks;  // packed blocks of features
+  std::int32_t stage_bytes;
+  std::int32_t output_bytes;
+  TileCost cost;
+  void (*launch)(const GemmProblem&, const GemmPlan&, const SplitScratch&, cudaStream_t);
+};
+
+constexpr std::size_t kInstanceCount = 12;
+
+/// The kernels for activations of `type` and codes of `code_bits`. In a plan they come after those of
+/// sm80: GemmPlan::instance is sm80::kInstanceCount more than an index.
+std::span<const Instance> instances(FloatType type, std::int32_t code_bits);
+
+/// A plan of a strip kernel. shared_bytes tells whether it fits.
+GemmPlan strip_plan(const GemmProblem& problem, std::int32_t index, const StripChoice& choice);
+
+/// A plan of a tile kernel on at most `multiprocessors` blocks, of which `tail_blocks` share what is left
+/// after whole waves. shared_bytes tells whether it fits.
+GemmPlan tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceLimits& limits,
+                   std::int32_t tail_blocks);
+
+/// As ArchKernels::plan.
+GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvariance invariance);
+
+/// As ArchKernels::launch.
+void launch(const GemmProblem& problem, const GemmPlan& plan, const SplitScratch& scratch,
+            void* stream);
+
+}  // namespace marlinq::cuda::sm90

@@ -1,0 +1,27 @@
+// The shared memory of the tile kernels of sm90, the same for a plan and for its launch.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/arch/sm80/layout.hpp"
+#include "cuda/problem.hpp"
+
+namespace marlinq::cuda::sm90 {
+
+constexpr std::int32_t kSlabChunks = 2;
+constexpr std::int32_t kSlabStepShift = 3;
+constexpr std::int32_t kSlabSteps = 1 << kSlabStepShift;
+static_assert(kSlabSteps == kSlabChunks * sm80::Layout::kChunkSteps);
+
+/// Groups of a slab, 1 or 2.
+constexpr std::int32_t slab_groups(const WeightView& w) noexcept {
+  return kSlabSteps >> w.step_shift > 1 ? kSlabSteps >> w.step_shift : 1;
+}
+
+/// What a stage takes beside x and codes: records and two barriers.
+constexpr std::int32_t stage_rest(const WeightView& w, std::int32_t blocks) noexcept {
+  constexpr std::int32_t kBarrierBytes = 16;
+  return blocks * slab_groups(w) * sm80::Layout::kBlockStrips * w.record_bytes + kBarrierBytes;
+}
+
+}  // namespace marlinq::cuda::sm90
