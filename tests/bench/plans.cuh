@@ -141,7 +141,8 @@ class Bench {
     layer.qzeros =
         tensor(qzeros.data(), qzeros.size() * 4, DType::kInt32, groups, shape.n * bits / 32);
     layer.scales = tensor(scales.data(), scales.size() * 2, DType::kFloat16, groups, shape.n);
-    const GptqWeights weights = validate(GptqTensors(layer), {.bits = bits, .group_size = group_size});
+    const GptqWeights weights =
+        validate(GptqTensors(layer), {.bits = bits, .group_size = group_size});
     Uploader uploader(0);
     LayerUpload layer_upload(uploader, weights);
     weight_ = arch_->pack({&weights, 1}, layer_upload);
@@ -334,9 +335,9 @@ inline int run_plans(int argc, char** argv, const PlansOf& plans) {
               {10240, 8192}, {57344, 8192}, {8192, 28672}};
   }
   try {
-    const std::string type =
-        std::string(half ? "fp16" : "bf16") + (bits == 8 ? " w8" : "") + (symmetric ? "" : " asym") +
-        (group_size == 128 ? "" : " g" + std::to_string(group_size));
+    const std::string type = std::string(half ? "fp16" : "bf16") + (bits == 8 ? " w8" : "") +
+                             (symmetric ? "" : " asym") +
+                             (group_size == 128 ? "" : " g" + std::to_string(group_size));
     for (const Shape shape : shapes) {
       if (half) {
         Bench<__half> bench(plans, shape, bits, symmetric, group_size);

@@ -19,11 +19,12 @@ void add_strips(const GemmProblem& problem, const DeviceLimits& limits, std::int
     for (const int clusters : {(halves + busiest - 1) / busiest, std::min(most, halves)}) {
       for (const int stages : {1, 2, 3, 4, 5}) {
         for (const int early : {1, stages}) {
-          const sm90::StripChoice choice{.clusters = clusters,
-                                         .cluster_blocks = cluster_blocks,
-                                         .share_halves = busiest % 2 == 0 && clusters < most ? 2 : 1,
-                                         .stages = stages,
-                                         .early_stages = early};
+          const sm90::StripChoice choice{
+              .clusters = clusters,
+              .cluster_blocks = cluster_blocks,
+              .share_halves = busiest % 2 == 0 && clusters < most ? 2 : 1,
+              .stages = stages,
+              .early_stages = early};
           const GemmPlan plan = sm90::strip_plan(problem, index, choice);
           if (plan.shared_bytes > limits.shared_bytes - 512) continue;
           char name[64];
@@ -39,8 +40,7 @@ void add_strips(const GemmProblem& problem, const DeviceLimits& limits, std::int
 
 std::vector<NamedPlan> every_plan(const GemmProblem& problem, const DeviceLimits& limits) {
   std::vector<NamedPlan> plans;
-  plans.push_back(
-      {"sm80", sm80::plan(problem, limits, marlinq::BatchInvariance::kNotRequired)});
+  plans.push_back({"sm80", sm80::plan(problem, limits, marlinq::BatchInvariance::kNotRequired)});
   const auto all = sm90::instances(problem.x_type, problem.weight.code_bits);
   for (std::int32_t i = 0; i < static_cast<std::int32_t>(all.size()); ++i) {
     const sm90::Instance& kernel = all[static_cast<std::size_t>(i)];

@@ -25,6 +25,16 @@ DEVICES: list[str] = [
 needs_device = pytest.mark.skipif(not DEVICES, reason="no CUDA device")
 needs_two_devices = pytest.mark.skipif(len(DEVICES) < 2, reason="fewer than two CUDA devices")
 
+# The usable architectures, the one that is taken first.
+KERNELS: list[str] = [
+    kernel["name"]
+    for backend in marlinq.info()["backends"]
+    if backend["name"] == "cuda"
+    for kernel in backend["kernels"]
+    if kernel["usable"]
+]
+each_kernel = pytest.mark.parametrize("arch", KERNELS)
+
 DEVICE = "cuda:0"
 TYPES = ["float16", "bfloat16"]
 BOUNDS = {name: tolerance("cuda", name) for name in TYPES}

@@ -12,9 +12,11 @@ import pytest
 from cuda_support import (
     BOUNDS,
     DEVICE,
+    KERNELS,
     TYPES,
     DeviceLayer,
     Reference,
+    each_kernel,
     guarded,
     host,
     load,
@@ -36,11 +38,12 @@ ROWS = [0, 1, 7, 16, 17, 63, 64, 65, 257, 1000]
 CHECKPOINTS = sorted(path.parent.name for path in DATA.glob("*/expected.safetensors"))
 
 
+@each_kernel
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("k", SIZES)
-def test_shapes(n: int, k: int) -> None:
+def test_shapes(n: int, k: int, arch: str) -> None:
     layer = DeviceLayer(n, k, seed=n + k)
-    linear = layer.load()
+    linear = layer.load(kernel=arch)
     dense = layer.dense()
     for dtype in TYPES:
         x = normal(max(ROWS), k, dtype, seed=k)
@@ -59,10 +62,11 @@ def unbalanced(layer: Layer, seed: int) -> Layer:
     return replace(layer, groups=(share * share * len(layer.scales)).astype(np.int64))
 
 
+@each_kernel
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [-1, 7, 16, 24, 32, 64, 128, 256, 1024])
 @pytest.mark.parametrize("order", ["none", "shuffled", "unbalanced"])
-def test_formats(bits: int, group_size: int, order: str) -> None:
+def test_formats(bits: int, group_size: int, order: str, arch: str) -> None:
     seeds = itertools.count(bits)
     for symmetric, scale_dtype in itertools.product([False, True], ["F16", "BF16", "F32"]):
         layer = make_layer(
@@ -78,7 +82,7 @@ def test_formats(bits: int, group_size: int, order: str) -> None:
         )
         if order == "unbalanced":
             layer = unbalanced(layer, seed=next(seeds))
-        linear = load(layer)
+        linear = load(layer, kernel=arch)
         assert linear.describe()["act_order"] == (not np.array_equal(layer.groups, natural(layer)))
         for dtype in TYPES:
             x = normal(70, 704, dtype, seed=next(seeds))
@@ -142,9 +146,10 @@ def test_stored_checkpoints(name: str) -> None:
     assert compared == len(wanted_products)
 
 
-def test_types_of_outputs_and_inputs() -> None:
+@each_kernel
+def test_types_of_outputs_and_inputs(arch: str) -> None:
     layer = DeviceLayer(96, 256, seed=1)
-    linear = layer.load()
+    linear = layer.load(kernel=arch)
     for dtype in TYPES:
         x = normal(70, 256, dtype)
         for m in (1, 16, 70):
@@ -164,12 +169,13 @@ def test_types_of_outputs_and_inputs() -> None:
     assert torch.equal(linear(odd), linear(odd.half().float()))
 
 
+@each_kernel
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("n", [96, 61])
-def test_strides_and_alignments(n: int, act_order: bool) -> None:
+def test_strides_and_alignments(n: int, act_order: bool, arch: str) -> None:
     """Any row stride and any address that is a multiple of the element."""
     layer = DeviceLayer(n, 320, act_order=act_order, bias=True, seed=4)
-    linear = layer.load()
+    linear = layer.load(kernel=arch)
     for dtype in [*TYPES, "float32"]:
         x = normal(33, 320, dtype, seed=1)
         for stride, offset in ((328, 0), (336, 8), (321, 0), (327, 3), (320, 1), (324, 4)):
@@ -196,15 +202,16 @@ def test_shapes_of_x() -> None:
     assert linear(x.view(2, 12, 256)[:, :0]).shape == (2, 0, 96)
 
 
+@each_kernel
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("act_order", [False, True])
-def test_large_values_stay_finite(dtype: str, act_order: bool) -> None:
+def test_large_values_stay_finite(dtype: str, act_order: bool, arch: str) -> None:
     layer = DeviceLayer(64, 53248, act_order=act_order, seed=3)
     x = (normal(300, 53248, dtype) * 1e4).clamp(-6e4, 6e4)
     expected = reference(layer, x)
-    linear = layer.load()
+    linear = layer.load(kernel=arch)
     layer.scales /= 256  # a power of two: the same numbers, and results that float16 holds
-    small = layer.load()
+    small = layer.load(kernel=arch)
     for m in (1, 16, 17, 64, 300):
         out = torch.empty((m, 64), device=DEVICE)
         linear(x[:m], out=out)
@@ -225,16 +232,17 @@ def check_each_column(y: Any, layer: Layer, x: Any, what: object) -> None:
     assert bool((difference <= bound * scale).all()), what
 
 
+@each_kernel
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("act_order", [False, True])
-def test_extreme_scales(dtype: str, act_order: bool) -> None:
+def test_extreme_scales(dtype: str, act_order: bool, arch: str) -> None:
     """Zero, the smallest numbers of float16 and nearly the largest, in one layer."""
     layer = make_layer(96, 512, symmetric=False, act_order=act_order, seed=11)
     values = np.array([0.0, 1e-7, 6e4, 6e-5, 1.0], np.float16).astype(np.float64)
     scales = values[np.arange(4 * 96).reshape(4, 96) % 5]
     scales[:, :5] = values  # whole columns of each
     layer = replace(layer, scales=scales)
-    linear = load(layer)
+    linear = load(layer, kernel=arch)
     x = normal(130, 512, dtype, seed=2)
     for m in (1, 16, 17, 130):
         out = torch.empty((m, 96), device=DEVICE)
@@ -244,11 +252,12 @@ def test_extreme_scales(dtype: str, act_order: bool) -> None:
         check_each_column(out, layer, x[:m], f"m {m}")
 
 
+@each_kernel
 @pytest.mark.parametrize("scale_dtype", ["BF16", "F32"])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_scales_of_any_size_in_one_column(
-    scale_dtype: str, act_order: bool, symmetric: bool
+    scale_dtype: str, act_order: bool, symmetric: bool, arch: str
 ) -> None:
     layer = make_layer(
         70, 512, symmetric=symmetric, act_order=act_order, scale_dtype=scale_dtype, seed=12
@@ -261,7 +270,7 @@ def test_scales_of_any_size_in_one_column(
         words = scales.astype(np.float32).view(np.uint32) & 0xFFFF0000
         scales = words.view(np.float32).astype(np.float64)
     layer = replace(layer, scales=scales)
-    linear = load(layer)
+    linear = load(layer, kernel=arch)
     x = normal(130, 512, "float16", seed=3)
     # Also without the rows of the large scales: what is left must not have been lost beside them.
     quiet = x.clone()
@@ -314,6 +323,30 @@ def test_fused_modules(dtype: str, tmp_path: Path) -> None:
         assert untouched(store, out)
 
 
+@each_kernel
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("n", "k", "group_size"),
+    [(4096, 1024, 128), (1600, 4160, 64), (6144, 2048, 512), (320, 8192, -1), (2048, 3136, 64)],
+)
+def test_every_number_of_rows(n: int, k: int, group_size: int, bits: int, arch: str) -> None:
+    """Each of the kernels, with K whole, shared by blocks and cut, and groups over many stages."""
+    layer = DeviceLayer(n, k, bits=bits, group_size=group_size, bias=True, seed=n + bits)
+    linear = layer.load(kernel=arch)
+    rows = [*range(1, 36), 48, 63, 64, 65, 96, 127, 128, 129, 192, 250, 256, 300, 512, 700, 1100]
+    for dtype in TYPES:
+        x = normal(max(rows), k, dtype, seed=k)
+        expected = reference(layer, x)
+        for m in rows:
+            store, out = guarded(m, n, x.dtype)
+            linear(x[:m], out=out)
+            expected.check(out, f"m {m}")
+            assert untouched(store, out), m
+            again = torch.empty_like(out)
+            linear(x[:m], out=again)
+            assert torch.equal(out, again), m
+
+
 def test_the_same_as_the_cpu_backend() -> None:
     layer = make_layer(96, 320, bits=8, symmetric=False, act_order=True, bias=True, seed=10)
     x = normal(9, 320, "float16")
@@ -329,7 +362,7 @@ def test_description() -> None:
         told = layer.load(batch_invariant=invariant).describe()
         assert told["backend"] == "cuda"
         assert told["device"] == DEVICE
-        assert told["kernel"] == told["arch"] == "sm80"
+        assert told["kernel"] == told["arch"] == KERNELS[0]
         assert told["compute"] == "float16"
         assert told["batch_invariant"] is invariant
         for m in (1, 16, 64, 512):
@@ -340,7 +373,7 @@ def test_description() -> None:
         assert told["packed_bytes"] >= 320 * 96 // 2
         assert told["act_order"]
         assert told["bias"]
-    assert "cuda:0 sm80 float16" in repr(layer.load())
+    assert f"cuda:0 {KERNELS[0]} float16" in repr(layer.load())
 
 
 def test_info() -> None:

@@ -16,8 +16,8 @@ class LayerUpload;
 
 struct ArchKernels {
   const char* name;
-  int priority;             // the usable entry with the highest is chosen
-  int min_capability;       // 10 * major + minor
+  int priority;        // the usable entry with the highest is chosen
+  int min_capability;  // 10 * major + minor
   int max_capability;
   const char* requirement;  // for people
 

@@ -40,16 +40,16 @@ TensorMap tensor_map(const void* data, FloatType type, std::int64_t columns, std
   const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[] = {1, 1};
   alignas(64) CUtensorMap map;
-  const CUresult result =
-      encode(&map,
-             type == FloatType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                      : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-             2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(
+      &map,
+      type == FloatType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+      2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
-    throw Error(ErrorCode::kDevice, concat("cuTensorMapEncodeTiled failed with code ",
-                                           static_cast<int>(result), " for ", rows, " x ", columns));
+    throw Error(ErrorCode::kDevice,
+                concat("cuTensorMapEncodeTiled failed with code ", static_cast<int>(result),
+                       " for ", rows, " x ", columns));
   }
   TensorMap bytes;
   static_assert(sizeof bytes == sizeof map);

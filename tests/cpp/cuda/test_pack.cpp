@@ -120,6 +120,20 @@ TEST(Sm80PlanTest, ChunksOfPowersOfTwoShift) {
   EXPECT_EQ(31 >> plan.segments[0].chunk_shift, 0);
 }
 
+TEST(Sm80PlanTest, StepsOfPowersOfTwoShift) {
+  const std::map<std::int64_t, std::int32_t> shifts = {{16, 0},  {32, 1},   {64, 2},  {128, 3},
+                                                       {256, 4}, {1024, 6}, {48, -1}, {96, -1}};
+  for (const auto& [group_size, shift] : shifts) {
+    const LayerPlan plan = plan_of({make_layer({.k = 2048, .n = 8, .group_size = group_size})});
+    EXPECT_EQ(plan.segments[0].step_shift, shift) << group_size;
+  }
+  // The last chunk is not full, and its padding counts to the last group.
+  const LayerPlan part = plan_of({make_layer({.k = 96, .n = 8, .group_size = 32})});
+  EXPECT_EQ(part.segments[0].step_shift, -1);
+  const LayerPlan plan = plan_of({make_layer({.k = 2048, .n = 8, .group_size = -1})});
+  EXPECT_EQ(127 >> plan.segments[0].step_shift, 0);
+}
+
 TEST(Sm80PlanTest, ChunkGroupsSayWhereGroupsBegin) {
   EXPECT_EQ(cuda::sm80::chunk_groups_word({5, 5, 5, 5}), 5 << 4);
   EXPECT_EQ(cuda::sm80::chunk_groups_word({0, 1, 2, 3}), 0b1110);

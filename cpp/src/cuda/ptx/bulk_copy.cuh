@@ -27,7 +27,8 @@ __device__ __forceinline__ void bulk_copy(uint32_t target, const void* source, u
 __device__ __forceinline__ void bulk_copy(uint32_t target, const void* source, uint32_t bytes,
                                           uint32_t barrier, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], "
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1], "
       "%2, [%3], %4;" ::"r"(target),
       "l"(source), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");

@@ -61,20 +61,19 @@ constexpr Instance strip_instance() {
             launch_clusters(
                 strip_gemm<S>, dim3(static_cast<unsigned>(plan.blocks)), plan.cluster_blocks,
                 S::kThreads, plan.shared_bytes, plan.dependent_launch, stream,
-                StripParams{
-                    .problem = problem,
-                    .memory = strip_memory(problem, S::kTokens, S::kSlotBytes, choice),
-                    .shares = EvenShare(strip_shares(w, choice), choice.clusters),
-                    .share_halves = choice.share_halves,
-                    .cluster_blocks = choice.cluster_blocks,
-                    .stages = choice.stages,
-                    .early_stages = plan.early_stages,
-                    .items = items,
-                    .part_shift = part_shift,
-                    .item_groups = std::max(S::kItemSteps / group_steps, 1),
-                    .sub_steps = std::min(group_steps, S::kItemSteps),
-                    .pairs = stores_together(problem, 2),
-                    .x_map = kStreamsX ? map_x(problem, S::kTokens) : TensorMap{}});
+                StripParams{.problem = problem,
+                            .memory = strip_memory(problem, S::kTokens, S::kSlotBytes, choice),
+                            .shares = EvenShare(strip_shares(w, choice), choice.clusters),
+                            .share_halves = choice.share_halves,
+                            .cluster_blocks = choice.cluster_blocks,
+                            .stages = choice.stages,
+                            .early_stages = plan.early_stages,
+                            .items = items,
+                            .part_shift = part_shift,
+                            .item_groups = std::max(S::kItemSteps / group_steps, 1),
+                            .sub_steps = std::min(group_steps, S::kItemSteps),
+                            .pairs = stores_together(problem, 2),
+                            .x_map = kStreamsX ? map_x(problem, S::kTokens) : TensorMap{}});
           }};
 }
 
@@ -117,9 +116,8 @@ constexpr Instance tile_instance(const TileCost& cost) {
                     .stages = plan.stages,
                     .slabs = slabs,
                     .slab_groups = slab_groups(w),
-                    .group_slabs = slab_groups(w) > 1
-                                       ? 1
-                                       : 1 << std::min(w.step_shift - kSlabStepShift, 24),
+                    .group_slabs =
+                        slab_groups(w) > 1 ? 1 : 1 << std::min(w.step_shift - kSlabStepShift, 24),
                     .pairs = stores_together(problem, 8)});
           }};
 }

@@ -70,7 +70,8 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceL
   const std::int64_t tiles = ceil_div(w.n, kernel.blocks * sm80::Layout::kBlockFeatures) *
                              ceil_div(problem.m, kernel.tokens);
   const std::int32_t stage = kernel.stage_bytes + stage_rest(w, kernel.blocks);
-  const std::int32_t stages = std::max(sm80::usable_shared(limits) - kernel.output_bytes, 0) / stage;
+  const std::int32_t stages =
+      std::max(sm80::usable_shared(limits) - kernel.output_bytes, 0) / stage;
   const auto waves = static_cast<std::int32_t>(tiles / blocks);
   const auto left = static_cast<std::int32_t>(tiles % blocks);
   // Tiles that are walked through together should share what they read.
@@ -98,12 +99,9 @@ bool fits(const GemmPlan& plan, const DeviceLimits& limits) {
   return plan.shared_bytes <= sm80::usable_shared(limits);
 }
 
-// The strip kernel for so many tokens: x is there as a whole where it is small.
+// The strip kernel for so many tokens.
 std::int32_t strip_index(std::int32_t token_tiles, bool streams_x) {
-  constexpr std::int32_t kThree = 4;
-  constexpr std::int32_t kFour = 5;
-  if (token_tiles >= 3) return token_tiles == 3 ? kThree : kFour;
-  return (token_tiles - 1) * 2 + (streams_x ? 1 : 0);
+  return token_tiles == 1 && !streams_x ? 0 : token_tiles;
 }
 
 GemmPlan plan_strips(const GemmProblem& problem, std::int32_t token_tiles,
@@ -118,39 +116,41 @@ GemmPlan plan_strips(const GemmProblem& problem, std::int32_t token_tiles,
       ceil_div(w.chunks, choice.cluster_blocks) * sm80::Layout::kChunkRows;
   // As little as can be for the busiest cluster, then as few clusters as that takes.
   const std::int64_t halves = ceil_div(w.n, sm80::Layout::kBlockFeatures) * 2;
-  const std::int64_t most = limits.multiprocessors / choice.cluster_blocks;
+  const std::int64_t most = std::max(limits.multiprocessors / choice.cluster_blocks, 1);
   const std::int64_t busiest = ceil_div(halves, most);
   choice.share_halves = busiest % 2 == 0 ? 2 : 1;
   choice.clusters = static_cast<std::int32_t>(ceil_div(halves, busiest));
-  // What a block streams.
-  const std::int64_t bytes = busiest * (sm80::Layout::kBlockFeatures / 2) * slice_rows * w.code_bits / 8;
-  constexpr std::int64_t kKilo = 1024;
-  const std::int64_t x_bytes = tokens * slice_rows * 2;
-  const bool streams_x = x_bytes > 96 * kKilo || (token_tiles > 1 && x_bytes > 64 * kKilo);
-  const std::int32_t index = strip_index(token_tiles, streams_x);
-  const auto shared_by = [&](std::int32_t stages, std::int32_t early) {
+  // What a block streams, in rings of one stage.
+  constexpr std::int64_t kRingBytes = 8 * 4096;
+  const std::int64_t rings = ceil_div(
+      busiest * (sm80::Layout::kBlockFeatures / 2) * slice_rows * w.code_bits / 8, kRingBytes);
+  const bool is_small = token_tiles == 1 && rings <= 2 && halves >= most;
+  const bool is_long = token_tiles == 1 && rings >= 8;
+  // x comes with the codes, unless it is short or read many times over.
+  constexpr std::int32_t kFewTokens = 2;
+  constexpr std::int64_t kMostX = 96 * 1024;
+  const bool streams_x = tokens > kFewTokens && (!is_long || tokens * slice_rows * 2 > kMostX);
+  const auto rings_of = [&](std::int32_t stages, std::int32_t early) {
     choice.stages = stages;
     choice.early_stages = early;
-    return strip_plan(problem, index, choice);
+    return strip_plan(problem, strip_index(token_tiles, streams_x), choice);
   };
-  // A small layer with few tokens is in the rings as a whole before the kernel before has ended, beside
-  // which it is on every multiprocessor.
-  if (bytes <= 2 * kStripRingBytes && x_bytes <= 8 * kKilo && halves >= most) {
+  if (is_small) {
+    // All of the layer is in the rings before the kernel before has ended, beside which a block has room
+    // on every multiprocessor.
     choice.share_halves = 1;
     choice.clusters = static_cast<std::int32_t>(most);
-    return shared_by(2, 2);
+    return rings_of(2, 2);
   }
-  // Where x is long in coming behind the codes, most of them wait for it.
-  const bool is_long = token_tiles == 1 && bytes >= 8 * kStripRingBytes;
-  if (!is_long) {
-    GemmPlan plan = shared_by(2, 1);
-    return fits(plan, limits) ? plan : shared_by(1, 1);
+  if (is_long) {
+    for (std::int32_t stages = 4; stages > 1; --stages) {
+      const GemmPlan plan = rings_of(stages, stages);
+      if (fits(plan, limits)) return plan;
+    }
   }
-  for (std::int32_t stages = 5; stages > 1; --stages) {
-    const GemmPlan plan = shared_by(stages, stages);
-    if (fits(plan, limits)) return plan;
-  }
-  return shared_by(1, 1);
+  // More that is asked for before x would only delay it.
+  const GemmPlan plan = rings_of(2, 1);
+  return fits(plan, limits) ? plan : rings_of(1, 1);
 }
 
 double tile_cost(const Instance& kernel, const GemmPlan& plan, std::int64_t slabs) {
@@ -159,13 +159,13 @@ double tile_cost(const Instance& kernel, const GemmPlan& plan, std::int64_t slab
   double time = cost.start + static_cast<double>(schedule.whole_tiles) *
                                  (static_cast<double>(slabs) * cost.slab + cost.tile);
   if (schedule.tail_tiles == 0) return time;
-  time += static_cast<double>(ceil_div(schedule.tail_tiles * slabs, schedule.tail_blocks)) *
-              cost.slab +
-          cost.tile;
+  time +=
+      static_cast<double>(ceil_div(schedule.tail_tiles * slabs, schedule.tail_blocks)) * cost.slab +
+      cost.tile;
   if (schedule.tail_blocks > schedule.tail_tiles) {
     const auto parts = static_cast<double>(ceil_div(schedule.tail_blocks, schedule.tail_tiles) - 1);
-    time += cost.cut + parts * cost.part +
-            cost.block * (schedule.tail_blocks - schedule.tail_tiles);
+    time +=
+        cost.cut + parts * cost.part + cost.block * (schedule.tail_blocks - schedule.tail_tiles);
     if (schedule.tail_blocks % schedule.tail_tiles != 0) time += cost.uneven;
   }
   return time;
@@ -209,28 +209,27 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
   // K is divided in one way for all m by kernels of sm80 alone, which also take groups of any rows.
   if (invariance == BatchInvariance::kRequired || w.step_shift < 0)
     return sm80::plan(problem, limits, invariance);
-  const bool tiles = w.scales_divide && w.step_shift >= kTileShift;
+  const bool has_tiles = w.scales_divide && w.step_shift >= kTileShift;
   const auto token_tiles = static_cast<std::int32_t>(ceil_div(std::max(problem.m, 1), 8));
-  constexpr std::int32_t kMostTokenTiles = 4;
+  constexpr std::int32_t kMostTokenTiles = 4;  // of strips, where there are tiles too
   GemmPlan best;
   best.shared_bytes = INT32_MAX;
-  if (token_tiles < kMostTokenTiles || !tiles) {
-    best = plan_strips(problem, std::min(token_tiles, tiles ? 3 : 2), limits);
-  }
-  if (!fits(best, limits) && tiles) {
+  if (token_tiles <= 2 || (has_tiles && token_tiles < kMostTokenTiles)) {
+    best = plan_strips(problem, token_tiles, limits);
+  } else if (has_tiles) {
     double cost = 0;
     best = plan_tiles(problem, limits, cost);
     if (token_tiles == kMostTokenTiles) {
-      // A block of the strip kernel streams 4 KB of codes in about this time.
-      constexpr double kItem = 0.265;
+      // In us: the start, and 4 KB of codes for each block.
       constexpr double kStart = 4.0;
-      const double items = static_cast<double>(w.n) * w.chunks * w.code_bits * 2 / 1024 /
-                           limits.multiprocessors;
-      if (kStart + items * kItem < cost) {
-        const GemmPlan strips = plan_strips(problem, kMostTokenTiles, limits);
-        if (fits(strips, limits)) best = strips;
-      }
+      constexpr double kItem = 0.245;
+      const double items =
+          static_cast<double>(w.n) * w.chunks * w.code_bits / 512 / limits.multiprocessors;
+      const GemmPlan strips = plan_strips(problem, token_tiles, limits);
+      if (kStart + items * kItem < cost && fits(strips, limits)) best = strips;
     }
+  } else if (!w.scales_divide) {
+    best = plan_strips(problem, 2, limits);  // a slice of x after the other
   }
   return fits(best, limits) ? best : sm80::plan(problem, limits, invariance);
 }
@@ -261,9 +260,9 @@ void scratch_need(const DeviceLimits& limits, std::int64_t& partial_floats, std:
   flags = limits.multiprocessors;
   for (const Instance& instance : instances(FloatType::kF16, 4)) {
     if (instance.kind != KernelKind::kTile) continue;
-    partial_floats = std::max<std::int64_t>(
-        partial_floats, std::int64_t{limits.multiprocessors} * instance.tokens * instance.blocks *
-                            sm80::Layout::kBlockFeatures);
+    partial_floats = std::max<std::int64_t>(partial_floats, std::int64_t{limits.multiprocessors} *
+                                                                instance.tokens * instance.blocks *
+                                                                sm80::Layout::kBlockFeatures);
   }
 }
 

@@ -67,8 +67,8 @@ struct StripShape {
 struct StripParams {
   GemmProblem problem;
   StripMemory memory;
-  EvenShare shares;   // of the features, over the clusters: ...
-  int share_halves;   // ... so many halves of a packed block each
+  EvenShare shares;  // of the features, over the clusters: ...
+  int share_halves;  // ... so many halves of a packed block each
   int cluster_blocks;
   int stages;
   int early_stages;  // that are filled before the wait for the kernel before
@@ -101,8 +101,8 @@ class StripLoop {
     items_ = rank_ == 0 ? larger : params.items - larger;
     base_ = ptx::shared_address(shared);
     ring_ = base_ + warp_ * params.stages * params.memory.stage_bytes;
-    records_ = base_ + params.memory.records_place +
-               warp_ * params.stages * params.memory.record_bytes;
+    records_ =
+        base_ + params.memory.records_place + warp_ * params.stages * params.memory.record_bytes;
     barriers_ = base_ + params.memory.barriers_place;
     ring_barriers_ = barriers_ + warp_ * params.stages * 8;
     part_barriers_ = barriers_ + S::kWarps * params.stages * 8;
@@ -222,12 +222,14 @@ class StripLoop {
   // Before a block barrier.
   __device__ __forceinline__ void list_contributors() {
     for (int segment = warp_; segment < segments_; segment += S::kWarps) {
-      const uint32_t here = __ballot_sync(0xffffffffu, lane_ < S::kWarps && has_items(segment, lane_));
+      const uint32_t here =
+          __ballot_sync(0xffffffffu, lane_ < S::kWarps && has_items(segment, lane_));
       const int last = 31 - __clz(here | 1);
       const bool goes_on = segment + 1 < segments_ && has_items(segment + 1, last);
       if (lane_ == 0) {
-        ptx::store_shared_4(contributors_ + segment * 4,
-                            here == 0 ? 1 : (__ffs(here) - 1) | last << 8 | (goes_on ? 1 << 16 : 0));
+        ptx::store_shared_4(
+            contributors_ + segment * 4,
+            here == 0 ? 1 : (__ffs(here) - 1) | last << 8 | (goes_on ? 1 << 16 : 0));
       }
     }
   }
@@ -236,7 +238,9 @@ class StripLoop {
   }
 
   // Which block of a cluster of two writes a row of a segment.
-  __device__ __forceinline__ static int owner(int token, int segment) { return (token ^ segment) & 1; }
+  __device__ __forceinline__ static int owner(int token, int segment) {
+    return (token ^ segment) & 1;
+  }
 
   /// Rows of segments that this block writes.
   __device__ __forceinline__ int own_rows() const {
@@ -355,9 +359,8 @@ class StripLoop {
     const int end = items_ * S::kItemRows * 2;
     for (int token = warp_; token < p_.m; token += S::kWarps) {
       for (int at = x_row_bytes(0, items_) + lane_ * 16; at < end; at += 32 * 16) {
-        ptx::store_shared_16(
-            base_ + params_.memory.x_place + token * params_.memory.x_pitch + at,
-            make_uint4(0, 0, 0, 0));
+        ptx::store_shared_16(base_ + params_.memory.x_place + token * params_.memory.x_pitch + at,
+                             make_uint4(0, 0, 0, 0));
       }
     }
   }
@@ -383,8 +386,8 @@ class StripLoop {
       // Tokens that are not there are columns of the product that nobody reads.
       const int token = t * 8 + lane_ % 8 < p_.m ? t * 8 + lane_ % 8 : 0;
       x_rows[t] = S::kStreamsX ? S::kItemBytes + sm80::x_piece_place(lane_ % 8 + t * 8, lane_ / 8)
-                               : base_ + params_.memory.x_place +
-                                     token * params_.memory.x_pitch + lane_ / 8 * 16;
+                               : base_ + params_.memory.x_place + token * params_.memory.x_pitch +
+                                     lane_ / 8 * 16;
     }
 #pragma unroll 1
     do {
@@ -457,7 +460,8 @@ class StripLoop {
         uint32_t words[kTogether][kLoadSteps * kStepWords];
 #pragma unroll
         for (int s = 0; s < kTogether; ++s) {
-          load_words(words[s], codes + unit / kUnitSteps * kUnitStride + (begin + s) * S::kStripBytes);
+          load_words(words[s],
+                     codes + unit / kUnitSteps * kUnitStride + (begin + s) * S::kStripBytes);
         }
 #pragma unroll
         for (int pair = 0; pair < (kLoadSteps + 1) / 2; ++pair) {
@@ -484,8 +488,8 @@ class StripLoop {
         for (int t = 0; t < S::kTokenTiles; ++t) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            sum_[begin + s][t][i] = __fmaf_rn(values.scale[begin + s][i / 2], part[s][t][i],
-                                              sum_[begin + s][t][i]);
+            sum_[begin + s][t][i] =
+                __fmaf_rn(values.scale[begin + s][i / 2], part[s][t][i], sum_[begin + s][t][i]);
           }
         }
       }
@@ -533,9 +537,8 @@ class StripLoop {
       for (int t = 0; t < S::kTokenTiles; ++t) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          ptx::store_shared_4(
-              place + ((t * 8 + i % 2) * S::kSlotRow + s * 16 + i / 2 * 8) * 4,
-              __float_as_uint(sum_[s][t][i]));
+          ptx::store_shared_4(place + ((t * 8 + i % 2) * S::kSlotRow + s * 16 + i / 2 * 8) * 4,
+                              __float_as_uint(sum_[s][t][i]));
         }
       }
     }

@@ -13,9 +13,6 @@ namespace marlinq::cuda::sm90 {
 
 using sm80::Layout;
 
-/// Codes of a stage of all warps of a block.
-constexpr std::int64_t kStripRingBytes = 8 * 4096;
-
 /// What a plan may choose.
 struct StripChoice {
   std::int32_t clusters = 1;
@@ -23,9 +20,9 @@ struct StripChoice {
   std::int32_t share_halves = 1;    // features are shared out by halves of packed blocks, or by 2
   std::int32_t warps = 8;
   std::int32_t item_chunks = 2;
-  std::int32_t stages = 2;          // of the ring of each warp, ...
-  std::int32_t early_stages = 2;    // ... and those filled before the kernel before has ended
-  bool streams_x = false;           // x comes with the codes, else it is there as a whole
+  std::int32_t stages = 2;        // of the ring of each warp, ...
+  std::int32_t early_stages = 2;  // ... and those filled before the kernel before has ended
+  bool streams_x = false;         // x comes with the codes, else it is there as a whole
 };
 
 /// What is divided over the clusters.
@@ -35,9 +32,9 @@ inline std::int32_t strip_shares(const WeightView& w, const StripChoice& choice)
 
 struct StripMemory {
   std::int32_t record_bytes = 0;  // of an item: those of all its groups
-  std::int32_t stage_bytes = 0;    // codes, and x if it is streamed: multiples of 1 KB each
+  std::int32_t stage_bytes = 0;   // codes, and x if it is streamed: multiples of 1 KB each
   std::int32_t records_place = 0;
-  std::int32_t x_pitch = 0;       // from one row of x to the next
+  std::int32_t x_pitch = 0;  // from one row of x to the next
   std::int32_t x_place = 0;
   std::int32_t slots_place = 0;
   std::int32_t receive_place = 0;
@@ -75,8 +72,7 @@ inline StripMemory strip_memory(const GemmProblem& problem, std::int32_t tokens,
     place += round_up(bytes, 16);
     return narrow(at);
   };
-  memory.records_place =
-      reserve(std::int64_t{choice.warps} * choice.stages * memory.record_bytes);
+  memory.records_place = reserve(std::int64_t{choice.warps} * choice.stages * memory.record_bytes);
   memory.x_place = reserve(choice.streams_x ? 0 : std::int64_t{problem.m} * memory.x_pitch);
   memory.slots_place = reserve((segments - 1) * slot_bytes);
   const std::int64_t received = segments * (tokens / 8) * ceil_div(std::min(problem.m, 8), 2);

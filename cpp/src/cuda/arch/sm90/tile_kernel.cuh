@@ -79,10 +79,10 @@ struct TileParams {
   Divider band;            // by the tiles of a band of token tiles
   Divider band_widths[2];  // by the token tiles of a band; of the last band
   int stages;
-  int slabs;          // along K
-  int slab_groups;    // groups of a slab, 1 or 2
-  int group_slabs;    // slabs of a group, a power of two
-  bool pairs;  // outputs are of type T, and may be stored 16 bytes at a time
+  int slabs;        // along K
+  int slab_groups;  // groups of a slab, 1 or 2
+  int group_slabs;  // slabs of a group, a power of two
+  bool pairs;       // outputs are of type T, and may be stored 16 bytes at a time
 };
 
 /// A part of a tile: slabs begin to end - 1.
@@ -209,21 +209,20 @@ class TileFill {
       const int last = (w_.n + Layout::kBlockFeatures - 1) / Layout::kBlockFeatures - 1;
       const int64_t block = min(part.feature_tile * S::kBlocks + lane_, last);
       const unsigned char* codes = reinterpret_cast<const unsigned char*>(w_.codes) +
-                                   block * w_.chunks * S::kChunkBytes +
-                                   part.begin * S::kSlabBytes;
+                                   block * w_.chunks * S::kChunkBytes + part.begin * S::kSlabBytes;
       const unsigned char* groups = w_.groups + block * w_.num_groups * ring_.record_bytes();
 #pragma unroll 1
       for (int slab = part.begin; slab < part.end; ++slab) {
         const bool starts = slab == part.begin || (slab & (params_.group_slabs - 1)) == 0;
         const uint32_t barrier = ring_.filled(ring_.stage());
         const int records = starts ? record_bytes(slab) : 0;
-        if (kRole != FillRole::kRecords || starts)
-          ptx::barrier_wait(ring_.emptied(ring_.stage()), ring_.parity() ^ 1);
+        // Also where there is nothing to copy: parity tells apart neighbouring phases only.
+        ptx::barrier_wait(ring_.emptied(ring_.stage()), ring_.parity() ^ 1);
         if constexpr (kRole == FillRole::kCodes) {
-          // An odd last chunk has what follows it for company, and meets zeros.
-          if (lane_ == 0) ptx::barrier_expect(barrier, S::kStageBytes + S::kBlocks * records);
-          if (lane_ < S::kBlocks)
-            ptx::bulk_copy(ring_.codes(lane_), codes, S::kSlabBytes, barrier, policy);
+          // Beside an odd last chunk are codes of before, which meet zeros.
+          const int bytes = min(kSlabChunks, w_.chunks - slab * kSlabChunks) * S::kChunkBytes;
+          if (lane_ == 0) ptx::barrier_expect(barrier, S::kXBytes + S::kBlocks * (bytes + records));
+          if (lane_ < S::kBlocks) ptx::bulk_copy(ring_.codes(lane_), codes, bytes, barrier, policy);
           codes += S::kSlabBytes;
         } else if constexpr (kRole == FillRole::kRecords) {
           if (starts && lane_ < S::kBlocks) {
@@ -403,9 +402,7 @@ class TileMultiply {
 
   // --- the end of a part ---
 
-  __device__ __forceinline__ void meet_all() const {
-    ptx::named_barrier(1, S::kMultiplyThreads);
-  }
+  __device__ __forceinline__ void meet_all() const { ptx::named_barrier(1, S::kMultiplyThreads); }
   __device__ __forceinline__ void meet_group() const { ptx::named_barrier(2 + group_, 128); }
 
   __device__ __forceinline__ void finish(const TilePart& part) {
@@ -508,14 +505,14 @@ class TileMultiply {
       meet_group();  // the rows before have been read
 #pragma unroll
       for (int j = begin / 8; j < (begin + S::kOutputTokens) / 8; j += 2) {
-        const uint32_t turned[4] = {
-            sm80::round_pair<T>(sum_[b][4 * j], sum_[b][4 * j + 1]),
-            sm80::round_pair<T>(sum_[b][4 * j + 2], sum_[b][4 * j + 3]),
-            sm80::round_pair<T>(sum_[b][4 * j + 4], sum_[b][4 * j + 5]),
-            sm80::round_pair<T>(sum_[b][4 * j + 6], sum_[b][4 * j + 7])};
-        ptx::stmatrix_x4_transposed(rows + sm80::x_piece_place(8 * (j + lane_ / 16) - begin + lane_ % 8,
-                                                               2 * warp_ + lane_ / 8 % 2),
-                                    turned);
+        const uint32_t turned[4] = {sm80::round_pair<T>(sum_[b][4 * j], sum_[b][4 * j + 1]),
+                                    sm80::round_pair<T>(sum_[b][4 * j + 2], sum_[b][4 * j + 3]),
+                                    sm80::round_pair<T>(sum_[b][4 * j + 4], sum_[b][4 * j + 5]),
+                                    sm80::round_pair<T>(sum_[b][4 * j + 6], sum_[b][4 * j + 7])};
+        ptx::stmatrix_x4_transposed(
+            rows + sm80::x_piece_place(8 * (j + lane_ / 16) - begin + lane_ % 8,
+                                       2 * warp_ + lane_ / 8 % 2),
+            turned);
       }
       meet_group();
 #pragma unroll 4
@@ -538,8 +535,7 @@ class TileMultiply {
       const int more_tokens = i / 4 * 8 + i % 2;
       const int more_features = i / 2 % 2 * 8;
       ptx::store_if(token + more_tokens < p_.m && feature + more_features < w_.n,
-                    y + more_tokens * p_.y_stride + more_features,
-                    sm80::round_to<Y>(sum_[b][i]));
+                    y + more_tokens * p_.y_stride + more_features, sm80::round_to<Y>(sum_[b][i]));
     }
   }
 
