@@ -124,7 +124,10 @@ part "bench" keep bench.json python3 -m marlinq bench --device cuda --rows 1,16,
 part "bench of blocks" keep bench_moe.json python3 -m marlinq bench --device cuda --moe --rows 1,16,64,256,1024 \
   --seconds 0.1 --json
 part "loading" keep load.json "$work/build/tests/bench/load_layers"
-part "plans" keep plans.csv "$work/build/tests/bench/sm80_plans" fp16 4096x4096 m=1,16,64,1024
+for program in "$work"/build/tests/bench/sm*_plans; do
+  name=$(basename "$program")
+  part "$name" keep "$name.csv" "$program" fp16 4096x4096 m=1,16,64,1024
+done
 
 printf '\n=== summary, %s s\n' "$SECONDS"
 printf '%s\n' "${summary[@]}"

@@ -120,6 +120,16 @@ GemmPlan plan_strips(const GemmProblem& problem, std::int32_t token_tiles,
   const std::int64_t busiest = ceil_div(halves, most);
   choice.share_halves = busiest % 2 == 0 ? 2 : 1;
   choice.clusters = static_cast<std::int32_t>(ceil_div(halves, busiest));
+  // Some items for each warp, also of the block that has the fewest (strip_kernel.cuh: an item of one
+  // segment takes 3 or 2).
+  const Instance& kernel = instance_of(problem, strip_index(token_tiles, true));
+  const std::int64_t least = strip_shares(w, choice) / choice.clusters * choice.share_halves;
+  const std::int64_t least_items = ceil_div(w.chunks, kernel.item_chunks) / choice.cluster_blocks;
+  if ((least + ceil_div(least, 2)) * least_items < 3 * kernel.warps) {
+    GemmPlan none;
+    none.shared_bytes = INT32_MAX;
+    return none;
+  }
   // What a block streams, in rings of one stage.
   constexpr std::int64_t kRingBytes = 8 * 4096;
   const std::int64_t rings = ceil_div(
@@ -129,7 +139,7 @@ GemmPlan plan_strips(const GemmProblem& problem, std::int32_t token_tiles,
   // x comes with the codes, unless it is short or read many times over.
   constexpr std::int32_t kFewTokens = 2;
   constexpr std::int64_t kMostX = 96 * 1024;
-  const bool streams_x = tokens > kFewTokens && (!is_long || tokens * slice_rows * 2 > kMostX);
+  const bool streams_x = tokens * slice_rows * 2 > kMostX || (tokens > kFewTokens && !is_long);
   const auto rings_of = [&](std::int32_t stages, std::int32_t early) {
     choice.stages = stages;
     choice.early_stages = early;
@@ -219,14 +229,14 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
   } else if (has_tiles) {
     double cost = 0;
     best = plan_tiles(problem, limits, cost);
-    if (token_tiles == kMostTokenTiles) {
-      // In us: the start, and 4 KB of codes for each block.
-      constexpr double kStart = 4.0;
-      constexpr double kItem = 0.245;
-      const double items =
-          static_cast<double>(w.n) * w.chunks * w.code_bits / 512 / limits.multiprocessors;
+    // In us: the start, and 4 KB of codes for each block.
+    constexpr double kStart = 4.0;
+    constexpr double kItem = 0.245;
+    const double items =
+        static_cast<double>(w.n) * w.chunks * w.code_bits / 512 / limits.multiprocessors;
+    if (token_tiles == kMostTokenTiles && kStart + items * kItem < cost) {
       const GemmPlan strips = plan_strips(problem, token_tiles, limits);
-      if (kStart + items * kItem < cost && fits(strips, limits)) best = strips;
+      if (fits(strips, limits)) best = strips;
     }
   } else if (!w.scales_divide) {
     best = plan_strips(problem, 2, limits);  // a slice of x after the other

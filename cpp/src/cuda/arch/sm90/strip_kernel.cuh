@@ -148,6 +148,7 @@ class StripLoop {
       }
       if (warp_ == 0 && fill_left_ == 0) ptx::launch_dependents();
     }
+    if (!more) clear_slot(ring_);
     stage_ = 0;
     parity_ = 0;
     parts_there_ = 0;
@@ -298,7 +299,7 @@ class StripLoop {
     const int group = (item * S::kItemSteps) >> w_.step_shift;
     const int records = min(params_.item_groups, w_.num_groups - group) * group_bytes();
     const bool whole = width(fill_segment_) == 2;
-    const uint32_t x_bytes = S::kStreamsX ? chunks * S::kXTileBytes : 0;
+    const uint32_t x_bytes = S::kStreamsX ? S::kItemChunks * S::kXTileBytes : 0;
     ptx::barrier_expect(barrier,
                         chunks * (whole ? S::kChunkBytes : S::kChunkBytes / 2) + records + x_bytes);
     if (whole) {
@@ -326,16 +327,15 @@ class StripLoop {
            (token * p_.x_stride + static_cast<int64_t>(first_item_ + item) * S::kItemRows) * 2;
   }
 
+  // Chunks that the weight does not have meet zeros: whatever codes lie there.
   __device__ __forceinline__ void fill_x(int stage, int item) const {
     if (lane_ != 0) return;
     const uint32_t target = stage_place(stage) + S::kItemBytes;
-    const int first = (first_item_ + item) * S::kItemChunks;
+    const int column = (first_item_ + item) * S::kItemRows;
 #pragma unroll
     for (int chunk = 0; chunk < S::kItemChunks; ++chunk) {
-      if (first + chunk < w_.chunks) {
-        ptx::tensor_copy(target + chunk * S::kXTileBytes, params_.x_map,
-                         (first + chunk) * Layout::kChunkRows, 0, ring_barriers_ + stage * 8);
-      }
+      ptx::tensor_copy(target + chunk * S::kXTileBytes, params_.x_map,
+                       column + chunk * Layout::kChunkRows, 0, ring_barriers_ + stage * 8);
     }
   }
 
@@ -456,7 +456,6 @@ class StripLoop {
       float part[kTogether][S::kTokenTiles][4] = {};
 #pragma unroll
       for (int unit = 0; unit < kSteps; unit += kLoadSteps) {
-        // An item may end with its first chunk.
         uint32_t words[kTogether][kLoadSteps * kStepWords];
 #pragma unroll
         for (int s = 0; s < kTogether; ++s) {
@@ -526,6 +525,12 @@ class StripLoop {
   // last sums of a warp go to the begin of its own ring.
   __device__ __forceinline__ uint32_t slot(int segment) const {
     return base_ + params_.memory.slots_place + segment * S::kSlotBytes;
+  }
+
+  // Of a warp without items, which may stand between others that have some.
+  __device__ __forceinline__ void clear_slot(uint32_t target) const {
+    for (int at = lane_ * 16; at < S::kSlotBytes; at += 32 * 16)
+      ptx::store_shared_16(target + at, make_uint4(0, 0, 0, 0));
   }
 
   template <int kWidth>

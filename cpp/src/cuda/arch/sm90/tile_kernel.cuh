@@ -359,6 +359,7 @@ class TileMultiply {
   // And gives back the stage.
   __device__ __forceinline__ void finish_products() {
     wait_for_products();
+    __syncwarp();  // all lanes have read the codes
     if (lane_ == 0) ptx::barrier_arrive(ring_.emptied(ring_.stage()));
     ring_.advance();
   }
