@@ -113,7 +113,7 @@ class Bench {
     const float us = time_us(stream_, 50, [&](int) {
       sort_by_expert(topk, model_.experts, rows, target, true, stream_);
     });
-    std::printf("%s,sort,%d,%d,0,%.2f\n", model_.name, tokens, rows, static_cast<double>(us));
+    std::printf("%s,sort,%d,%d,0,0,%.2f\n", model_.name, tokens, rows, static_cast<double>(us));
     tile_lists_ = {.experts = target.experts,
                    .ids = target.ids,
                    .first = target.first,
@@ -136,7 +136,7 @@ class Bench {
                                  .hidden = model_.hidden};
     const float sum_us =
         time_us(stream_, 50, [&](int) { combine(problem, limits_, true, stream_); });
-    std::printf("%s,combine,%d,0,0,%.2f\n", model_.name, tokens, static_cast<double>(sum_us));
+    std::printf("%s,combine,%d,0,0,0,%.2f\n", model_.name, tokens, static_cast<double>(sum_us));
   }
 
   void product(int tokens, int rows, int n, int k, bool up) {
@@ -185,16 +185,22 @@ class Bench {
     const SplitScratch scratch{static_cast<float*>(partials_.data()),
                                static_cast<std::uint32_t*>(flags_.data())};
     ExpertPlan plan = sm80::plan_experts(problems[0], limits_, BatchInvariance::kNotRequired);
-    for (const int share : {0, 1, 2, 3, 4, 6, 8, 12, 16, 32}) {
+    const auto measure = [&](int share) {
       plan.share = share;
       const float us = time_us(stream_, std::max(20, copies), [&](int i) {
         sm80::launch_experts(problems[static_cast<std::size_t>(i % copies)], plan, limits_, scratch,
                              stream_);
       });
-      std::printf("%s,%s,%d,%d,%d,%.2f\n", model_.name, up ? "up" : "down", tokens, rows, share,
-                  static_cast<double>(us));
+      std::printf("%s,%s,%d,%d,%d,%d,%.2f\n", model_.name, up ? "up" : "down", tokens, rows,
+                  plan.instance, share, static_cast<double>(us));
       std::fflush(stdout);
+    };
+    if (plan.instance == 0) {
+      for (const int share : {0, 1, 2, 4, 8}) measure(share);
+      // The kernel that serves the same rows where this one does not fit.
+      plan = sm80::plan_experts_with(1, problems[0], limits_, BatchInvariance::kNotRequired);
     }
+    for (const int share : {0, 1, 2, 3, 4, 6, 8, 12, 16, 32}) measure(share);
   }
 
   Model model_;
@@ -212,7 +218,7 @@ int main(int argc, char** argv) try {
   std::vector<int> tokens;
   for (int i = 2; i < argc; ++i) tokens.push_back(std::atoi(argv[i]));
   if (tokens.empty()) tokens = {1, 4, 16, 64, 256, 1024};
-  std::printf("model,step,tokens,tile_rows,share,us\n");
+  std::printf("model,step,tokens,tile_rows,kernel,share,us\n");
   for (const Model& model : kModels) {
     if (std::strncmp(model.name, only, std::strlen(only)) != 0) continue;
     Bench bench(model);

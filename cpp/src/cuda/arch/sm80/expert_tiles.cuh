@@ -1,0 +1,189 @@
+// What the kernels over experts multiply: token tiles, each with the weight of its own expert.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/arch/sm80/share.hpp"
+#include "cuda/arch/sm80/experts.hpp"
+#include "cuda/problem.hpp"
+#include "cuda/ptx/copy.cuh"
+
+namespace marlinq::cuda::sm80 {
+
+/// Where the rows of an id are. `x` negative: there is no such row.
+struct RowPlace {
+  int x = -1;
+  int y = -1;
+  int64_t weight = 0;  // place among the weights
+};
+
+/// Rows that meet one expert.
+struct TokenTile {
+  int expert;
+  int rows;  // at most, negative too
+  int first; // slot or row of x, ...
+  int y;     // ... and row of y, of the first of them
+};
+
+/// Token tiles from lists on the device.
+struct ListedTiles {
+  /// The lists with an element a tile; they may be copies in shared memory.
+  struct Entries {
+    const int32_t* experts;
+    const int32_t* first;  // null where rows is
+    const int32_t* rows;
+  };
+
+  TokenTileLists lists;
+  Divider tile_rows;
+  Divider pieces;  // tiles of the kernel that one of the lists is cut into
+  Divider top_k;
+  int64_t weights_stride;
+  bool x_by_slot;
+  bool y_by_slot;
+
+  /// Brings what a block is likely to read first nearer, all at once: it looks up one after the other.
+  __device__ __forceinline__ void prefetch(int block, const Divider& feature_tiles) const {
+    const int thread = threadIdx.x;
+    const int likely = pieces.divide(feature_tiles.divide(block)) + thread - 64;
+    const int tile = thread < 64 ? thread : likely;
+    if (tile < 0 || tile >= lists.most_tiles) return;
+    ptx::prefetch(lists.experts + tile);
+    if (lists.first != nullptr) ptx::prefetch(lists.first + tile);
+    if (lists.rows != nullptr) ptx::prefetch(lists.rows + tile);
+    ptx::prefetch(lists.ids + min(int64_t{tile} * tile_rows.divisor, lists.most_slots - 1));
+  }
+
+  __device__ __forceinline__ int count() const {
+    const int used = max(*lists.used, 0);
+    const int tiles = lists.first != nullptr ? used : tile_rows.divide(used);
+    return min(tiles, lists.most_tiles) * pieces.divisor;
+  }
+  __device__ __forceinline__ Entries entries() const {
+    return {lists.experts, lists.first, lists.rows};
+  }
+  /// Copies them into `near`, of kMost integers for each list, where they fit; by all threads of a
+  /// block, before a barrier.
+  template <int kMost>
+  __device__ __forceinline__ Entries bring_near(int32_t* near, int threads) const {
+    if (lists.most_tiles > kMost) return entries();
+    Entries result = {near, nullptr, nullptr};
+    for (int i = threadIdx.x; i < lists.most_tiles; i += threads) {
+      near[i] = lists.experts[i];
+      if (lists.first != nullptr) {
+        near[kMost + i] = lists.first[i];
+        near[2 * kMost + i] = lists.rows[i];
+      }
+    }
+    if (lists.first != nullptr) {
+      result.first = near + kMost;
+      result.rows = near + 2 * kMost;
+    }
+    return result;
+  }
+  __device__ __forceinline__ int expert(int tile) const {
+    return lists.experts[pieces.divide(tile)];
+  }
+  __device__ __forceinline__ TokenTile tile(const Entries& of, int tile, int tokens) const {
+    const int listed = pieces.divide(tile);
+    const int before = (tile - listed * pieces.divisor) * tokens;
+    const bool whole = of.first == nullptr;
+    return {.expert = of.experts[listed],
+            .rows = (whole ? tile_rows.divisor : of.rows[listed]) - before,
+            .first = (whole ? listed * tile_rows.divisor : of.first[listed]) + before,
+            .y = 0};
+  }
+  /// Row `at` of a tile.
+  __device__ __forceinline__ RowPlace row(const TokenTile& tile, int at) const {
+    if (at >= tile.rows) return {};
+    const int slot = tile.first + at;
+    const int id = lists.ids[slot];
+    if (id < 0 || id >= lists.num_ids) return {};
+    const int token = top_k.divide(id);
+    return {.x = x_by_slot ? slot : token,
+            .y = y_by_slot ? slot : id,
+            .weight = token * weights_stride + (id - token * top_k.divisor)};
+  }
+};
+
+/// Token tiles of consecutive rows, in the parameters of the kernel.
+struct DispatchedTiles {
+  struct Entries {};
+
+  int num_dispatches;
+  int tiles;
+  bool x_by_slot;  // rows of x come in the order of the tiles, whole tiles each
+  ExpertRows rows[kMostDispatches];
+  int first_tile[kMostDispatches];
+
+  __device__ __forceinline__ void prefetch(int /*block*/, const Divider& /*feature_tiles*/) const {}
+  __device__ __forceinline__ int count() const { return tiles; }
+  __device__ __forceinline__ Entries entries() const { return {}; }
+  template <int kMost>
+  __device__ __forceinline__ Entries bring_near(int32_t* /*near*/, int /*threads*/) const {
+    return {};
+  }
+  __device__ __forceinline__ int expert(int tile) const { return rows[find(tile)].expert; }
+  __device__ __forceinline__ TokenTile tile(const Entries& /*of*/, int tile, int tokens) const {
+    const int dispatch = find(tile);
+    const int before = (tile - first_tile[dispatch]) * tokens;
+    return {.expert = rows[dispatch].expert,
+            .rows = rows[dispatch].rows - before,
+            .first = x_by_slot ? tile * tokens : rows[dispatch].input_row + before,
+            .y = rows[dispatch].output_row + before};
+  }
+  __device__ __forceinline__ RowPlace row(const TokenTile& tile, int at) const {
+    if (at >= tile.rows) return {};
+    return {.x = tile.first + at, .y = tile.y + at};
+  }
+
+ private:
+  __device__ __forceinline__ int find(int tile) const {
+    int low = 0, high = num_dispatches;  // first_tile[low] <= tile < first_tile[high]
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      if (first_tile[middle] <= tile) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+};
+
+/// What a tile takes, in microseconds on an H200; a block compares these.
+struct ExpertCost {
+  static constexpr int kTogether = 4;
+  float step[kTogether];  // a chunk, with so many blocks on a multiprocessor
+  float cut;              // handing over the parts of a tile, ...
+  float part;             // ... for each part, ...
+  float uneven;           // ... and where runs cross from a tile into the next
+};
+
+template <class Rows_>
+struct ExpertParams {
+  using Rows = Rows_;
+
+  GemmProblem problem;  // of expert 0
+  SplitScratch scratch;
+  Rows rows;
+  int64_t expert_bytes;
+  int num_experts;
+  Divider chunks;
+  Divider feature_tiles;
+  Divider blocks;
+  ExpertCost cost;
+  int multiprocessors;
+  int slice_bytes;
+  const float* weights;
+  bool weights_bias;
+  bool activates;
+  Activation activation;
+  bool may_cut;
+  int share;     // as ExpertPlan's
+  bool settled;  // the rows of the tiles are known before the kernel before has ended
+  bool pairs;    // outputs are of type T, and may be stored two at a time
+};
+
+}  // namespace marlinq::cuda::sm80
