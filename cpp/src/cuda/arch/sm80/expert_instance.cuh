@@ -54,8 +54,8 @@ void launch_expert_kernel(const ExpertProblem& problem, const ExpertPlan& plan,
   const bool pairs = matrix.y_type == matrix.x_type && w.n % 2 == 0 &&
                      reinterpret_cast<std::uintptr_t>(matrix.y) % 4 == 0 &&
                      matrix.y_stride % 2 == 0;
-  launch_kernel(kKernel, dim3(static_cast<unsigned>(plan.blocks)), S::kThreads,
-                plan.shared_bytes, plan.dependent_launch, stream,
+  launch_kernel(kKernel, dim3(static_cast<unsigned>(plan.blocks)), S::kThreads, plan.shared_bytes,
+                plan.dependent_launch, stream,
                 ExpertParams<Rows>{.problem = matrix,
                                    .scratch = scratch,
                                    .rows = rows,

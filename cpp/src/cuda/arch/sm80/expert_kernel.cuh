@@ -251,6 +251,16 @@ __device__ __forceinline__ void write_table(const SegmentWalk<S, Rows>& walk, in
       walk.weights != nullptr && place.x >= 0 ? walk.weights[place.weight] : 1.0f;
 }
 
+/// A segment whose expert is not here. Called with little, for the sake of the loop's registers.
+template <class S, class Rows>
+__device__ __noinline__ void store_zeros(const SegmentWalk<S, Rows>& walk, int segment) {
+  const TilePosition at = walk.position(segment);
+  if (at.end != walk.chunks) return;
+  const Rows& rows = walk.rows.get();
+  store_zero_rows(*walk.params, rows.tile(rows.entries(), at.token_tile, S::kTokens), S::kTokens,
+                  at.feature_tile * S::kFeatureWarps, S::kFeatureWarps, threadIdx.x, S::kThreads);
+}
+
 /// Finds the next segment with an expert, from `segment` on, and writes its table. Returns its number, or
 /// -1. By all threads; their tables are there on return.
 template <class S, class Rows>
@@ -264,12 +274,7 @@ __device__ __forceinline__ int find_segment(const SegmentWalk<S, Rows>& walk, in
       __syncthreads();
       return segment;
     }
-    if (at.end == walk.chunks) {
-      const Rows& rows = walk.rows.get();
-      store_zero_rows(*walk.params, rows.tile(rows.entries(), at.token_tile, S::kTokens),
-                      S::kTokens, at.feature_tile * S::kFeatureWarps, S::kFeatureWarps,
-                      threadIdx.x, S::kThreads);
-    }
+    store_zeros(walk, segment);
   }
   return -1;
 }
@@ -309,7 +314,6 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
     uint32_t stage = ring_;
     for (int segment = 0; segment < found_; ++segment) {
       next_table(table_);
-      set_groups(chunk_groups_, tables_.expert[table_]);
       clear();
       token_tiles_ = active_tiles();
       const TilePosition& at = tables_.at[table_];
@@ -319,9 +323,9 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
   }
 
  private:
-  using Loop::clear, Loop::count_fill, Loop::fill_weights, Loop::finish_sums,
-      Loop::group_bytes, Loop::own, Loop::piece_at, Loop::prepare_fill, Loop::step_fill,
-      Loop::step_fill_back, Loop::unit_token;
+  using Loop::clear, Loop::count_fill, Loop::fill_weights, Loop::finish_sums, Loop::group_bytes,
+      Loop::own, Loop::piece_at, Loop::prepare_fill, Loop::step_fill, Loop::step_fill_back,
+      Loop::unit_token;
   using Loop::feature_warp_, Loop::fill_chunk_, Loop::fill_codes_, Loop::fill_group_,
       Loop::fill_left_, Loop::fill_records_, Loop::fill_segment_, Loop::fill_slot_, Loop::fill_x_,
       Loop::fill_x_on_, Loop::fill_x_place_, Loop::lane_, Loop::last_fill_, Loop::p_, Loop::ring_,
@@ -331,17 +335,11 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
   __device__ __forceinline__ static void next_table(int& table) {
     table = table + 1 == SegmentTables<S>::kCount ? 0 : table + 1;
   }
-  __device__ __forceinline__ void set_groups(const int32_t*& groups, int expert) const {
-    groups = w_.chunk_groups + expert * (params_.expert_bytes / 4);
-  }
   __device__ __forceinline__ ChunkGroups groups_to_fill(int chunk) const {
-    return load_groups(fill_chunk_groups_, chunk);
+    return expert_chunk_groups(params_, tables_.expert[fill_table_], chunk);
   }
   __device__ __forceinline__ ChunkGroups groups_of(int chunk) const {
-    return load_groups(chunk_groups_, chunk);
-  }
-  __device__ __forceinline__ ChunkGroups load_groups(const int32_t* groups, int chunk) const {
-    return {w_.chunk_shift >= 0 ? (chunk >> w_.chunk_shift) << 4 : __ldg(groups + chunk)};
+    return expert_chunk_groups(params_, tables_.expert[table_], chunk);
   }
 
   // --- filling the ring ---
@@ -361,7 +359,6 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
     const TilePosition& at = tables_.at[table];
     fill_left_ = this->chunks_of(at);
     fill_chunk_ = this->first_chunk(at);
-    set_groups(fill_chunk_groups_, tables_.expert[table]);
     fill_codes_ = tables_.codes[table][feature_warp_] + lane_ +
                   (fill_chunk_ - at.begin) * (S::kBlockBytes / 16);
     upper_codes_ = tables_.upper_codes[table][feature_warp_];
@@ -478,8 +475,6 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
   int fill_table_ = -1;  // of the segment that is filled
   int token_tiles_ = 0;  // that have rows, of the segment that is multiplied
   uint32_t upper_codes_ = 0;
-  const int32_t* chunk_groups_ = nullptr;
-  const int32_t* fill_chunk_groups_ = nullptr;
 };
 
 template <class S, class Rows>

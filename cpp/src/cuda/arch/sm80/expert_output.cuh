@@ -34,8 +34,7 @@ class ExpertOutput {
   /// Of the 64 features of a block, or 32 pairs of them.
   __device__ __forceinline__ void store(int block, int expert) {
     const WeightView& w = params_.problem.weight;
-    const float* bias =
-        w.bias != nullptr ? w.bias + expert * (params_.expert_bytes / 4) : nullptr;
+    const float* bias = w.bias != nullptr ? w.bias + expert * (params_.expert_bytes / 4) : nullptr;
     if (params_.weights != nullptr && !params_.weights_bias) weigh();
     if (params_.activates) {
       store_activated(block * (Layout::kBlockFeatures / 2), bias);
@@ -189,8 +188,9 @@ class ExpertOutput {
 
 /// The rows of a tile whose expert is not here become 0: features [first, last) of them, by `threads` threads.
 template <class Params>
-__device__ __noinline__ void store_zero_rows(const Params& params, TokenTile tile, int tokens,
-                                             int block, int blocks, int thread, int threads) {
+__device__ __forceinline__ void store_zero_rows(const Params& params, const TokenTile& tile,
+                                                int tokens, int block, int blocks, int thread,
+                                                int threads) {
   const GemmProblem& p = params.problem;
   const int outputs = params.activates ? p.weight.n / 2 : p.weight.n;
   const int width = Layout::kBlockFeatures / (params.activates ? 2 : 1);
@@ -221,8 +221,7 @@ struct WarpStrips {
   /// last are read again.
   __device__ __forceinline__ WarpStrips(int block, int features, bool activates) {
     constexpr int kStrips = Layout::kBlockStrips;
-    const int strips =
-        (features + Layout::kBlockFeatures - 1) / Layout::kBlockFeatures * kStrips;
+    const int strips = (features + Layout::kBlockFeatures - 1) / Layout::kBlockFeatures * kStrips;
     const int half = features / (2 * Layout::kStripFeatures);
     lower = activates ? min(block * 2, half - 2) : min(block * kStrips, strips - kStrips);
     upper = activates ? lower + half : lower + 2;

@@ -37,8 +37,8 @@ struct StripSegment {
   int expert;
   int chunk;  // the first
   int chunks;
-  bool begins;  // with the first chunk that the block has of the unit
-  bool ends;    // with the last
+  bool begins;        // with the first chunk that the block has of the unit
+  bool ends;          // with the last
   int y[S::kTokens];  // row of the output; negative: none
   float weight[S::kTokens];
 };
@@ -70,7 +70,8 @@ class ExpertStripLoop : public TileLoop<S, ExpertStripLoop<S, Rows>> {
                                                                 params.slice_bytes)) {
     if (!params.settled) ptx::wait_for_predecessor();
     const int tiles = params.rows.count();
-    entries_ = params.rows.template bring_near<StripTables<S>::kNearTiles>(tables_.near, S::kThreads);
+    entries_ =
+        params.rows.template bring_near<StripTables<S>::kNearTiles>(tables_.near, S::kThreads);
     __syncthreads();
     share_out(tiles * params.feature_tiles.divisor);
   }
@@ -123,17 +124,11 @@ class ExpertStripLoop : public TileLoop<S, ExpertStripLoop<S, Rows>> {
   __device__ __forceinline__ StripSegment<S>& here() const {
     return tables_.segments[row_warp_][table_];
   }
-  __device__ __forceinline__ const int32_t* groups_of_expert(int expert) const {
-    return w_.chunk_groups + expert * (params_.expert_bytes / 4);
-  }
-  __device__ __forceinline__ ChunkGroups load_groups(const int32_t* groups, int chunk) const {
-    return {w_.chunk_shift >= 0 ? (chunk >> w_.chunk_shift) << 4 : __ldg(groups + chunk)};
-  }
   __device__ __forceinline__ ChunkGroups groups_to_fill(int chunk) const {
-    return load_groups(groups_of_expert(fill_expert_), chunk);
+    return expert_chunk_groups(params_, fill_tile_.expert, chunk);
   }
   __device__ __forceinline__ ChunkGroups groups_of(int chunk) const {
-    return load_groups(groups_of_expert(here().expert), chunk);
+    return expert_chunk_groups(params_, here().expert, chunk);
   }
 
   // --- the walk ---
@@ -176,15 +171,15 @@ class ExpertStripLoop : public TileLoop<S, ExpertStripLoop<S, Rows>> {
 
   // --- filling the ring ---
 
-  __device__ __forceinline__ void start_fill(int segment) {
-    find_segment(segment);
-    if (fill_segment_ >= 0) find_rows();
+  __device__ __forceinline__ void start_fill(int /*segment*/) {
+    find_segment();
+    if (fill_left_ > 0) find_rows();
   }
 
-  // The next with an expert.
-  __device__ __forceinline__ void find_segment(int segment) {
+  // The next with an expert, if there is one.
+  __device__ __forceinline__ void find_segment() {
     fill_left_ = 0;
-    fill_segment_ = -1;
+    fill_segment_ = 0;
     while (left_ > 0) {
       const int tile = params_.feature_tiles.divide(next_unit_);
       const int block = next_unit_ - tile * params_.feature_tiles.divisor;
@@ -194,9 +189,7 @@ class ExpertStripLoop : public TileLoop<S, ExpertStripLoop<S, Rows>> {
       left_ -= chunks;
       ++next_unit_;
       next_chunk_ = unit_begin_;
-      if (static_cast<uint32_t>(fill_tile_.expert) <
-          static_cast<uint32_t>(params_.num_experts)) {
-        fill_segment_ = segment;
+      if (static_cast<uint32_t>(fill_tile_.expert) < static_cast<uint32_t>(params_.num_experts)) {
         ++found_;
         next_table(fill_table_);
         set_source(block, chunk, chunks);
@@ -209,16 +202,15 @@ class ExpertStripLoop : public TileLoop<S, ExpertStripLoop<S, Rows>> {
   }
 
   __device__ __forceinline__ void set_source(int block, int chunk, int chunks) {
-    fill_expert_ = fill_tile_.expert;
     fill_left_ = chunks;
     fill_chunk_ = chunk;
     const WarpStrips strips(block, w_.n, params_.activates);
-    const auto base = static_cast<uint32_t>(fill_expert_ * (params_.expert_bytes / 16));
+    const auto base = static_cast<uint32_t>(fill_tile_.expert * (params_.expert_bytes / 16));
     const int codes = strip_codes<S>(strips.lower, w_.chunks, chunk);
     constexpr int kHalf = S::kStrips / 2;
     fill_codes_ = base + codes + lane_;
-    upper_codes_ = strip_codes<S>(strips.upper, w_.chunks, chunk) - codes -
-                   kHalf * (S::kStripBytes / 16);
+    upper_codes_ =
+        strip_codes<S>(strips.upper, w_.chunks, chunk) - codes - kHalf * (S::kStripBytes / 16);
     // The first lanes copy the records of the lower strips.
     const int record_pieces = w_.record_bytes / 16;
     const bool lower = lane_ < group_bytes() / 32;
@@ -230,7 +222,7 @@ class ExpertStripLoop : public TileLoop<S, ExpertStripLoop<S, Rows>> {
     StripSegment<S>& segment = tables_.segments[row_warp_][fill_table_];
     if (lane_ == 0) {
       segment.block = block;
-      segment.expert = fill_expert_;
+      segment.expert = fill_tile_.expert;
       segment.chunk = chunk;
       segment.chunks = chunks;
       segment.begins = chunk == unit_begin_;
@@ -242,8 +234,7 @@ class ExpertStripLoop : public TileLoop<S, ExpertStripLoop<S, Rows>> {
     static_assert(S::kTokens == 8, "a lane copies a piece of rows r and r + 4");
     RowPlace place;
     if (lane_ < S::kTokens) place = params_.rows.row(fill_tile_, lane_);
-    const uint32_t first =
-        place.x < 0 ? kNoRow : static_cast<uint32_t>(place.x * p_.x_stride / 8);
+    const uint32_t first = place.x < 0 ? kNoRow : static_cast<uint32_t>(place.x * p_.x_stride / 8);
 #pragma unroll
     for (int i = 0; i < 2; ++i) x_row_[i] = __shfl_sync(0xffffffffu, first, lane_ / 8 + i * 4);
     StripSegment<S>& segment = tables_.segments[row_warp_][fill_table_];
@@ -262,7 +253,7 @@ class ExpertStripLoop : public TileLoop<S, ExpertStripLoop<S, Rows>> {
   __device__ __forceinline__ void prime() {
     constexpr int kAhead = S::kStages - 1;
     last_fill_ = true;
-    find_segment(0);
+    find_segment();
     const int early = min(fill_left_, kAhead);
     fill_slot_ = ring_;
 #pragma unroll 1
@@ -274,7 +265,7 @@ class ExpertStripLoop : public TileLoop<S, ExpertStripLoop<S, Rows>> {
     }
     this->step_fill_back(early);
     fill_left_ -= early;
-    if (fill_segment_ >= 0) find_rows();
+    if (early > 0) find_rows();
     if (params_.settled) ptx::wait_for_predecessor();
     fill_slot_ = ring_;
 #pragma unroll 1
@@ -363,7 +354,6 @@ class ExpertStripLoop : public TileLoop<S, ExpertStripLoop<S, Rows>> {
   int table_ = -1;       // of the segment that is multiplied
   int fill_table_ = -1;  // of the segment that is filled
   TokenTile fill_tile_;
-  int fill_expert_;
   uint32_t x_row_[2];  // in pieces of 16 bytes
   uint32_t upper_codes_;
 };

@@ -3,8 +3,9 @@
 
 #include <cstdint>
 
-#include "cuda/arch/sm80/share.hpp"
 #include "cuda/arch/sm80/experts.hpp"
+#include "cuda/arch/sm80/group_values.cuh"
+#include "cuda/arch/sm80/share.hpp"
 #include "cuda/problem.hpp"
 #include "cuda/ptx/copy.cuh"
 
@@ -20,9 +21,9 @@ struct RowPlace {
 /// Rows that meet one expert.
 struct TokenTile {
   int expert;
-  int rows;  // at most, negative too
-  int first; // slot or row of x, ...
-  int y;     // ... and row of y, of the first of them
+  int rows;   // at most, negative too
+  int first;  // slot or row of x, ...
+  int y;      // ... and row of y, of the first of them
 };
 
 /// Token tiles from lists on the device.
@@ -185,5 +186,14 @@ struct ExpertParams {
   bool settled;  // the rows of the tiles are known before the kernel before has ended
   bool pairs;    // outputs are of type T, and may be stored two at a time
 };
+
+/// As load_chunk_groups, of an expert.
+template <class Rows>
+__device__ __forceinline__ ChunkGroups expert_chunk_groups(const ExpertParams<Rows>& params,
+                                                           int expert, int chunk) {
+  const WeightView& w = params.problem.weight;
+  if (w.chunk_shift >= 0) return {(chunk >> w.chunk_shift) << 4};
+  return {__ldg(w.chunk_groups + expert * (params.expert_bytes / 4) + chunk)};
+}
 
 }  // namespace marlinq::cuda::sm80

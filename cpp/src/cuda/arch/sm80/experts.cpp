@@ -28,10 +28,11 @@ std::int32_t shared_bytes(const WeightView& w, const ExpertInstance& kernel) {
   return static_cast<std::int32_t>(std::min<std::int64_t>(ring + kernel.table_bytes, INT32_MAX));
 }
 
-// The most tiles that a kernel of so many tokens can meet.
+// The most tiles that a kernel of so many tokens can meet: each of the lists' has an id.
 std::int64_t most_tiles(const ExpertProblem& problem, std::int32_t tokens) {
   if (problem.dispatches.empty()) {
-    return std::int64_t{problem.tiles.most_tiles} * ceil_div(problem.tiles.tile_rows, tokens);
+    return std::int64_t{std::min(problem.tiles.most_tiles, problem.tiles.num_ids)} *
+           ceil_div(problem.tiles.tile_rows, tokens);
   }
   std::int64_t tiles = 0;
   for (const ExpertRows& rows : problem.dispatches) tiles += ceil_div(rows.rows, tokens);
@@ -62,9 +63,13 @@ ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits
     while (chosen + 1 < all.size() && all[chosen].tokens < most_rows(problem)) ++chosen;
     while (chosen > least && shared_bytes(w, all[chosen]) > usable_shared(limits)) --chosen;
   }
-  // How this one divides K depends on the batch.
+  // How this one divides K depends on the batch. Where blocks have long runs the other is quicker, whose
+  // warps share x.
+  constexpr std::int64_t kMostChunks = 1500;
   if (!invariant && chosen == kAnyScales &&
-      shared_bytes(w, all[kStrips]) <= usable_shared(limits)) {
+      shared_bytes(w, all[kStrips]) <= usable_shared(limits) &&
+      most_tiles(problem, all[kStrips].tokens) * ceil_div(w.n, all[kStrips].features) * w.chunks <=
+          kMostChunks * all[kStrips].blocks_together * limits.multiprocessors) {
     chosen = kStrips;
   }
   return plan_experts_with(chosen, problem, limits, invariance);
