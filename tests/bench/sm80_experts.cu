@@ -247,6 +247,17 @@ class Bench {
             launch(down, i);
             combine(sum, limits_, true, stream_);
           }));
+    if (rows > 8 || ids > sm80::kMostSortedIds) return;
+    for (Product* product : {&up, &down}) {
+      for (ExpertProblem& problem : product->problems) problem.tiles.topk = topk_;
+      product->plan =
+          sm80::plan_experts(product->problems[0], limits_, BatchInvariance::kNotRequired);
+    }
+    print("sorting block", tokens, rows, 0, 0, time_us(stream_, repeats, [&](int i) {
+            launch(up, i);
+            launch(down, i);
+            combine(sum, limits_, true, stream_);
+          }));
   }
 
   Model model_;

@@ -19,15 +19,25 @@
 
 namespace marlinq::cuda::sm80 {
 
+inline SlotPlaces slot_places(const ExpertProblem& problem) {
+  return {.top_k = Divider(problem.top_k),
+          .weights_stride = problem.weights_stride,
+          .x_by_slot = problem.x_by_slot,
+          .y_by_slot = problem.y_by_slot};
+}
+
 inline ListedTiles listed_tiles(const ExpertProblem& problem, std::int32_t tokens) {
   const TokenTileLists& tiles = problem.tiles;
   return {.lists = tiles,
           .tile_rows = Divider(tiles.tile_rows),
           .pieces = Divider(static_cast<std::int32_t>(ceil_div(tiles.tile_rows, tokens))),
-          .top_k = Divider(problem.top_k),
-          .weights_stride = problem.weights_stride,
-          .x_by_slot = problem.x_by_slot,
-          .y_by_slot = problem.y_by_slot};
+          .slots = slot_places(problem)};
+}
+
+inline SortedTiles sorted_tiles(const ExpertProblem& problem) {
+  return {.topk = problem.tiles.topk,
+          .num_experts = problem.num_experts,
+          .slots = slot_places(problem)};
 }
 
 inline DispatchedTiles dispatched_tiles(const ExpertProblem& problem, std::int32_t tokens) {
@@ -93,7 +103,10 @@ constexpr ExpertInstance expert_strip_instance() {
       .promotes = S::kPromotes,
       .launch = [](const ExpertProblem& problem, const ExpertPlan& plan, const DeviceLimits& limits,
                    const SplitScratch& scratch, cudaStream_t stream) {
-        if (problem.dispatches.empty()) {
+        if (problem.tiles.topk.data != nullptr) {
+          launch_expert_kernel<S, SortedTiles, expert_strips<S, SortedTiles>>(
+              problem, plan, limits, scratch, {}, sorted_tiles(problem), stream);
+        } else if (problem.dispatches.empty()) {
           launch_expert_kernel<S, ListedTiles, expert_strips<S, ListedTiles>>(
               problem, plan, limits, scratch, {}, listed_tiles(problem, S::kTokens), stream);
         } else {

@@ -239,7 +239,8 @@ __device__ __forceinline__ void write_table(const SegmentWalk<S, Rows>& walk, in
   RowPlace place;
   if (thread < S::kTokens) {
     const Rows& rows = walk.rows.get();
-    place = rows.row(rows.tile(rows.entries(), at.token_tile, S::kTokens), thread);
+    const auto entries = rows.entries();
+    place = rows.row(entries, rows.tile(entries, at.token_tile, S::kTokens), thread);
   }
   const uint32_t present = __ballot_sync(0xffffffffu, place.x >= 0);
   if (thread % 32 == 0) tables.present[table][thread / 32] = present;
@@ -257,7 +258,8 @@ __device__ __noinline__ void store_zeros(const SegmentWalk<S, Rows>& walk, int s
   const TilePosition at = walk.position(segment);
   if (at.end != walk.chunks) return;
   const Rows& rows = walk.rows.get();
-  store_zero_rows(*walk.params, rows.tile(rows.entries(), at.token_tile, S::kTokens), S::kTokens,
+  const auto entries = rows.entries();
+  store_zero_rows(*walk.params, entries, rows.tile(entries, at.token_tile, S::kTokens), S::kTokens,
                   at.feature_tile * S::kFeatureWarps, S::kFeatureWarps, threadIdx.x, S::kThreads);
 }
 

@@ -186,11 +186,12 @@ class ExpertOutput {
   int token_tiles_;
 };
 
-/// The rows of a tile whose expert is not here become 0: features [first, last) of them, by `threads` threads.
-template <class Params>
-__device__ __forceinline__ void store_zero_rows(const Params& params, const TokenTile& tile,
-                                                int tokens, int block, int blocks, int thread,
-                                                int threads) {
+/// The rows of a tile whose expert is not here become 0, in `blocks` blocks of features from `block` on; by
+/// `threads` threads.
+template <class Params, class Entries>
+__device__ __forceinline__ void store_zero_rows(const Params& params, const Entries& entries,
+                                                const TokenTile& tile, int tokens, int block,
+                                                int blocks, int thread, int threads) {
   const GemmProblem& p = params.problem;
   const int outputs = params.activates ? p.weight.n / 2 : p.weight.n;
   const int width = Layout::kBlockFeatures / (params.activates ? 2 : 1);
@@ -198,7 +199,7 @@ __device__ __forceinline__ void store_zero_rows(const Params& params, const Toke
   const int last = min(first + blocks * width, outputs);
 #pragma unroll 1
   for (int i = 0; i < tokens; ++i) {
-    const RowPlace place = params.rows.row(tile, i);
+    const RowPlace place = params.rows.row(entries, tile, i);
     if (place.x < 0) continue;
 #pragma unroll 1
     for (int f = first + thread; f < last; f += threads) {

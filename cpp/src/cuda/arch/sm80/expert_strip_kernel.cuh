@@ -47,11 +47,9 @@ struct StripSegment {
 template <class S>
 struct StripTables {
   static constexpr int kCount = S::kStages + 1;
-  static constexpr int kNearTiles = 256;
-
   float4 parts[S::kRowWarps][S::kStrips][32];
   StripSegment<S> segments[S::kRowWarps][kCount];
-  int32_t near[3 * kNearTiles];
+  NearTiles near;
 };
 
 template <class S, class Rows>
@@ -69,11 +67,8 @@ class ExpertStripLoop : public TileLoop<S, ExpertStripLoop<S, Rows>> {
         tables_(*reinterpret_cast<StripTables<S>*>(shared + S::kStages * S::kRowWarps *
                                                                 params.slice_bytes)) {
     if (!params.settled) ptx::wait_for_predecessor();
-    const int tiles = params.rows.count();
-    entries_ =
-        params.rows.template bring_near<StripTables<S>::kNearTiles>(tables_.near, S::kThreads);
-    __syncthreads();
-    share_out(tiles * params.feature_tiles.divisor);
+    entries_ = params.rows.bring_near(tables_.near, S::kThreads);
+    share_out(entries_.tiles * params.feature_tiles.divisor);
   }
 
   __device__ __forceinline__ void run() {
@@ -196,7 +191,7 @@ class ExpertStripLoop : public TileLoop<S, ExpertStripLoop<S, Rows>> {
         return;
       }
       if (chunk == 0) {
-        store_zero_rows(params_, fill_tile_, S::kTokens, block, 1, lane_, 32);
+        store_zero_rows(params_, entries_, fill_tile_, S::kTokens, block, 1, lane_, 32);
       }
     }
   }
@@ -233,7 +228,7 @@ class ExpertStripLoop : public TileLoop<S, ExpertStripLoop<S, Rows>> {
   __device__ __forceinline__ void find_rows() {
     static_assert(S::kTokens == 8, "a lane copies a piece of rows r and r + 4");
     RowPlace place;
-    if (lane_ < S::kTokens) place = params_.rows.row(fill_tile_, lane_);
+    if (lane_ < S::kTokens) place = params_.rows.row(entries_, fill_tile_, lane_);
     const uint32_t first = place.x < 0 ? kNoRow : static_cast<uint32_t>(place.x * p_.x_stride / 8);
 #pragma unroll
     for (int i = 0; i < 2; ++i) x_row_[i] = __shfl_sync(0xffffffffu, first, lane_ / 8 + i * 4);

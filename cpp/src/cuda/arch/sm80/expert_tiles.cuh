@@ -1,6 +1,7 @@
 // What the kernels over experts multiply: token tiles, each with the weight of its own expert.
 #pragma once
 
+#include <climits>
 #include <cstdint>
 
 #include "cuda/arch/sm80/experts.hpp"
@@ -26,6 +27,31 @@ struct TokenTile {
   int y;      // ... and row of y, of the first of them
 };
 
+/// The lists of token tiles in shared memory, where they are short.
+struct NearTiles {
+  static constexpr int kMost = 256;
+
+  alignas(16) int32_t experts[kMost];
+  int32_t first[kMost];
+  int32_t rows[kMost];
+  int32_t ids[kMost];  // of slots
+};
+
+/// Where the rows of an id lie.
+struct SlotPlaces {
+  Divider top_k;
+  int64_t weights_stride;
+  bool x_by_slot;
+  bool y_by_slot;
+
+  __device__ __forceinline__ RowPlace place(int slot, int id) const {
+    const int token = top_k.divide(id);
+    return {.x = x_by_slot ? slot : token,
+            .y = y_by_slot ? slot : id,
+            .weight = token * weights_stride + (id - token * top_k.divisor)};
+  }
+};
+
 /// Token tiles from lists on the device.
 struct ListedTiles {
   /// The lists with an element a tile; they may be copies in shared memory.
@@ -33,15 +59,13 @@ struct ListedTiles {
     const int32_t* experts;
     const int32_t* first;  // null where rows is
     const int32_t* rows;
+    int tiles;  // how many there are, where that was asked for
   };
 
   TokenTileLists lists;
   Divider tile_rows;
   Divider pieces;  // tiles of the kernel that one of the lists is cut into
-  Divider top_k;
-  int64_t weights_stride;
-  bool x_by_slot;
-  bool y_by_slot;
+  SlotPlaces slots;
 
   /// Brings what a block is likely to read first nearer, all at once: it looks up one after the other.
   __device__ __forceinline__ void prefetch(int block, const Divider& feature_tiles) const {
@@ -61,25 +85,27 @@ struct ListedTiles {
     return min(tiles, lists.most_tiles) * pieces.divisor;
   }
   __device__ __forceinline__ Entries entries() const {
-    return {lists.experts, lists.first, lists.rows};
+    return {lists.experts, lists.first, lists.rows, 0};
   }
-  /// Copies them into `near`, of kMost integers for each list, where they fit; by all threads of a
-  /// block, before a barrier.
-  template <int kMost>
-  __device__ __forceinline__ Entries bring_near(int32_t* near, int threads) const {
-    if (lists.most_tiles > kMost) return entries();
-    Entries result = {near, nullptr, nullptr};
-    for (int i = threadIdx.x; i < lists.most_tiles; i += threads) {
-      near[i] = lists.experts[i];
+  /// Copies them into `near`, where they fit; by all threads of a block, which meet at its end.
+  __device__ __forceinline__ Entries bring_near(NearTiles& near, int threads) const {
+    Entries result = entries();
+    result.tiles = count();
+    if (lists.most_tiles <= NearTiles::kMost) {
+      for (int i = threadIdx.x; i < lists.most_tiles; i += threads) {
+        near.experts[i] = lists.experts[i];
+        if (lists.first != nullptr) {
+          near.first[i] = lists.first[i];
+          near.rows[i] = lists.rows[i];
+        }
+      }
+      result.experts = near.experts;
       if (lists.first != nullptr) {
-        near[kMost + i] = lists.first[i];
-        near[2 * kMost + i] = lists.rows[i];
+        result.first = near.first;
+        result.rows = near.rows;
       }
     }
-    if (lists.first != nullptr) {
-      result.first = near + kMost;
-      result.rows = near + 2 * kMost;
-    }
+    __syncthreads();
     return result;
   }
   __device__ __forceinline__ int expert(int tile) const {
@@ -95,21 +121,107 @@ struct ListedTiles {
             .y = 0};
   }
   /// Row `at` of a tile.
-  __device__ __forceinline__ RowPlace row(const TokenTile& tile, int at) const {
+  __device__ __forceinline__ RowPlace row(const Entries& /*of*/, const TokenTile& tile,
+                                          int at) const {
     if (at >= tile.rows) return {};
     const int slot = tile.first + at;
     const int id = lists.ids[slot];
     if (id < 0 || id >= lists.num_ids) return {};
-    const int token = top_k.divide(id);
-    return {.x = x_by_slot ? slot : token,
-            .y = y_by_slot ? slot : id,
-            .weight = token * weights_stride + (id - token * top_k.divisor)};
+    return slots.place(slot, id);
   }
+};
+
+/// Token tiles that a block makes by itself: it sorts the ids by expert, an id a thread.
+struct SortedTiles {
+  struct Entries {
+    const NearTiles* near;
+    int tiles;
+  };
+
+  TopkIds topk;
+  int num_experts;
+  SlotPlaces slots;
+
+  /// By all threads of a block, which meet at its end.
+  /// `threads`: NearTiles::kMost.
+  __device__ __forceinline__ Entries bring_near(NearTiles& near, int threads) const {
+    static_assert(NearTiles::kMost >= kMostSortedIds);
+    constexpr int kNone = INT_MAX;  // sorts behind all experts
+    const int ids = topk.tokens * topk.top_k;
+    const int thread = threadIdx.x;
+    int expert = kNone;
+    if (thread < ids) {
+      const int token = thread / topk.top_k;
+      const int64_t place = token * topk.row_stride + (thread - token * topk.top_k);
+      const int64_t id = topk.wide ? static_cast<const int64_t*>(topk.data)[place]
+                                   : static_cast<const int32_t*>(topk.data)[place];
+      if (id >= 0 && id < num_experts) expert = static_cast<int>(id);
+    }
+    near.experts[thread] = expert;
+    __syncthreads();
+    int before = 0;  // ids that come before this one, ...
+    int same = 0;    // ... those of its expert among them, ...
+    int all = 0;     // ... and all of its expert
+    for (int i = 0; i < ids; i += 4) {
+      const int4 four = *reinterpret_cast<const int4*>(near.experts + i);
+      const int others[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const bool equal = others[j] == expert;
+        const bool earlier = equal && i + j < thread;
+        all += equal;
+        same += earlier;
+        before += earlier || others[j] < expert;
+      }
+    }
+    const bool first = expert != kNone && same % kRows == 0;
+    if (thread < ids) {
+      near.ids[before] = thread;
+      // What begins at this place, for the thread of the place to read.
+      near.rows[before] = first ? min(all - same, kRows) : 0;
+    }
+    __syncthreads();
+    const int rows = thread < ids ? near.rows[thread] : 0;
+    const int begins_with = rows > 0 ? near.experts[near.ids[thread]] : 0;
+    const uint32_t begins = __ballot_sync(0xffffffffu, rows > 0);
+    if (thread % 32 == 0) near.first[thread / 32] = __popc(begins);
+    __syncthreads();
+    int tile = __popc(begins & ((1u << thread % 32) - 1));
+    int tiles = 0;
+    for (int warp = 0; warp < threads / 32; ++warp) {
+      const int of_warp = near.first[warp];
+      if (warp < thread / 32) tile += of_warp;
+      tiles += of_warp;
+    }
+    __syncthreads();
+    if (rows > 0) {
+      near.experts[tile] = begins_with;
+      near.first[tile] = thread;
+      near.rows[tile] = rows;
+    }
+    __syncthreads();
+    return {&near, tiles};
+  }
+  __device__ __forceinline__ TokenTile tile(const Entries& of, int tile, int /*tokens*/) const {
+    return {.expert = of.near->experts[tile],
+            .rows = of.near->rows[tile],
+            .first = of.near->first[tile],
+            .y = 0};
+  }
+  __device__ __forceinline__ RowPlace row(const Entries& of, const TokenTile& tile, int at) const {
+    if (at >= tile.rows) return {};
+    return slots.place(tile.first + at, of.near->ids[tile.first + at]);
+  }
+
+ private:
+  static constexpr int kRows = 8;
 };
 
 /// Token tiles of consecutive rows, in the parameters of the kernel.
 struct DispatchedTiles {
-  struct Entries {};
+  struct Entries {
+    int tiles;
+  };
 
   int num_dispatches;
   int tiles;
@@ -119,10 +231,9 @@ struct DispatchedTiles {
 
   __device__ __forceinline__ void prefetch(int /*block*/, const Divider& /*feature_tiles*/) const {}
   __device__ __forceinline__ int count() const { return tiles; }
-  __device__ __forceinline__ Entries entries() const { return {}; }
-  template <int kMost>
-  __device__ __forceinline__ Entries bring_near(int32_t* /*near*/, int /*threads*/) const {
-    return {};
+  __device__ __forceinline__ Entries entries() const { return {tiles}; }
+  __device__ __forceinline__ Entries bring_near(NearTiles& /*near*/, int /*threads*/) const {
+    return entries();
   }
   __device__ __forceinline__ int expert(int tile) const { return rows[find(tile)].expert; }
   __device__ __forceinline__ TokenTile tile(const Entries& /*of*/, int tile, int tokens) const {
@@ -133,7 +244,8 @@ struct DispatchedTiles {
             .first = x_by_slot ? tile * tokens : rows[dispatch].input_row + before,
             .y = rows[dispatch].output_row + before};
   }
-  __device__ __forceinline__ RowPlace row(const TokenTile& tile, int at) const {
+  __device__ __forceinline__ RowPlace row(const Entries& /*of*/, const TokenTile& tile,
+                                          int at) const {
     if (at >= tile.rows) return {};
     return {.x = tile.first + at, .y = tile.y + at};
   }

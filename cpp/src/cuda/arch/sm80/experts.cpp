@@ -39,6 +39,8 @@ std::int64_t most_tiles(const ExpertProblem& problem, std::int32_t tokens) {
   return tiles;
 }
 
+constexpr std::size_t kStrips = 0;
+
 std::int32_t most_rows(const ExpertProblem& problem) {
   std::int32_t most = problem.tiles.tile_rows;
   for (const ExpertRows& rows : problem.dispatches) most = std::max(most, rows.rows);
@@ -52,7 +54,6 @@ ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits
   const WeightView& w = problem.matrix.weight;
   const std::span<const ExpertInstance> all = expert_instances(problem.matrix.x_type, w.code_bits);
   const bool invariant = invariance == BatchInvariance::kRequired;
-  constexpr std::size_t kStrips = 0;
   constexpr std::size_t kAnyScales = 1;
   constexpr std::size_t kAnyBatch = 2;
   // The first that holds a whole tile of rows.
@@ -66,10 +67,11 @@ ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits
   // How this one divides K depends on the batch. Where blocks have long runs the other is quicker, whose
   // warps share x.
   constexpr std::int64_t kMostChunks = 1500;
-  if (!invariant && chosen == kAnyScales &&
-      shared_bytes(w, all[kStrips]) <= usable_shared(limits) &&
-      most_tiles(problem, all[kStrips].tokens) * ceil_div(w.n, all[kStrips].features) * w.chunks <=
-          kMostChunks * all[kStrips].blocks_together * limits.multiprocessors) {
+  const bool fits = !invariant && shared_bytes(w, all[kStrips]) <= usable_shared(limits);
+  if (problem.tiles.topk.data != nullptr ||
+      (fits && chosen == kAnyScales &&
+       most_tiles(problem, all[kStrips].tokens) * ceil_div(w.n, all[kStrips].features) * w.chunks <=
+           kMostChunks * all[kStrips].blocks_together * limits.multiprocessors)) {
     chosen = kStrips;
   }
   return plan_experts_with(chosen, problem, limits, invariance);
@@ -92,6 +94,15 @@ ExpertPlan plan_experts_with(std::size_t instance, const ExpertProblem& problem,
           .shared_bytes = shared,
           .may_cut = invariance != BatchInvariance::kRequired,
           .dependent_launch = limits.capability >= 90};
+}
+
+std::int32_t most_sorted_ids(const ExpertProblem& problem, const DeviceLimits& limits,
+                             BatchInvariance invariance) {
+  const WeightView& w = problem.matrix.weight;
+  const ExpertInstance& kernel = expert_instances(problem.matrix.x_type, w.code_bits)[kStrips];
+  const bool fits =
+      invariance != BatchInvariance::kRequired && shared_bytes(w, kernel) <= usable_shared(limits);
+  return fits ? kMostSortedIds : 0;
 }
 
 void launch_experts(const ExpertProblem& problem, const ExpertPlan& plan,
