@@ -43,7 +43,8 @@ struct ArchKernels {
   void (*launch_experts)(const ExpertProblem& problem, const ExpertPlan& plan,
                          const DeviceLimits& limits, const SplitScratch& scratch, void* stream);
   int most_dispatches;
-  /// The most ids that a kernel with this weight sorts by itself, TokenTileLists::topk; 0: none.
+  /// For a problem with lists of tiles: the most ids that its kernel could have sorted by itself instead,
+  /// TokenTileLists::topk; 0: none.
   std::int32_t (*most_sorted_ids)(const ExpertProblem& problem, const DeviceLimits& limits,
                                   BatchInvariance invariance);
 };

@@ -89,8 +89,8 @@ ExpertPlan plan_experts_with(std::size_t instance, const ExpertProblem& problem,
       most_tiles(problem, kernel.tokens) * ceil_div(w.n, kernel.features) * w.chunks;
   return {.instance = static_cast<std::int32_t>(instance),
           .tokens = kernel.tokens,
-          .blocks = static_cast<std::int32_t>(
-              std::min<std::int64_t>(std::int64_t{together} * limits.multiprocessors, work)),
+          .blocks = static_cast<std::int32_t>(std::clamp<std::int64_t>(
+              work, 1, std::int64_t{together} * limits.multiprocessors)),
           .shared_bytes = shared,
           .may_cut = invariance != BatchInvariance::kRequired,
           .dependent_launch = limits.capability >= 90};
@@ -98,11 +98,8 @@ ExpertPlan plan_experts_with(std::size_t instance, const ExpertProblem& problem,
 
 std::int32_t most_sorted_ids(const ExpertProblem& problem, const DeviceLimits& limits,
                              BatchInvariance invariance) {
-  const WeightView& w = problem.matrix.weight;
-  const ExpertInstance& kernel = expert_instances(problem.matrix.x_type, w.code_bits)[kStrips];
-  const bool fits =
-      invariance != BatchInvariance::kRequired && shared_bytes(w, kernel) <= usable_shared(limits);
-  return fits ? kMostSortedIds : 0;
+  const bool strips = plan_experts(problem, limits, invariance).instance == kStrips;
+  return strips ? kMostSortedIds : 0;
 }
 
 void launch_experts(const ExpertProblem& problem, const ExpertPlan& plan,
