@@ -88,21 +88,28 @@ void launch_expert_kernel(const ExpertProblem& problem, const ExpertPlan& plan,
                                    .pairs = pairs});
 }
 
+template <class S>
+constexpr ExpertInstance instance_of(std::size_t table_bytes,
+                                     decltype(ExpertInstance::launch) launch) {
+  return {.tokens = S::kTokens,
+          .features = S::kFeatures,
+          .row_warps = S::kRowWarps,
+          .blocks_together = S::kBlocksTogether,
+          .slice_bytes = S::kSliceBytes,
+          .stages = S::kStages,
+          .table_bytes = static_cast<std::int32_t>(table_bytes),
+          .promotes = S::kPromotes,
+          .launch = launch};
+}
+
 /// The kernel for tiles of a few rows.
 template <class T, int kBits>
 constexpr ExpertInstance expert_strip_instance() {
-  using S = ExpertStripShape<T, kBits, 8, 3>;
-  return {
-      .tokens = S::kTokens,
-      .features = S::kFeatures,
-      .row_warps = S::kRowWarps,
-      .blocks_together = S::kBlocksTogether,
-      .slice_bytes = S::kSliceBytes,
-      .stages = S::kStages,
-      .table_bytes = sizeof(StripTables<S>),
-      .promotes = S::kPromotes,
-      .launch = [](const ExpertProblem& problem, const ExpertPlan& plan, const DeviceLimits& limits,
-                   const SplitScratch& scratch, cudaStream_t stream) {
+  using S = ExpertStripShape<T, kBits, 8, kBits == 4 ? 3 : 2>;
+  return instance_of<S>(
+      sizeof(StripTables<S>),
+      [](const ExpertProblem& problem, const ExpertPlan& plan, const DeviceLimits& limits,
+         const SplitScratch& scratch, cudaStream_t stream) {
         if (problem.tiles.topk.data != nullptr) {
           launch_expert_kernel<S, SortedTiles, expert_strips<S, SortedTiles>>(
               problem, plan, limits, scratch, {}, sorted_tiles(problem), stream);
@@ -113,24 +120,17 @@ constexpr ExpertInstance expert_strip_instance() {
           launch_expert_kernel<S, DispatchedTiles, expert_strips<S, DispatchedTiles>>(
               problem, plan, limits, scratch, {}, dispatched_tiles(problem, S::kTokens), stream);
         }
-      }};
+      });
 }
 
 /// A kernel of the shape TileShape<T, kBits, 4, 1, kTokenTiles, kPromotes>.
 template <class T, int kBits, int kTokenTiles, bool kPromotes>
 constexpr ExpertInstance expert_instance() {
   using S = TileShape<T, kBits, 4, 1, kTokenTiles, kPromotes>;
-  return {
-      .tokens = S::kTokens,
-      .features = S::kFeatures,
-      .row_warps = S::kRowWarps,
-      .blocks_together = S::kBlocksTogether,
-      .slice_bytes = S::kSliceBytes,
-      .stages = S::kStages,
-      .table_bytes = sizeof(SegmentTables<S>),
-      .promotes = kPromotes,
-      .launch = [](const ExpertProblem& problem, const ExpertPlan& plan, const DeviceLimits& limits,
-                   const SplitScratch& scratch, cudaStream_t stream) {
+  return instance_of<S>(
+      sizeof(SegmentTables<S>),
+      [](const ExpertProblem& problem, const ExpertPlan& plan, const DeviceLimits& limits,
+         const SplitScratch& scratch, cudaStream_t stream) {
         // Estimates: the time that the codes of a chunk take at 4 TB/s, or what it takes alone.
         constexpr ExpertCost kCost =
             kTokenTiles <= 2   ? ExpertCost{{0.35F, 0.5F, 0.75F, 1.0F}, 1.5F, 0.5F, 2.0F}
@@ -143,7 +143,7 @@ constexpr ExpertInstance expert_instance() {
           launch_expert_kernel<S, DispatchedTiles, expert_gemm<S, DispatchedTiles>>(
               problem, plan, limits, scratch, kCost, dispatched_tiles(problem, S::kTokens), stream);
         }
-      }};
+      });
 }
 
 template <class T, int kBits>

@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/arch/sm80/expert_fill.cuh"
 #include "cuda/arch/sm80/expert_output.cuh"
 #include "cuda/arch/sm80/expert_tiles.cuh"
 #include "cuda/arch/sm80/experts.hpp"
@@ -289,8 +290,10 @@ __device__ __noinline__ int call_find_segment(const SegmentWalk<S, Rows>& walk, 
 }
 
 template <class S, class Rows>
-class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
+class ExpertLoop : public ExpertFill<S, Rows, ExpertLoop<S, Rows>> {
+  using Fill = ExpertFill<S, Rows, ExpertLoop<S, Rows>>;
   using Loop = TileLoop<S, ExpertLoop<S, Rows>>;
+  friend Fill;
   friend Loop;
 
  public:
@@ -298,8 +301,7 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
 
   __device__ __forceinline__ ExpertLoop(const ExpertParams<Rows>& params, unsigned char* shared,
                                         SegmentWalk<S, Rows>& walk)
-      : Loop(params.problem, params.scratch, shared, params.slice_bytes),
-        params_(params),
+      : Fill(params, shared),
         walk_(walk),
         tables_(*reinterpret_cast<SegmentTables<S>*>(shared + S::kStages * S::kRowWarps *
                                                                   params.slice_bytes)) {
@@ -311,7 +313,7 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
   }
 
   __device__ __forceinline__ void run() {
-    prime(0);
+    this->prime();
     values_.set_middle(w_);
     uint32_t stage = ring_;
     for (int segment = 0; segment < found_; ++segment) {
@@ -325,13 +327,11 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
   }
 
  private:
-  using Loop::clear, Loop::count_fill, Loop::fill_weights, Loop::finish_sums, Loop::group_bytes,
-      Loop::own, Loop::piece_at, Loop::prepare_fill, Loop::step_fill, Loop::step_fill_back,
-      Loop::unit_token;
-  using Loop::feature_warp_, Loop::fill_chunk_, Loop::fill_codes_, Loop::fill_group_,
-      Loop::fill_left_, Loop::fill_records_, Loop::fill_segment_, Loop::fill_slot_, Loop::fill_x_,
-      Loop::fill_x_on_, Loop::fill_x_place_, Loop::lane_, Loop::last_fill_, Loop::p_, Loop::ring_,
-      Loop::stage_bytes_, Loop::sum_, Loop::values_, Loop::w_;
+  using Fill::params_;
+  using Loop::clear, Loop::finish_sums, Loop::group_bytes, Loop::piece_at, Loop::unit_token;
+  using Loop::feature_warp_, Loop::fill_chunk_, Loop::fill_codes_, Loop::fill_left_,
+      Loop::fill_records_, Loop::fill_segment_, Loop::fill_x_, Loop::fill_x_on_,
+      Loop::fill_x_place_, Loop::lane_, Loop::p_, Loop::ring_, Loop::sum_, Loop::values_, Loop::w_;
   static_assert(S::kRowWarps == 1);
 
   __device__ __forceinline__ static void next_table(int& table) {
@@ -346,6 +346,8 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
 
   // --- filling the ring ---
 
+  __device__ __forceinline__ void find_weights() { start_fill(0); }
+  __device__ __forceinline__ void find_rows() const {}
   __device__ __forceinline__ void start_fill(int segment) {
     fill_left_ = 0;
     int table = fill_table_;
@@ -371,39 +373,6 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
   }
 
   __device__ __forceinline__ uint32_t upper_codes() const { return upper_codes_; }
-
-  // The first stages: weights, which where the rows are settled do not depend on the kernel before, and
-  // after the wait for it the rows of x.
-  __device__ __forceinline__ void prime(int segment) {
-    constexpr int kAhead = S::kStages - 1;
-    start_fill(segment);
-    last_fill_ = true;
-    const int early = min(fill_left_, kAhead);
-    fill_slot_ = ring_;
-#pragma unroll 1
-    for (int stage = 0; stage < early; ++stage) {
-      fill_group_ = groups_to_fill(fill_chunk_).first();
-      fill_weights(fill_slot_, true);
-      step_fill();
-      fill_slot_ += stage_bytes_;
-    }
-    step_fill_back(early);
-    fill_left_ -= early;
-    if (params_.settled) ptx::wait_for_predecessor();
-    fill_slot_ = ring_;
-#pragma unroll 1
-    for (int stage = 0; stage < kAhead; ++stage) {
-      if (fill_left_ > 0) {
-        prepare_fill(fill_slot_);
-        if (stage >= early) fill_weights(fill_slot_, true);
-        fill_x(fill_slot_, true);
-        step_fill();
-        count_fill(1);
-      }
-      ptx::copy_commit();
-      fill_slot_ += stage_bytes_;
-    }
-  }
 
   __device__ __forceinline__ void fill_x(uint32_t slot, bool on) const {
     constexpr int kRowStep = S::kGroupThreads / 8;
@@ -469,7 +438,6 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
         .store(at.feature_tile * S::kFeatureWarps + feature_warp_, tables_.expert[table_]);
   }
 
-  const ExpertParams<Rows>& params_;
   SegmentWalk<S, Rows>& walk_;
   SegmentTables<S>& tables_;
   int found_ = 0;        // segments that have been started to be filled

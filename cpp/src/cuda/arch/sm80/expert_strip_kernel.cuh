@@ -13,6 +13,7 @@
 
 #include <cstdint>
 
+#include "cuda/arch/sm80/expert_fill.cuh"
 #include "cuda/arch/sm80/expert_output.cuh"
 #include "cuda/arch/sm80/expert_tiles.cuh"
 #include "cuda/arch/sm80/share.hpp"
@@ -53,8 +54,10 @@ struct StripTables {
 };
 
 template <class S, class Rows>
-class ExpertStripLoop : public TileLoop<S, ExpertStripLoop<S, Rows>> {
+class ExpertStripLoop : public ExpertFill<S, Rows, ExpertStripLoop<S, Rows>> {
+  using Fill = ExpertFill<S, Rows, ExpertStripLoop<S, Rows>>;
   using Loop = TileLoop<S, ExpertStripLoop<S, Rows>>;
+  friend Fill;
   friend Loop;
 
  public:
@@ -62,8 +65,7 @@ class ExpertStripLoop : public TileLoop<S, ExpertStripLoop<S, Rows>> {
 
   __device__ __forceinline__ ExpertStripLoop(const ExpertParams<Rows>& params,
                                              unsigned char* shared)
-      : Loop(params.problem, params.scratch, shared, params.slice_bytes),
-        params_(params),
+      : Fill(params, shared),
         tables_(*reinterpret_cast<StripTables<S>*>(shared + S::kStages * S::kRowWarps *
                                                                 params.slice_bytes)) {
     if (!params.settled) ptx::wait_for_predecessor();
@@ -72,7 +74,7 @@ class ExpertStripLoop : public TileLoop<S, ExpertStripLoop<S, Rows>> {
   }
 
   __device__ __forceinline__ void run() {
-    prime();
+    this->prime();
     values_.set_middle(w_);
     uint32_t stage = ring_;
     bool keeps = false;  // the first part of a unit that is not whole
@@ -106,11 +108,11 @@ class ExpertStripLoop : public TileLoop<S, ExpertStripLoop<S, Rows>> {
   }
 
  private:
-  using Loop::fill_chunk_, Loop::fill_codes_, Loop::fill_group_, Loop::fill_left_,
-      Loop::fill_records_, Loop::fill_segment_, Loop::fill_slot_, Loop::fill_x_, Loop::fill_x_on_,
-      Loop::fill_x_place_, Loop::group_bytes, Loop::lane_, Loop::last_fill_, Loop::p_,
-      Loop::row_warp_, Loop::ring_, Loop::scratch_, Loop::stage_bytes_, Loop::sum_, Loop::values_,
-      Loop::w_;
+  using Fill::params_;
+  using Loop::fill_chunk_, Loop::fill_codes_, Loop::fill_left_, Loop::fill_records_,
+      Loop::fill_segment_, Loop::fill_x_, Loop::fill_x_on_, Loop::fill_x_place_, Loop::group_bytes,
+      Loop::lane_, Loop::p_, Loop::ring_, Loop::row_warp_, Loop::scratch_, Loop::sum_,
+      Loop::values_, Loop::w_;
   static constexpr uint32_t kNoRow = 0xffffffffu;
 
   __device__ __forceinline__ static void next_table(int& table) {
@@ -167,12 +169,12 @@ class ExpertStripLoop : public TileLoop<S, ExpertStripLoop<S, Rows>> {
   // --- filling the ring ---
 
   __device__ __forceinline__ void start_fill(int /*segment*/) {
-    find_segment();
+    find_weights();
     if (fill_left_ > 0) find_rows();
   }
 
   // The next with an expert, if there is one.
-  __device__ __forceinline__ void find_segment() {
+  __device__ __forceinline__ void find_weights() {
     fill_left_ = 0;
     fill_segment_ = 0;
     while (left_ > 0) {
@@ -243,40 +245,6 @@ class ExpertStripLoop : public TileLoop<S, ExpertStripLoop<S, Rows>> {
 
   __device__ __forceinline__ uint32_t upper_codes() const { return upper_codes_; }
 
-  // The first stages: weights, which where the tiles are settled do not depend on the kernel before, and
-  // after the wait for it the rows of x.
-  __device__ __forceinline__ void prime() {
-    constexpr int kAhead = S::kStages - 1;
-    last_fill_ = true;
-    find_segment();
-    const int early = min(fill_left_, kAhead);
-    fill_slot_ = ring_;
-#pragma unroll 1
-    for (int stage = 0; stage < early; ++stage) {
-      fill_group_ = groups_to_fill(fill_chunk_).first();
-      this->fill_weights(fill_slot_, true);
-      this->step_fill();
-      fill_slot_ += stage_bytes_;
-    }
-    this->step_fill_back(early);
-    fill_left_ -= early;
-    if (early > 0) find_rows();
-    if (params_.settled) ptx::wait_for_predecessor();
-    fill_slot_ = ring_;
-#pragma unroll 1
-    for (int stage = 0; stage < kAhead; ++stage) {
-      if (fill_left_ > 0) {
-        this->prepare_fill(fill_slot_);
-        if (stage >= early) this->fill_weights(fill_slot_, true);
-        fill_x(fill_slot_, true);
-        this->step_fill();
-        this->count_fill(1);
-      }
-      ptx::copy_commit();
-      fill_slot_ += stage_bytes_;
-    }
-  }
-
   __device__ __forceinline__ void fill_x(uint32_t slot, bool on) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -334,7 +302,6 @@ class ExpertStripLoop : public TileLoop<S, ExpertStripLoop<S, Rows>> {
 
   static constexpr int kMostUnitBlocks = 16;
 
-  const ExpertParams<Rows>& params_;
   StripTables<S>& tables_;
   typename Rows::Entries entries_;
   // The walk: see share_out().
