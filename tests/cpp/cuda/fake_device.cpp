@@ -12,10 +12,13 @@
 #include <mutex>
 #include <new>
 #include <set>
+#include <span>
 #include <thread>
 
+#include "core/integers.hpp"
 #include "cuda/arch/sm80/pack.hpp"
 #include "cuda/device_memory.hpp"
+#include "cuda/fetch.hpp"
 #include "cuda/host_packing.hpp"
 #include "support/generators.hpp"
 
@@ -222,15 +225,42 @@ void DeviceMemory::limit_pinned(std::int64_t bytes) {
 
 }  // namespace marlinq::test
 
-// The packing kernels' place in a program without them.
-namespace marlinq::cuda::sm80 {
+// The kernels' place in a program without them.
+namespace marlinq::cuda {
 
-void pack_piece(const PieceToPack& piece, void* stream) {
-  test::FakeDevice::enqueue(static_cast<cudaStream_t>(stream),
-                            [piece] { test::pack_piece_on_host(piece); });
+void sm80::pack_pieces(std::span<const PieceToPack> pieces, void* stream) {
+  for (const PieceToPack& piece : pieces) {
+    test::FakeDevice::enqueue(static_cast<cudaStream_t>(stream),
+                              [piece] { test::pack_piece_on_host(piece); });
+  }
 }
 
-}  // namespace marlinq::cuda::sm80
+// Writes whole units, as the kernel does.
+void fetch_rows(std::span<const FetchRows> all, cudaStream_t stream) {
+  const std::lock_guard lock(device().mutex);
+  for (const FetchRows& r : all) {
+    const std::int64_t target_bytes = round_up(r.rows * r.row_bytes, kFetchUnit);
+    if (reinterpret_cast<std::uintptr_t>(r.to) % kFetchUnit != 0 ||
+        (r.rows > 1 && r.row_bytes % kFetchUnit != 0)) {
+      violation("a fetch to a place that is not aligned");
+    }
+    if (!holds(device().device_memory, r.to, target_bytes)) {
+      violation("a fetch outside of the device's memory");
+    }
+    if (!holds(device().pinned_memory, r.from, (r.rows - 1) * r.pitch + r.row_bytes)) {
+      violation("a fetch from pageable memory");
+    }
+    append(stream_of(stream), [r, target_bytes] {
+      std::memset(r.to, 0xAB, static_cast<std::size_t>(target_bytes));
+      for (std::int64_t row = 0; row < r.rows; ++row) {
+        std::memcpy(r.to + row * r.row_bytes, r.from + row * r.pitch,
+                    static_cast<std::size_t>(r.row_bytes));
+      }
+    });
+  }
+}
+
+}  // namespace marlinq::cuda
 
 // The runtime, as far as loading uses it.
 extern "C" {
@@ -328,6 +358,8 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   attributes->type = holds(device().pinned_memory, address, 1)   ? cudaMemoryTypeHost
                      : holds(device().device_memory, address, 1) ? cudaMemoryTypeDevice
                                                                  : cudaMemoryTypeUnregistered;
+  if (attributes->type == cudaMemoryTypeHost)
+    attributes->devicePointer = const_cast<void*>(address);
   return cudaSuccess;
 }
 
@@ -430,13 +462,19 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
   return cudaSuccess;
 }
 
-cudaError_t cudaMemsetAsync(void* target, int value, std::size_t bytes, cudaStream_t stream) {
+cudaError_t cudaMemset2DAsync(void* target, std::size_t pitch, int value, std::size_t width,
+                              std::size_t height, cudaStream_t stream) {
   const std::lock_guard lock(device().mutex);
   if (fails()) return device().failure;
-  if (!holds(device().device_memory, target, static_cast<std::int64_t>(bytes))) {
+  if (!holds(device().device_memory, target,
+             static_cast<std::int64_t>((height - 1) * pitch + width))) {
     violation("a memset outside of the device's memory");
   }
-  append(stream_of(stream), [=] { std::memset(target, value, bytes); });
+  append(stream_of(stream), [=] {
+    for (std::size_t row = 0; row < height; ++row) {
+      std::memset(static_cast<unsigned char*>(target) + row * pitch, value, width);
+    }
+  });
   return cudaSuccess;
 }
 

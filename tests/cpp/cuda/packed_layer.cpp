@@ -151,7 +151,8 @@ std::vector<std::int32_t> chunk_groups(const Rows& rows) {
 
 }  // namespace
 
-std::vector<unsigned char> packed_by_definition(const std::vector<Layer>& parts) {
+std::vector<unsigned char> packed_by_definition(const std::vector<Layer>& parts,
+                                                const StackNeeds& needs) {
   Bytes memory;
   for (std::size_t first = 0; first < parts.size();) {
     const Layer& model = parts[first];
@@ -162,7 +163,7 @@ std::vector<unsigned char> packed_by_definition(const std::vector<Layer>& parts)
     }
     std::vector<Feature> features;
     std::vector<float> bias;
-    bool zeros = false;
+    bool zeros = needs.zeros;
     bool biased = false;
     for (std::size_t i = first; i < end; ++i) {
       const Layer& part = parts[i];
@@ -179,7 +180,7 @@ std::vector<unsigned char> packed_by_definition(const std::vector<Layer>& parts)
     append(memory, codes(features, rows, model.options.bits));
     append(memory, records(features, rows, model.options.scales, zeros));
     append(memory, chunk_groups(rows));
-    if (!rows.plain(model.options.k)) append(memory, rows.input);
+    if (needs.source || !rows.plain(model.options.k)) append(memory, rows.input);
     if (biased) append(memory, bias);
     first = end;
   }

@@ -13,6 +13,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <span>
 #include <string>
 #include <thread>
 #include <utility>
@@ -30,6 +31,7 @@ namespace marlinq {
 namespace {
 
 using cuda::DeviceWeight;
+using cuda::LayersToLoad;
 using cuda::LayerUpload;
 using cuda::Uploader;
 using cuda::UploadSizes;
@@ -147,12 +149,15 @@ class Tensors {
   std::size_t size_ = 0;
 };
 
+DeviceWeight load(Uploader& uploader, std::span<const GptqTensors> experts, const GptqSpec& spec) {
+  LayersToLoad layers(experts, spec);
+  LayerUpload upload(uploader, layers);
+  return cuda::sm80::load(layers, upload);
+}
+
 DeviceWeight load(Uploader& uploader, const PackCase& one, Source source = Source::kPageable) {
   Tensors tensors(one, source);
-  GptqWeights weights = check_structure(tensors.layer(), one.spec());
-  LayerUpload upload(uploader, weights);
-  check_values(tensors.layer(), one.spec(), weights);
-  DeviceWeight packed = cuda::sm80::load(weights, upload);
+  DeviceWeight packed = load(uploader, {&tensors.layer(), 1}, one.spec());
   tensors.take_away();
   return packed;
 }
@@ -195,6 +200,39 @@ class LoadTest : public ::testing::Test {
     return all[index];
   }
 
+  // Loads a stack from memory of every kind, and expects the bytes of each expert to be those that
+  // `expected` has for it.
+  static void check_stack(const std::vector<PackCase>& experts,
+                          const std::vector<Bytes>& expected) {
+    GptqSpec spec = experts.front().spec();
+    spec.n = 0;
+    for (const Source source : kSources) {
+      std::vector<std::unique_ptr<Tensors>> tensors;
+      std::vector<GptqTensors> layers;
+      for (const PackCase& one : experts) {
+        tensors.push_back(std::make_unique<Tensors>(one, source));
+        layers.push_back(tensors.back()->layer());
+      }
+      for (const UploadSizes& sizes : {UploadSizes{}, small_sizes()}) {
+        Uploader uploader(0, sizes);
+        const DeviceWeight stack = load(uploader, layers, spec);
+        ASSERT_EQ(stack.experts, static_cast<std::int64_t>(experts.size()));
+        const Bytes all = bytes_of(stack);
+        ASSERT_EQ(static_cast<std::int64_t>(all.size()), stack.experts * stack.expert_bytes);
+        for (std::size_t e = 0; e < experts.size(); ++e) {
+          const auto begin = all.begin() + static_cast<std::int64_t>(e) * stack.expert_bytes;
+          ASSERT_TRUE(same(Bytes(begin, begin + stack.expert_bytes), expected[e]))
+              << "expert " << e << ", source " << static_cast<int>(source);
+        }
+      }
+    }
+  }
+  static void check_stack(const std::vector<PackCase>& experts) {
+    std::vector<Bytes> expected;
+    for (const PackCase& one : experts) expected.push_back(test::packed_by_definition(one.parts));
+    check_stack(experts, expected);
+  }
+
   std::int64_t bytes_before_ = 0;
   std::int64_t pinned_before_ = 0;
 };
@@ -225,9 +263,7 @@ TEST_F(LoadTest, AnExpertHasTheBytesOfTheLayer) {
   constexpr std::int64_t kExperts = 5;
   for (const bool asymmetric : {false, true}) {
     for (const Order order : {Order::kNone, Order::kActOrder}) {
-      std::vector<std::vector<Layer>> experts;
-      std::vector<GptqTensors> tensors;
-      std::vector<GptqWeights> weights;
+      std::vector<PackCase> cases;
       for (std::uint64_t e = 0; e < kExperts; ++e) {
         const Layer gate =
             make_layer({.bits = 4,
@@ -238,25 +274,45 @@ TEST_F(LoadTest, AnExpertHasTheBytesOfTheLayer) {
                         .order = order,
                         .bias = DType::kFloat16,
                         .seed = e + 1});
-        experts.push_back({gate, gate});
-        tensors.push_back(test::fused(experts.back()));
-        GptqSpec spec = gate.spec();
-        spec.n = 2 * 96;
-        weights.push_back(validate(tensors.back(), spec));
+        cases.push_back({.what = "", .parts = {gate, gate}});
       }
-      for (const UploadSizes& sizes : {UploadSizes{}, small_sizes()}) {
-        Uploader uploader(0, sizes);
-        LayerUpload upload(uploader, weights);
-        const DeviceWeight stack = cuda::sm80::load(weights, upload);
-        ASSERT_EQ(stack.experts, kExperts);
-        const Bytes all = bytes_of(stack);
-        ASSERT_EQ(static_cast<std::int64_t>(all.size()), kExperts * stack.expert_bytes);
-        for (std::int64_t e = 0; e < kExperts; ++e) {
-          const auto begin = all.begin() + e * stack.expert_bytes;
-          EXPECT_TRUE(same(Bytes(begin, begin + stack.expert_bytes),
-                           test::packed_by_definition(experts[static_cast<std::size_t>(e)])))
-              << "expert " << e;
+      check_stack(cases);
+    }
+  }
+}
+
+// The tables of plain experts without bias are the same, and come at once.
+TEST_F(LoadTest, PlainExperts) {
+  std::vector<PackCase> cases;
+  for (std::uint64_t e = 0; e < 40; ++e) {
+    cases.push_back({.what = "",
+                     .parts = {make_layer({.k = 256, .n = 90, .group_size = 32, .seed = e + 1}),
+                               make_layer({.k = 256, .n = 70, .group_size = 32, .seed = e + 99})}});
+  }
+  check_stack(cases);
+}
+
+// What the first expert does not need is found out only when others have been packed.
+TEST_F(LoadTest, ALaterExpertMayNeedMoreThanTheFirst) {
+  for (const Zeros zeros : {Zeros::kSymmetricV1, Zeros::kAsymmetricV1}) {
+    for (const Order order : {Order::kNone, Order::kActOrder}) {
+      for (const std::uint64_t odd : {0U, 1U, 5U, 8U}) {
+        SCOPED_TRACE(odd);
+        std::vector<PackCase> cases;
+        std::vector<Bytes> wanted;
+        const test::StackNeeds needs{.zeros = zeros == Zeros::kAsymmetricV1,
+                                     .source = order == Order::kActOrder};
+        for (std::uint64_t e = 0; e < 9; ++e) {
+          cases.push_back({.what = "",
+                           .parts = {make_layer({.k = 320,
+                                                 .n = 96,
+                                                 .group_size = 32,
+                                                 .zeros = e == odd ? zeros : Zeros::kSymmetricV1,
+                                                 .order = e == odd ? order : Order::kNone,
+                                                 .seed = e + 1})}});
+          wanted.push_back(test::packed_by_definition(cases.back().parts, needs));
         }
+        check_stack(cases, wanted);
       }
     }
   }
@@ -488,10 +544,7 @@ TEST_F(LoadTest, OutOfMemoryAnywhereLeavesTheUploaderUsable) {
       failed = false;
       DeviceMemory::fail_allocation(n);
       try {
-        GptqWeights weights = check_structure(tensors.layer(), one.spec());
-        LayerUpload upload(uploader, weights);
-        check_values(tensors.layer(), one.spec(), weights);
-        const DeviceWeight packed = cuda::sm80::load(weights, upload);
+        const DeviceWeight packed = load(uploader, {&tensors.layer(), 1}, one.spec());
         EXPECT_TRUE(same(bytes_of(packed), wanted)) << n;
         // Staging, pinned memory of the caller's and of the threads', which may be short, and the
         // layer itself.
@@ -540,9 +593,10 @@ TEST_F(LoadTest, AnUploadThatIsGivenUpReadsNothingMore) {
   Uploader uploader(0, sizes);
   for (int round = 0; round < 20; ++round) {
     Tensors tensors(one, Source::kPageable);
-    const GptqWeights weights = check_structure(tensors.layer(), one.spec());
+    const GptqSpec spec = one.spec();
+    LayersToLoad layers({&tensors.layer(), 1}, spec);
     {
-      LayerUpload upload(uploader, weights);
+      LayerUpload upload(uploader, layers);
       std::this_thread::sleep_for(std::chrono::microseconds(50 * round));
       if (round % 4 == 3) (void)upload.next();
     }
@@ -560,11 +614,8 @@ TEST_F(LoadTest, ARefusedLayerIsLetGo) {
   for (const Source source : kSources) {
     Uploader uploader(0);
     Tensors tensors(bad, source);
-    GptqWeights weights = check_structure(tensors.layer(), bad.spec());
-    test::expect_refused({"layer.scales", "expected a finite number"}, [&] {
-      const LayerUpload upload(uploader, weights);
-      check_values(tensors.layer(), bad.spec(), weights);
-    });
+    test::expect_refused({"layer.scales", "expected a finite number"},
+                         [&] { (void)load(uploader, {&tensors.layer(), 1}, bad.spec()); });
     tensors.take_away();
     ASSERT_TRUE(same(bytes_of(load(uploader, cases()[1], source)), expected(1)));
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -53,6 +54,9 @@ LayerPlan plan_layer(const GptqWeights& weights);
 /// The same for the experts of a stack, of one layout: each has the segments, chunks, groups and tables
 /// that the neediest has, so that all take the same bytes and have their parts at the same places.
 std::vector<LayerPlan> plan_experts(std::span<const GptqWeights> experts);
+
+/// The plan of another expert of a stack in the layout of `model`; none where it needs more than that has.
+std::optional<LayerPlan> plan_like(const LayerPlan& model, const GptqWeights& weights);
 
 /// The segment that a module is part of.
 const SegmentPlan& segment_of(const LayerPlan& plan, std::size_t module);
