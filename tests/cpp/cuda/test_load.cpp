@@ -15,6 +15,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -512,6 +513,21 @@ TEST_F(LoadTest, PeakIsThePackedLayersAndOneLayersTensors) {
   EXPECT_LE(DeviceMemory::bytes() - bytes_before_, raw + kConstant);
 }
 
+// Small experts travel together, in a part of the stack's bytes that is bounded.
+TEST_F(LoadTest, PeakOfAStackIsThePackedExpertsAndAFewOfTheirTensors) {
+  constexpr std::int64_t kOfStack = 20480;
+  const PackCase one{.what = "", .parts = {make_layer({.k = 128, .n = 128, .group_size = 32})}};
+  const std::vector<GptqTensors> experts(200, one.tensors());
+  EXPECT_LT(2 * raw_bytes(one), kOfStack);
+  Uploader uploader(0, {.least_piece = 1024, .of_stack = kOfStack});
+  for (int round = 0; round < 2; ++round) {
+    DeviceMemory::forget_peak();
+    const DeviceWeight stack = load(uploader, experts, one.spec());
+    EXPECT_LE(DeviceMemory::peak(), bytes_before_ + stack.memory.size() * 4 + 2 * kOfStack + 512);
+    stack.ready.wait();
+  }
+}
+
 // A piece is 64 columns and all rows at least: here more than what staging may keep.
 TEST_F(LoadTest, StagingOfAnOversizePieceIsGivenBack) {
   const PackCase large{
@@ -617,6 +633,41 @@ TEST_F(LoadTest, ARefusedLayerIsLetGo) {
     test::expect_refused({"layer.scales", "expected a finite number"},
                          [&] { (void)load(uploader, {&tensors.layer(), 1}, bad.spec()); });
     tensors.take_away();
+    ASSERT_TRUE(same(bytes_of(load(uploader, cases()[1], source)), expected(1)));
+  }
+}
+
+// The experts before it have been packed already.
+TEST_F(LoadTest, ARefusedExpertIsNamedAndTheStackLetGo) {
+  std::vector<PackCase> good;
+  for (std::uint64_t e = 0; e < 12; ++e) {
+    good.push_back({.what = "",
+                    .parts = {make_layer({.k = 256,
+                                          .n = 90,
+                                          .group_size = 32,
+                                          .seed = e + 1,
+                                          .name = "experts." + std::to_string(e)})}});
+  }
+  std::vector<PackCase> infinite = good;
+  test::write_element(infinite[9].parts[0].scales.data(), DType::kFloat16, 77,
+                      std::numeric_limits<double>::infinity());
+  std::vector<PackCase> narrow = good;
+  narrow[10].parts[0] = make_layer({.k = 256, .n = 80, .group_size = 32, .name = "experts.10"});
+  for (const Source source : kSources) {
+    Uploader uploader(0, small_sizes());
+    const auto refused = [&](const std::vector<PackCase>& experts, std::string_view words) {
+      std::vector<std::unique_ptr<Tensors>> tensors;
+      std::vector<GptqTensors> layers;
+      for (const PackCase& one : experts) {
+        tensors.push_back(std::make_unique<Tensors>(one, source));
+        layers.push_back(tensors.back()->layer());
+      }
+      GptqSpec spec = good.front().spec();
+      spec.n = 0;
+      test::expect_refused({words}, [&] { (void)load(uploader, layers, spec); });
+    };
+    refused(infinite, "experts.9.scales: element [0, 77] is inf, expected a finite number");
+    refused(narrow, "experts[10] experts.10: n = 80, expected 90 as in experts[0]");
     ASSERT_TRUE(same(bytes_of(load(uploader, cases()[1], source)), expected(1)));
   }
 }
