@@ -24,6 +24,9 @@
 
 namespace {
 
+using marlinq::test::Allocations;
+using marlinq::test::DeviceMemory;
+using marlinq::test::MemoryKind;
 using marlinq::test::Random;
 
 constexpr std::int64_t kNoLimit = std::int64_t{1} << 40;
@@ -35,13 +38,7 @@ struct Device {
   std::condition_variable changed;
   std::map<unsigned char*, std::int64_t> device_memory;
   std::map<unsigned char*, std::int64_t> pinned_memory;
-  std::int64_t bytes = 0;
-  std::int64_t peak = 0;
   std::int64_t limit = kNoLimit;
-  std::int64_t pinned_bytes = 0;
-  std::int64_t pinned_limit = kNoLimit;
-  int allocations_until_failure = 0;
-  int device_allocations_until_failure = 0;
   int calls_until_failure = 0;
   cudaError_t failure = cudaSuccess;
   bool failed = false;
@@ -136,8 +133,6 @@ void expect_relaxed(const char* call) {
   }
 }
 
-bool counts_down(int& left) { return left > 0 && --left == 0; }
-
 }  // namespace
 
 namespace marlinq::test {
@@ -192,35 +187,6 @@ int FakeDevice::streams() {
 std::string FakeDevice::violations() {
   const std::lock_guard lock(device().mutex);
   return device().violations;
-}
-
-std::int64_t DeviceMemory::bytes() {
-  const std::lock_guard lock(device().mutex);
-  return device().bytes;
-}
-std::int64_t DeviceMemory::peak() {
-  const std::lock_guard lock(device().mutex);
-  return device().peak;
-}
-void DeviceMemory::forget_peak() {
-  const std::lock_guard lock(device().mutex);
-  device().peak = device().bytes;
-}
-std::int64_t DeviceMemory::pinned_bytes() {
-  const std::lock_guard lock(device().mutex);
-  return device().pinned_bytes;
-}
-void DeviceMemory::fail_allocation(int n) {
-  const std::lock_guard lock(device().mutex);
-  device().allocations_until_failure = n;
-}
-void DeviceMemory::fail_device_allocation(int n) {
-  const std::lock_guard lock(device().mutex);
-  device().device_allocations_until_failure = n;
-}
-void DeviceMemory::limit_pinned(std::int64_t bytes) {
-  const std::lock_guard lock(device().mutex);
-  device().pinned_limit = bytes == 0 ? kNoLimit : bytes;
 }
 
 }  // namespace marlinq::test
@@ -291,16 +257,14 @@ cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
   expect_relaxed("cudaMalloc");
   if (fails()) return device().failure;
   const auto size = static_cast<std::int64_t>(bytes);
-  if (counts_down(device().allocations_until_failure) ||
-      counts_down(device().device_allocations_until_failure) ||
-      device().bytes + size > device().limit) {
+  if (Allocations::fails(MemoryKind::kDevice, size) ||
+      DeviceMemory::bytes() + size > device().limit) {
     return cudaErrorMemoryAllocation;
   }
   auto* at = static_cast<unsigned char*>(::operator new(bytes, std::align_val_t(256)));
   std::memset(at, 0xCD, bytes);
   device().device_memory[at] = size;
-  device().bytes += size;
-  device().peak = std::max(device().peak, device().bytes);
+  Allocations::add(MemoryKind::kDevice, size);
   *memory = at;
   return cudaSuccess;
 }
@@ -317,7 +281,7 @@ cudaError_t cudaFree(void* memory) {
   auto* at = static_cast<unsigned char*>(memory);
   const std::int64_t size = device().device_memory.at(at);
   std::memset(at, 0xDD, static_cast<std::size_t>(size));
-  device().bytes -= size;
+  Allocations::remove(MemoryKind::kDevice, size);
   device().device_memory.erase(at);
   ::operator delete(memory, std::align_val_t(256));
   return cudaSuccess;
@@ -328,14 +292,11 @@ cudaError_t cudaHostAlloc(void** memory, std::size_t bytes, unsigned) {
   expect_relaxed("cudaHostAlloc");
   if (fails()) return device().failure;
   const auto size = static_cast<std::int64_t>(bytes);
-  if (counts_down(device().allocations_until_failure) ||
-      device().pinned_bytes + size > device().pinned_limit) {
-    return cudaErrorMemoryAllocation;
-  }
+  if (Allocations::fails(MemoryKind::kPinned, size)) return cudaErrorMemoryAllocation;
   auto* at = static_cast<unsigned char*>(::operator new(bytes, std::align_val_t(256)));
   std::memset(at, 0xCD, bytes);
   device().pinned_memory[at] = size;
-  device().pinned_bytes += size;
+  Allocations::add(MemoryKind::kPinned, size);
   *memory = at;
   return cudaSuccess;
 }
@@ -345,7 +306,7 @@ cudaError_t cudaFreeHost(void* memory) {
   auto* at = static_cast<unsigned char*>(memory);
   const std::int64_t size = device().pinned_memory.at(at);
   std::memset(at, 0xDD, static_cast<std::size_t>(size));
-  device().pinned_bytes -= size;
+  Allocations::remove(MemoryKind::kPinned, size);
   device().pinned_memory.erase(at);
   ::operator delete(memory, std::align_val_t(256));
   return cudaSuccess;
