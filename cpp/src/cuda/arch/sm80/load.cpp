@@ -8,6 +8,7 @@
 #include <span>
 #include <vector>
 
+#include "core/integers.hpp"
 #include "cuda/arch/sm80/pack.hpp"
 #include "cuda/arch/sm80/pack_plan.hpp"
 #include "cuda/cuda_check.hpp"
@@ -104,15 +105,16 @@ bool has_bias(const GptqWeights& weights) {
 }
 
 // Pieces that end inside a block of features or-in their codes, so that these start from 0; and so does
-// what lies between the parts.
+// what no piece writes: chunks that only other experts need, and what lies between the parts.
 void clear(const GptqWeights& model, const LayerPlan& plan, const DeviceWeight& target,
            cudaStream_t stream) {
   auto* memory = static_cast<unsigned char*>(target.memory.data());
   for (const SegmentPlan& segment : plan.segments) {
-    const bool whole_blocks = std::ranges::all_of(segment.modules, [&](std::size_t module) {
-      return model.modules[module].n % Layout::kBlockFeatures == 0;
-    });
-    const std::int64_t first = whole_blocks ? segment.places.groups : segment.places.codes;
+    const bool all_written = segment.layout.chunks == ceil_div(model.k, Layout::kChunkRows) &&
+                             std::ranges::all_of(segment.modules, [&](std::size_t module) {
+                               return model.modules[module].n % Layout::kBlockFeatures == 0;
+                             });
+    const std::int64_t first = all_written ? segment.places.groups : segment.places.codes;
     MARLINQ_CUDA_CHECK(cudaMemset2DAsync(memory + first,
                                          static_cast<std::size_t>(target.expert_bytes), 0,
                                          static_cast<std::size_t>(segment.places.end - first),
