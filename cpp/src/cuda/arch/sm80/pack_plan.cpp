@@ -130,12 +130,6 @@ void share_layout(std::vector<LayerPlan>& experts, std::size_t index) {
   }
 }
 
-bool same_layout(const SegmentPlan& a, const SegmentPlan& b) {
-  return a.layout == b.layout && a.groups_per_chunk == b.groups_per_chunk &&
-         a.chunk_shift == b.chunk_shift && a.has_source == b.has_source &&
-         (a.places.bias < 0) == (b.places.bias < 0);
-}
-
 void place_parts(LayerPlan& layer) {
   const auto reserve = [&layer](std::int64_t size) {
     constexpr std::int64_t kAlignment = 256;
@@ -177,7 +171,7 @@ std::optional<LayerPlan> plan_like(const LayerPlan& model, const GptqWeights& we
   std::vector<LayerPlan> both = {model, cut_segments(weights, starts)};
   for (std::size_t i = 0; i < model.segments.size(); ++i) {
     share_layout(both, i);
-    if (!same_layout(both.front().segments[i], model.segments[i])) return std::nullopt;
+    if (both.front().segments[i] != model.segments[i]) return std::nullopt;
   }
   place_parts(both.back());
   return std::move(both.back());

@@ -22,6 +22,8 @@ struct SegmentPlaces {
   std::int64_t source = -1;
   std::int64_t bias = -1;
   std::int64_t end = 0;
+
+  friend bool operator==(const SegmentPlaces&, const SegmentPlaces&) = default;
 };
 
 /// Modules that share one row order and one dtype of scales, fused to one range of features.
@@ -42,6 +44,8 @@ struct SegmentPlan {
   std::int32_t groups_per_chunk = 1;       // at most
   std::int32_t chunk_shift = -1;           // as WeightView's
   SegmentPlaces places;
+
+  friend bool operator==(const SegmentPlan&, const SegmentPlan&) = default;
 };
 
 struct LayerPlan {
