@@ -23,6 +23,13 @@ struct StackNeeds {
 std::vector<unsigned char> packed_by_definition(const std::vector<Layer>& parts,
                                                 const StackNeeds& needs = {});
 
+/// Where the code of a feature and a packed row is: a word of the segment's codes, and its lowest bit.
+struct CodePlace {
+  std::int64_t word;
+  int bit;
+};
+CodePlace code_place(std::int64_t feature, std::int64_t packed_row, std::int64_t chunks, int bits);
+
 /// Names the first byte that differs.
 ::testing::AssertionResult same(const std::vector<unsigned char>& actual,
                                 const std::vector<unsigned char>& expected);

@@ -322,39 +322,62 @@ TEST_F(LoadTest, ALaterExpertMayNeedMoreThanTheFirst) {
 // Groups of other sizes, rows in plain order, zero points: what one expert needs, all have, and the
 // codes of each are at the places of its own.
 TEST_F(LoadTest, ExpertsOfDifferentOrdersShareOneLayout) {
-  std::vector<Layer> layers;
-  layers.reserve(3);  // tensors are views into them
-  std::vector<GptqTensors> tensors;
-  std::vector<GptqWeights> weights;
-  for (const Order order : {Order::kNone, Order::kUnbalanced, Order::kActOrder}) {
-    layers.push_back(
-        make_layer({.bits = 4,
-                    .k = 320,
-                    .n = 96,
-                    .group_size = 32,
-                    .zeros = order == Order::kNone ? Zeros::kSymmetricV1 : Zeros::kAsymmetricV1,
-                    .order = order,
-                    .seed = layers.size() + 1}));
-    tensors.push_back(layers.back().tensors());
-    weights.push_back(validate(tensors.back(), layers.back().spec()));
-  }
-  const std::vector<cuda::sm80::LayerPlan> plans = cuda::sm80::plan_experts(weights);
-  for (const cuda::sm80::LayerPlan& plan : plans) {
-    EXPECT_EQ(plan.bytes, plans.front().bytes);
-    const cuda::sm80::SegmentPlan& segment = plan.segments.front();
-    EXPECT_TRUE(segment.has_source);
-    EXPECT_TRUE(segment.layout.has_zeros);
-    EXPECT_EQ(segment.chunk_shift, -1);
-    EXPECT_EQ(static_cast<std::int64_t>(segment.source.size()),
-              segment.layout.chunks * cuda::sm80::Layout::kChunkRows);
-    std::vector<std::int32_t> rows;
-    for (const std::int32_t row : segment.source) {
-      if (row >= 0) rows.push_back(row);
+  std::vector<Order> orders = {Order::kNone, Order::kUnbalanced, Order::kActOrder};
+  for (std::size_t first = 0; first < orders.size();
+       ++first) {  // that the others are compared with
+    std::vector<Layer> layers;
+    layers.reserve(orders.size());  // tensors are views into them
+    std::vector<GptqTensors> tensors;
+    std::vector<GptqWeights> weights;
+    for (const Order order : orders) {
+      layers.push_back(
+          make_layer({.bits = 4,
+                      .k = 320,
+                      .n = 96,
+                      .group_size = 32,
+                      .zeros = order == Order::kNone ? Zeros::kSymmetricV1 : Zeros::kAsymmetricV1,
+                      .order = order,
+                      .seed = layers.size() + 1}));
+      tensors.push_back(layers.back().tensors());
+      weights.push_back(validate(tensors.back(), layers.back().spec()));
     }
-    std::sort(rows.begin(), rows.end());
-    for (std::int32_t row = 0; row < 320; ++row) {
-      ASSERT_EQ(rows[static_cast<std::size_t>(row)], row);
+    GptqSpec spec = layers.front().spec();
+    spec.symmetry = Symmetry::kUnknown;
+    Uploader uploader(0, small_sizes());
+    const DeviceWeight stack = load(uploader, tensors, spec);
+    const Bytes bytes = bytes_of(stack);
+    const std::vector<cuda::sm80::LayerPlan> plans = cuda::sm80::plan_experts(weights);
+    for (std::size_t e = 0; e < plans.size(); ++e) {
+      EXPECT_EQ(plans[e].bytes, stack.expert_bytes);
+      const cuda::sm80::SegmentPlan& segment = plans[e].segments.front();
+      EXPECT_TRUE(segment.has_source);
+      EXPECT_TRUE(segment.layout.has_zeros);
+      EXPECT_EQ(segment.chunk_shift, -1);
+      EXPECT_EQ(static_cast<std::int64_t>(segment.source.size()),
+                segment.layout.chunks * cuda::sm80::Layout::kChunkRows);
+      // Each input row once, and its codes where its packed row is.
+      const unsigned char* const expert =
+          bytes.data() + static_cast<std::int64_t>(e) * stack.expert_bytes;
+      std::vector<std::int32_t> source(segment.source.size());
+      std::memcpy(source.data(), expert + segment.places.source, source.size() * 4);
+      std::vector<int> seen(320);
+      for (std::size_t packed = 0; packed < source.size(); ++packed) {
+        if (source[packed] < 0) continue;
+        const auto row = static_cast<std::size_t>(source[packed]);
+        ++seen.at(row);
+        for (std::size_t feature = 0; feature < 96; ++feature) {
+          const test::CodePlace place =
+              test::code_place(static_cast<std::int64_t>(feature),
+                               static_cast<std::int64_t>(packed), segment.layout.chunks, 4);
+          std::uint32_t word = 0;
+          std::memcpy(&word, expert + segment.places.codes + 4 * place.word, 4);
+          ASSERT_EQ(word >> place.bit & 15U, layers[e].codes[row * 96 + feature])
+              << "expert " << e << ", row " << row << ", feature " << feature;
+        }
+      }
+      EXPECT_EQ(seen, std::vector<int>(320, 1)) << "expert " << e;
     }
+    std::rotate(orders.begin(), orders.begin() + 1, orders.end());
   }
 }
 
