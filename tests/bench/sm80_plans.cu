@@ -128,10 +128,12 @@ class Bench {
     layer.qzeros =
         tensor(qzeros.data(), qzeros.size() * 4, DType::kInt32, groups, shape.n * bits / 32);
     layer.scales = tensor(scales.data(), scales.size() * 2, DType::kFloat16, groups, shape.n);
-    const GptqWeights weights = validate(GptqTensors(layer), {.bits = bits, .group_size = 128});
+    const GptqTensors tensors(layer);
+    const GptqSpec spec{.bits = bits, .group_size = 128};
+    LayersToLoad layers({&tensors, 1}, spec);
     Uploader uploader(0);
-    LayerUpload layer_upload(uploader, weights);
-    weight_ = sm80::load(weights, layer_upload);
+    LayerUpload layer_upload(uploader, layers);
+    weight_ = sm80::load(layers, layer_upload);
     weight_.ready.wait();
     qweight_ = upload(qweight);
     qzeros_ = upload(qzeros);

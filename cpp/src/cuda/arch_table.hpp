@@ -8,10 +8,10 @@
 
 #include "cuda/device_weight.hpp"
 #include "cuda/problem.hpp"
-#include "marlinq/gptq.hpp"
 
 namespace marlinq::cuda {
 
+class LayersToLoad;
 class LayerUpload;
 
 struct ArchKernels {
@@ -21,9 +21,9 @@ struct ArchKernels {
   const char* requirement;  // for people
 
   /// Packs a layer, or the experts of a stack, from the pieces of their upload; returns when the
-  /// tensors of the caller are no longer needed. Experts are as validate_experts() leaves them. Throws
-  /// out_of_memory or device.
-  DeviceWeight (*pack)(std::span<const GptqWeights> experts, LayerUpload& upload);
+  /// tensors of the caller are no longer needed and everything has been checked. Throws what the layers
+  /// do, out_of_memory or device.
+  DeviceWeight (*pack)(LayersToLoad& experts, LayerUpload& upload);
 
   /// Pure: how to run a problem.
   GemmPlan (*plan)(const GemmProblem& problem, const DeviceLimits& limits,
