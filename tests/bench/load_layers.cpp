@@ -1,5 +1,5 @@
-// How fast layers are loaded onto GPU 0, and how much of its memory that takes: one line of JSON for
-// each set of layers, kind of host memory and number of loading threads. The bandwidth of the bus is
+// How fast layers and stacks of experts are loaded onto GPU 0, and how much of its memory that takes: one
+// line of JSON for each set of layers, kind of host memory and number of loading threads. The bandwidth of the bus is
 // measured in the same run.
 // Usage: load_layers [part of the names of sets]
 #include <cuda_runtime_api.h>
@@ -97,12 +97,13 @@ struct Shape {
 
 struct Set {
   std::string name;
-  std::vector<Shape> shapes;  // of one layer
+  std::vector<Shape> shapes;  // of one layer; of modules that are fused where there are experts
   int layers = 32;
   bool act_order = false;
+  int experts = 0;  // of a stack
 };
 
-GptqTensors make_module(const Shape& shape, bool act_order, Arena& arena) {
+GptqModule make_module(const Shape& shape, bool act_order, Arena& arena) {
   GptqModule m;
   m.name = std::to_string(shape.n) + "x" + std::to_string(shape.k);
   m.qweight = {
@@ -121,7 +122,33 @@ GptqTensors make_module(const Shape& shape, bool act_order, Arena& arena) {
     g_idx[row] = static_cast<std::int32_t>(place / kGroupSize);
   }
   m.g_idx = {g_idx, static_cast<std::size_t>(shape.k) * 4, DType::kInt32, {shape.k, 0}, 1};
-  return GptqTensors(std::move(m));
+  return m;
+}
+
+// One load: a layer, or the experts of a stack.
+struct Load {
+  std::vector<GptqTensors> tensors;
+  bool stacked = false;
+};
+
+std::vector<Load> make_loads(const Set& set, Arena& arena) {
+  std::vector<Load> loads;
+  for (int i = 0; i < set.layers; ++i) {
+    if (set.experts == 0) {
+      for (const Shape& shape : set.shapes) {
+        loads.push_back({.tensors = {GptqTensors(make_module(shape, set.act_order, arena))}});
+      }
+      continue;
+    }
+    Load& stack = loads.emplace_back(Load{.tensors = {}, .stacked = true});
+    for (int e = 0; e < set.experts; ++e) {
+      GptqTensors& expert = stack.tensors.emplace_back();
+      for (const Shape& shape : set.shapes) {
+        expert.modules.push_back(make_module(shape, set.act_order, arena));
+      }
+    }
+  }
+  return loads;
 }
 
 // GB/s of large copies from pinned memory.
@@ -152,10 +179,12 @@ struct Loading {
 };
 
 // Loads all layers, dealt out to the contexts, a thread each.
-Loading load_all(const std::vector<GptqTensors>& layers,
+Loading load_all(const std::vector<Load>& layers,
                  const std::vector<std::unique_ptr<CudaBackend::Context>>& contexts) {
   using Linears = std::vector<std::unique_ptr<Linear<CudaBackend>>>;
+  using Stacks = std::vector<std::shared_ptr<MarlinExpertStack<CudaBackend>>>;
   std::vector<Linears> loaded(contexts.size());
+  std::vector<Stacks> stacks(contexts.size());
   std::vector<std::exception_ptr> errors(contexts.size());
   const std::int64_t before = DeviceMemory::bytes();
   DeviceMemory::forget_peak();
@@ -166,8 +195,14 @@ Loading load_all(const std::vector<GptqTensors>& layers,
     threads.emplace_back([&, t] {
       try {
         for (std::size_t i = t; i < layers.size(); i += contexts.size()) {
-          loaded[t].push_back(CudaBackend::load_gptq(*contexts[t], layers[i],
-                                                     {.bits = kBits, .group_size = kGroupSize}));
+          const GptqSpec spec{.bits = kBits, .group_size = kGroupSize};
+          if (layers[i].stacked) {
+            stacks[t].push_back(
+                CudaBackend::load_gptq_stacked(*contexts[t], layers[i].tensors, spec, {}));
+          } else {
+            loaded[t].push_back(
+                CudaBackend::load_gptq(*contexts[t], layers[i].tensors.front(), spec, {}));
+          }
         }
       } catch (...) {
         errors[t] = std::current_exception();
@@ -184,10 +219,13 @@ Loading load_all(const std::vector<GptqTensors>& layers,
   for (const Linears& linears : loaded) {
     for (const auto& linear : linears) result.packed += linear->describe().packed_bytes;
   }
+  for (const Stacks& some : stacks) {
+    for (const auto& stack : some) result.packed += stack->describe().packed_bytes;
+  }
   return result;
 }
 
-void run(const Set& set, const std::vector<GptqTensors>& layers, double bytes, const char* source,
+void run(const Set& set, const std::vector<Load>& layers, double bytes, const char* source,
          double bandwidth) {
   std::size_t largest = 0;
   for (const Shape& shape : set.shapes) largest = std::max(largest, shape.raw());
@@ -225,14 +263,10 @@ void measure(const Set& set, double bandwidth) {
     layer_bytes += shape.bytes();
     layer_raw += shape.raw();
   }
-  const auto count = static_cast<std::size_t>(set.layers);
+  const auto count =
+      static_cast<std::size_t>(set.layers) * static_cast<std::size_t>(std::max(1, set.experts));
   Arena arena(layer_bytes * count);
-  std::vector<GptqTensors> layers;
-  for (std::size_t i = 0; i < count; ++i) {
-    for (const Shape& shape : set.shapes) {
-      layers.push_back(make_module(shape, set.act_order, arena));
-    }
-  }
+  const std::vector<Load> layers = make_loads(set, arena);
   const auto bytes = static_cast<double>(layer_raw * count);
   run(set, layers, bytes, "pageable", bandwidth);
   arena.pin();
@@ -250,6 +284,11 @@ int measure_all(const std::string& filter) {
        .shapes = {{57344, 8192}, {8192, 28672}},
        .layers = 4,
        .act_order = true},
+      {.name = "Qwen3-30B-A3B gate and up",
+       .shapes = {{768, 2048}, {768, 2048}},
+       .layers = 8,
+       .experts = 128},
+      {.name = "Qwen3-30B-A3B down", .shapes = {{2048, 768}}, .layers = 8, .experts = 128},
   };
   cudaDeviceProp properties{};
   MARLINQ_CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));

@@ -21,6 +21,7 @@
 #include "cuda/arch_table.hpp"
 #include "cuda/context.hpp"
 #include "cuda/cuda_check.hpp"
+#include "cuda/layers_to_load.hpp"
 #include "marlinq/gptq.hpp"
 
 namespace marlinq::bench {
@@ -141,11 +142,12 @@ class Bench {
     layer.qzeros =
         tensor(qzeros.data(), qzeros.size() * 4, DType::kInt32, groups, shape.n * bits / 32);
     layer.scales = tensor(scales.data(), scales.size() * 2, DType::kFloat16, groups, shape.n);
-    const GptqWeights weights =
-        validate(GptqTensors(layer), {.bits = bits, .group_size = group_size});
+    const GptqTensors tensors(layer);
+    const GptqSpec spec{.bits = bits, .group_size = group_size};
+    LayersToLoad layers({&tensors, 1}, spec);
     Uploader uploader(0);
-    LayerUpload layer_upload(uploader, weights);
-    weight_ = arch_->pack({&weights, 1}, layer_upload);
+    LayerUpload layer_upload(uploader, layers);
+    weight_ = arch_->pack(layers, layer_upload);
     weight_.ready.wait();
     qweight_ = upload(qweight);
     qzeros_ = upload(qzeros);

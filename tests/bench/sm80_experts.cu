@@ -89,57 +89,55 @@ class Bench {
       if (rows > 8 && (tokens <= rows / 2 || average < rows / 16.0)) continue;
       if (rows < 64 && average > 4 * rows) continue;
       sort(tokens, rows);
-      product(tokens, rows, 2 * model_.inner, model_.hidden, true);
-      product(tokens, rows, model_.hidden, model_.inner, false);
+      products(tokens, rows);
     }
   }
 
  private:
+  // What a product over one of several copies of a stack takes.
+  struct Product {
+    CudaBuffer stack, x, y;
+    std::vector<ExpertProblem> problems;
+    ExpertPlan plan;
+  };
+
   void sort(int tokens, int rows) {
     const std::int64_t ids = std::int64_t{tokens} * model_.top_k;
     tiles_ = most_expert_tiles(ids, model_.experts, rows);
     lists_ = CudaBuffer(0, DType::kInt32, ids + 3 * tiles_ + 1);
     auto* list = static_cast<std::int32_t*>(lists_.data());
-    const ExpertTiles target{.ids = list,
-                             .experts = list + ids,
-                             .first = list + ids + tiles_,
-                             .rows = list + ids + 2 * tiles_,
-                             .count = list + ids + 3 * tiles_};
-    const TopkIds topk{.data = ids_.data(),
-                       .wide = false,
-                       .row_stride = model_.top_k,
-                       .tokens = tokens,
-                       .top_k = model_.top_k};
-    const float us = time_us(stream_, 50, [&](int) {
-      sort_by_expert(topk, model_.experts, rows, target, true, stream_);
-    });
-    std::printf("%s,sort,%d,%d,0,%.2f\n", model_.name, tokens, rows, static_cast<double>(us));
-    tile_lists_ = {.experts = target.experts,
-                   .ids = target.ids,
-                   .first = target.first,
-                   .rows = target.rows,
-                   .used = target.count,
+    sorted_ = {.ids = list,
+               .experts = list + ids,
+               .first = list + ids + tiles_,
+               .rows = list + ids + 2 * tiles_,
+               .count = list + ids + 3 * tiles_};
+    topk_ = {.data = ids_.data(),
+             .wide = false,
+             .row_stride = model_.top_k,
+             .tokens = tokens,
+             .top_k = model_.top_k};
+    tile_lists_ = {.experts = sorted_.experts,
+                   .ids = sorted_.ids,
+                   .first = sorted_.first,
+                   .rows = sorted_.rows,
+                   .used = sorted_.count,
                    .tile_rows = rows,
                    .most_tiles = static_cast<std::int32_t>(tiles_),
                    .most_slots = ids,
                    .num_ids = static_cast<std::int32_t>(ids)};
-    if (rows > 8) return;
-    const CudaBuffer outputs(0, DType::kFloat32, ids * model_.hidden);
-    const CudaBuffer y(0, DType::kFloat16, std::int64_t{tokens} * model_.hidden);
-    const CudaBuffer weights(0, DType::kFloat32, ids);
-    const CombineProblem problem{.expert_output = {outputs.data(), FloatType::kF32, model_.hidden},
-                                 .topk_ids = topk,
-                                 .num_experts = model_.experts,
-                                 .topk_weights = static_cast<const float*>(weights.data()),
-                                 .topk_weights_stride = model_.top_k,
-                                 .out = {y.data(), FloatType::kF16, model_.hidden},
-                                 .hidden = model_.hidden};
-    const float sum_us =
-        time_us(stream_, 50, [&](int) { combine(problem, limits_, true, stream_); });
-    std::printf("%s,combine,%d,0,0,%.2f\n", model_.name, tokens, static_cast<double>(sum_us));
+    print("sort", tokens, rows, 0, 0, time_us(stream_, 50, [&](int) { run_sort(rows); }));
   }
 
-  void product(int tokens, int rows, int n, int k, bool up) {
+  void run_sort(int rows) { sort_by_expert(topk_, model_.experts, rows, sorted_, true, stream_); }
+
+  void print(const char* step, int tokens, int rows, int kernel, int share, float us) const {
+    std::printf("%s,%s,%d,%d,%d,%d,%.2f\n", model_.name, step, tokens, rows, kernel, share,
+                static_cast<double>(us));
+    std::fflush(stdout);
+  }
+
+  // Of gate_up with its activation, or of down, whose rows lie in the order of the sorted tokens.
+  Product make_product(int tokens, int n, int k, bool up) const {
     sm80::Layout layout{.code_bits = 4, .scale_bytes = 2, .has_zeros = false, .n = n};
     layout.chunks = k / 64;
     layout.groups = k / 128;
@@ -148,17 +146,19 @@ class Bench {
     const double active = std::min<double>(model_.experts, tokens * model_.top_k);
     const auto copies =
         static_cast<int>(std::clamp(170e6 / (active * static_cast<double>(expert)) + 1, 1.0, 12.0));
-    const CudaBuffer stack(0, DType::kInt32, copies * model_.experts * expert / 4);
-    MARLINQ_CUDA_CHECK(cudaMemset(stack.data(), 0x37, static_cast<std::size_t>(stack.size()) * 4));
     const std::int64_t ids = std::int64_t{tokens} * model_.top_k;
-    const CudaBuffer x(0, DType::kFloat16, ids * k);
-    const CudaBuffer y(0, DType::kFloat32, ids * n);
-    MARLINQ_CUDA_CHECK(cudaMemset(x.data(), 0, static_cast<std::size_t>(ids) * k * 2));
-    std::vector<ExpertProblem> problems;
+    Product product{.stack = CudaBuffer(0, DType::kInt32, copies * model_.experts * expert / 4),
+                    .x = CudaBuffer(0, DType::kFloat16, ids * k),
+                    .y = CudaBuffer(0, DType::kFloat32, ids * n),
+                    .problems = {},
+                    .plan = {}};
+    MARLINQ_CUDA_CHECK(
+        cudaMemset(product.stack.data(), 0x37, static_cast<std::size_t>(product.stack.size()) * 4));
+    MARLINQ_CUDA_CHECK(cudaMemset(product.x.data(), 0, static_cast<std::size_t>(ids) * k * 2));
     for (int copy = 0; copy < copies; ++copy) {
       const auto* memory =
-          static_cast<const unsigned char*>(stack.data()) + copy * model_.experts * expert;
-      problems.push_back(
+          static_cast<const unsigned char*>(product.stack.data()) + copy * model_.experts * expert;
+      product.problems.push_back(
           {.matrix = {.weight = {.codes = reinterpret_cast<const std::uint32_t*>(memory),
                                  .groups = memory + layout.words() * 4,
                                  .chunk_groups = reinterpret_cast<const std::int32_t*>(memory),
@@ -168,10 +168,10 @@ class Bench {
                                  .k = k,
                                  .chunks = static_cast<std::int32_t>(layout.chunks),
                                  .num_groups = static_cast<std::int32_t>(layout.groups)},
-                      .x = x.data(),
+                      .x = product.x.data(),
                       .x_stride = k,
                       .x_columns = k,
-                      .y = y.data(),
+                      .y = product.y.data(),
                       .y_type = up ? FloatType::kF16 : FloatType::kF32,
                       .y_stride = up ? n / 2 : n},
            .expert_bytes = expert,
@@ -182,19 +182,82 @@ class Bench {
            .y_by_slot = up,
            .activates = up});
     }
+    product.plan = sm80::plan_experts(product.problems[0], limits_, BatchInvariance::kNotRequired);
+    return product;
+  }
+
+  void launch(const Product& product, int i) const {
     const SplitScratch scratch{static_cast<float*>(partials_.data()),
                                static_cast<std::uint32_t*>(flags_.data())};
-    ExpertPlan plan = sm80::plan_experts(problems[0], limits_, BatchInvariance::kNotRequired);
-    for (const int share : {0, 1, 2, 3, 4, 6, 8, 12, 16, 32}) {
-      plan.share = share;
-      const float us = time_us(stream_, std::max(20, copies), [&](int i) {
-        sm80::launch_experts(problems[static_cast<std::size_t>(i % copies)], plan, limits_, scratch,
-                             stream_);
-      });
-      std::printf("%s,%s,%d,%d,%d,%.2f\n", model_.name, up ? "up" : "down", tokens, rows, share,
-                  static_cast<double>(us));
-      std::fflush(stdout);
+    sm80::launch_experts(product.problems[static_cast<std::size_t>(i) % product.problems.size()],
+                         product.plan, limits_, scratch, stream_);
+  }
+
+  void time_product(Product& product, const char* step, int tokens, int rows) {
+    const auto measure = [&](int share) {
+      product.plan.share = share;
+      const int repeats = std::max(20, static_cast<int>(product.problems.size()));
+      print(step, tokens, rows, product.plan.instance, share,
+            time_us(stream_, repeats, [&](int i) { launch(product, i); }));
+    };
+    const ExpertPlan chosen = product.plan;
+    if (rows <= 8) {
+      for (const std::size_t kernel : {0, 1}) {
+        product.plan = sm80::plan_experts_with(kernel, product.problems[0], limits_,
+                                               BatchInvariance::kNotRequired);
+        for (const int share : {0, 1, 2, 4, 8}) measure(share);
+      }
+    } else {
+      for (const int share : {0, 1, 2, 3, 4, 6, 8, 12, 16, 32}) measure(share);
     }
+    product.plan = chosen;
+    measure(0);
+  }
+
+  void products(int tokens, int rows) {
+    Product up = make_product(tokens, 2 * model_.inner, model_.hidden, true);
+    time_product(up, "up", tokens, rows);
+    Product down = make_product(tokens, model_.hidden, model_.inner, false);
+    time_product(down, "down", tokens, rows);
+    // All of a block, the rows of down being what gate_up wrote.
+    const std::int64_t ids = std::int64_t{tokens} * model_.top_k;
+    for (ExpertProblem& problem : down.problems) {
+      problem.matrix.x = up.y.data();
+      problem.tiles.settled = true;
+    }
+    const CudaBuffer y(0, DType::kFloat16, std::int64_t{tokens} * model_.hidden);
+    const CudaBuffer weights(0, DType::kFloat32, ids);
+    const CombineProblem sum{.expert_output = {down.y.data(), FloatType::kF32, model_.hidden},
+                             .topk_ids = topk_,
+                             .num_experts = model_.experts,
+                             .topk_weights = static_cast<const float*>(weights.data()),
+                             .topk_weights_stride = model_.top_k,
+                             .out = {y.data(), FloatType::kF16, model_.hidden},
+                             .hidden = model_.hidden};
+    print("combine", tokens, rows, 0, 0,
+          time_us(stream_, 50, [&](int) { combine(sum, limits_, true, stream_); }));
+    const int repeats = std::max(20, static_cast<int>(up.problems.size()));
+    print("products", tokens, rows, 0, 0, time_us(stream_, repeats, [&](int i) {
+            launch(up, i);
+            launch(down, i);
+          }));
+    print("block", tokens, rows, 0, 0, time_us(stream_, repeats, [&](int i) {
+            run_sort(rows);
+            launch(up, i);
+            launch(down, i);
+            combine(sum, limits_, true, stream_);
+          }));
+    if (rows > 8 || ids > sm80::kMostSortedIds) return;
+    for (Product* product : {&up, &down}) {
+      for (ExpertProblem& problem : product->problems) problem.tiles.topk = topk_;
+      product->plan =
+          sm80::plan_experts(product->problems[0], limits_, BatchInvariance::kNotRequired);
+    }
+    print("sorting block", tokens, rows, 0, 0, time_us(stream_, repeats, [&](int i) {
+            launch(up, i);
+            launch(down, i);
+            combine(sum, limits_, true, stream_);
+          }));
   }
 
   Model model_;
@@ -202,6 +265,8 @@ class Bench {
   DeviceLimits limits_;
   CudaBuffer partials_, flags_, ids_, lists_;
   std::int64_t tiles_ = 0;
+  ExpertTiles sorted_ = {};
+  TopkIds topk_ = {};
   TokenTileLists tile_lists_;
 };
 
@@ -212,7 +277,7 @@ int main(int argc, char** argv) try {
   std::vector<int> tokens;
   for (int i = 2; i < argc; ++i) tokens.push_back(std::atoi(argv[i]));
   if (tokens.empty()) tokens = {1, 4, 16, 64, 256, 1024};
-  std::printf("model,step,tokens,tile_rows,share,us\n");
+  std::printf("model,step,tokens,tile_rows,kernel,share,us\n");
   for (const Model& model : kModels) {
     if (std::strncmp(model.name, only, std::strlen(only)) != 0) continue;
     Bench bench(model);

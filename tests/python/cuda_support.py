@@ -4,15 +4,20 @@ Importing it skips the importing file, visibly, where there is no torch. Nothing
 elements: references of large layers are products of float64 on the GPU.
 """
 
+import os
+import subprocess
+import textwrap
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import marlinq
 import numpy as np
 import pytest
 from gptq_writer import Layer
-from support import tolerance
+from marlinq.errors import InvalidArgumentError
+from support import run_python, tolerance
 
 torch = pytest.importorskip("torch")
 
@@ -342,3 +347,65 @@ def in_threads(count: int, work: Callable[[int], None]) -> None:
         thread.join()
     if errors:
         raise errors[0]
+
+
+def check_refused_in_capture(
+    call: Callable[[], Any], refused: Callable[[], Any], out: Tensor, stream: Any = None
+) -> None:
+    """Arrays of the host: refused before anything is captured, and the capture goes on.
+
+    `call` writes `out`.
+    """
+    stream = torch.cuda.Stream() if stream is None else stream
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        call()
+        wanted = out.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            with pytest.raises(InvalidArgumentError, match=r"graph capture: .*on the device"):
+                refused()
+            call()
+        out.zero_()
+        graph.replay()
+    stream.synchronize()
+    assert torch.equal(out, wanted)
+
+
+_NO_JAX, _NO_GPU = 77, 78
+_JAX = f"""
+import sys
+try:
+    import jax
+    import jax.numpy as jnp
+except ImportError:
+    sys.exit({_NO_JAX})
+if not any(device.platform == "gpu" for device in jax.devices()):
+    sys.exit({_NO_GPU})
+import marlinq
+import numpy as np
+"""
+
+
+def run_with_jax(script: str) -> None:
+    """Runs a script that finds jax, jnp, marlinq and np; skips where JAX has no GPU.
+
+    In a process of its own: JAX takes most of a device's memory unless told otherwise.
+    """
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+    finished = subprocess.run(
+        run_python("-c", _JAX + textwrap.dedent(script)),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    if finished.returncode == _NO_JAX:
+        pytest.skip("jax is not installed")
+    if finished.returncode == _NO_GPU:
+        pytest.skip("jax sees no GPU")
+    assert finished.returncode == 0, finished.stdout + finished.stderr

@@ -1,9 +1,5 @@
 """Arrays of every library into the CUDA backend: in place, on the caller's stream, or copied."""
 
-import os
-import subprocess
-import textwrap
-from pathlib import Path
 from typing import Any
 
 import marlinq
@@ -13,17 +9,18 @@ import pytest
 from cuda_support import (
     DEVICE,
     TYPES,
+    check_refused_in_capture,
     host,
     load,
     needs_device,
     normal,
+    run_with_jax,
     torch,
 )
 from gptq_writer import make_layer
 from marlinq import _core
 from marlinq._context import context_for
 from marlinq.errors import DeviceError, InvalidArgumentError, UnsupportedError
-from support import run_python
 
 pytestmark = needs_device
 
@@ -199,26 +196,19 @@ def test_numpy_refusals(linear: marlinq.Linear) -> None:
 @pytest.mark.parametrize("side", ["both", "out"])
 @pytest.mark.parametrize("own", [False, True])
 def test_numpy_cannot_be_captured(linear: marlinq.Linear, side: str, own: bool) -> None:
-    """Refused before anything is captured, and the capture goes on."""
     x = normal(4, 320, "float16")
-    wanted = linear(x)
-    out = torch.empty_like(wanted)
+    out = torch.empty_like(linear(x))
     stream = torch.cuda.Stream()
     context = marlinq.Context(DEVICE, stream=stream.cuda_stream) if own else None
     array = x.cpu().numpy() if side == "both" else x
     back = np.zeros((4, 96), np.float16)
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        linear(x, out=out, context=context)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            with pytest.raises(InvalidArgumentError, match=r"graph capture: .*on the device"):
-                linear(array, out=back, context=context)
-            linear(x, out=out, context=context)
-        out.zero_()
-        graph.replay()
-    stream.synchronize()
-    assert torch.equal(out, wanted)
+    check_refused_in_capture(
+        lambda: linear(x, out=out, context=context),
+        lambda: linear(array, out=back, context=context),
+        out,
+        stream,
+    )
+    assert torch.equal(out, linear(x))
     assert not back.any()
 
 
@@ -319,17 +309,7 @@ def test_host_memory_of_cupy_is_numpys(linear: marlinq.Linear) -> None:
 
 
 def test_jax() -> None:
-    """In a process of its own: JAX takes most of a device's memory unless told otherwise."""
-    script = """
-        import sys
-        try:
-            import jax
-            import jax.numpy as jnp
-        except ImportError:
-            sys.exit(77)
-        if not any(device.platform == "gpu" for device in jax.devices()):
-            sys.exit(78)
-        import marlinq, numpy as np
+    run_with_jax("""
         from gptq_writer import make_layer
         layer = make_layer(96, 320, symmetric=False, act_order=True, bias=True, seed=20)
         linear = marlinq.load_gptq(**layer.arrays(), device="cuda")
@@ -354,24 +334,7 @@ def test_jax() -> None:
             assert "x: on cpu, expected cuda:0" in str(error)
         else:
             raise AssertionError("an array in host memory was taken")
-    """
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
-    finished = subprocess.run(
-        run_python("-c", textwrap.dedent(script)),
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
-    if finished.returncode == 77:
-        pytest.skip("jax is not installed")
-    if finished.returncode == 78:
-        pytest.skip("jax sees no GPU")
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    """)
 
 
 class Bare:

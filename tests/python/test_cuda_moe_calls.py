@@ -1,11 +1,7 @@
 """How stacks and blocks of the CUDA backend are called: arrays, streams, graphs, threads, bits."""
 
 import itertools
-import os
-import subprocess
-import textwrap
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import marlinq
@@ -21,17 +17,18 @@ from cuda_support import (
     DeviceLayer,
     DeviceStack,
     Experts,
+    check_refused_in_capture,
     check_rows,
     host,
     in_threads,
     needs_device,
     needs_two_devices,
     normal,
+    run_with_jax,
     torch,
 )
 from marlinq import _core
 from marlinq.errors import InvalidArgumentError
-from support import run_python
 
 pytestmark = needs_device
 
@@ -415,24 +412,15 @@ def test_numpy_of_a_repeated_size_allocates_nothing(block: marlinq.MoeBlock) -> 
 
 
 def test_numpy_cannot_be_captured(block: marlinq.MoeBlock) -> None:
-    """Refused before anything is captured, and the capture goes on."""
     tokens = Tokens(4)
-    wanted = block(*tokens)
     ids = tokens.ids.cpu().numpy()
-    out = torch.empty_like(wanted)
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        block(*tokens, out=out)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            with pytest.raises(InvalidArgumentError, match=r"graph capture: .*on the device"):
-                block(tokens.x, ids, tokens.weights, out=out)
-            block(*tokens, out=out)
-        out.zero_()
-        graph.replay()
-    stream.synchronize()
-    assert torch.equal(out, wanted)
+    out = torch.empty_like(block(*tokens))
+    check_refused_in_capture(
+        lambda: block(*tokens, out=out),
+        lambda: block(tokens.x, ids, tokens.weights, out=out),
+        out,
+    )
+    assert torch.equal(out, block(*tokens))
 
 
 # --- other libraries ---
@@ -463,17 +451,7 @@ def test_cupy(block: marlinq.MoeBlock, stack: marlinq.ExpertStack) -> None:
 
 
 def test_jax() -> None:
-    """In a process of its own: JAX takes most of a device's memory unless told otherwise."""
-    script = """
-        import sys
-        try:
-            import jax
-            import jax.numpy as jnp
-        except ImportError:
-            sys.exit(77)
-        if not any(device.platform == "gpu" for device in jax.devices()):
-            sys.exit(78)
-        import marlinq, numpy as np
+    run_with_jax("""
         from gptq_writer import make_layer, stack_arrays
         gate_up, down = (
             marlinq.load_gptq_stacked(
@@ -505,24 +483,7 @@ def test_jax() -> None:
         for count in (lists[2], jnp.asarray([lists[2]], jnp.int32)):
             y = gate_up.gemm_phase_fused(there[0] * 1, *moved, count, **sizes)
             np.testing.assert_array_equal(np.asarray(y + 0), fused)
-    """
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
-    finished = subprocess.run(
-        run_python("-c", textwrap.dedent(script)),
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
-    if finished.returncode == 77:
-        pytest.skip("jax is not installed")
-    if finished.returncode == 78:
-        pytest.skip("jax sees no GPU")
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    """)
 
 
 # --- bits ---
@@ -554,13 +515,19 @@ def test_the_same_bits_of_a_large_block(tokens: int) -> None:
         assert bool(same), dtype
 
 
+@pytest.mark.parametrize("scales", ["F16", "far apart"])
 @pytest.mark.parametrize("act_order", [False, True])
-def test_a_row_does_not_depend_on_its_batch(act_order: bool) -> None:
-    options = {"act_order": act_order, "bias": True}
+def test_a_row_does_not_depend_on_its_batch(act_order: bool, scales: str) -> None:
+    scale_dtype = "F16" if scales == "F16" else "F32"
+    options = {"act_order": act_order, "bias": True, "scale_dtype": scale_dtype}
     parts = (
         DeviceStack(EXPERTS, 2 * INNER, HIDDEN, seed=5, **options),
         DeviceStack(EXPERTS, HIDDEN, INNER, seed=6, **options),
     )
+    if scales == "far apart":  # no quotient of them may be relied on
+        for part in parts:
+            part.scales[1::2, ::2] *= 2.0**-90
+            part.scales[::2, 1::2] *= 2.0**-60
     gate_up, down = (part.load(batch_invariant=True) for part in parts)
     assert gate_up.describe()["batch_invariant"]
     shared = (

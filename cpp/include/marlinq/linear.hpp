@@ -18,7 +18,7 @@ struct Description {
   std::string device;
   std::string arch;      // instruction set or GPU architecture
   std::string kernel;    // the name that LoadOptions::kernel takes
-  std::string compute;   // arithmetic
+  std::string compute;   // arithmetic; "a or b" where the type of the activations decides
   std::string schedule;  // how work is split
   int bits = 0;
   std::int64_t group_size = 0;

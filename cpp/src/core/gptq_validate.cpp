@@ -48,6 +48,7 @@ template <class Bits>
 Magnitudes<Bits> magnitudes(const std::uint8_t* data, std::int64_t count) {
   constexpr Bits kMask = Magnitudes<Bits>::kMask;
   constexpr std::int64_t kLanes = 64 / sizeof(Bits);
+  constexpr std::int64_t kAhead = 4096;  // bytes
   std::array<Bits, kLanes> most;
   std::array<Bits, kLanes> least_below;
   most.fill(0);
@@ -64,7 +65,11 @@ Magnitudes<Bits> magnitudes(const std::uint8_t* data, std::int64_t count) {
     }
   };
   std::int64_t first = 0;
-  for (; first + kLanes <= count; first += kLanes) look(first, kLanes);
+  for (; first + kLanes <= count; first += kLanes) {
+    // From memory, page after page: no processor goes ahead into the next page by itself.
+    __builtin_prefetch(data + first * std::int64_t{sizeof(Bits)} + kAhead);
+    look(first, kLanes);
+  }
   look(first, count - first);
   return {.most = *std::max_element(most.begin(), most.end()),
           .least_below = *std::min_element(least_below.begin(), least_below.end())};
@@ -76,8 +81,9 @@ struct FloatRange {
 };
 
 template <class Bits>
-FloatRange range_of(const HostTensor& tensor, std::int64_t count) {
-  const auto found = magnitudes<Bits>(static_cast<const std::uint8_t*>(tensor.data), count);
+FloatRange range_of(const HostTensor& tensor, std::int64_t first, std::int64_t count) {
+  const auto found = magnitudes<Bits>(
+      static_cast<const std::uint8_t*>(tensor.data) + first * std::int64_t{sizeof(Bits)}, count);
   const auto value = [&](Bits bits) {
     if constexpr (sizeof bits == 4) {
       return std::bit_cast<float>(bits);
@@ -163,11 +169,19 @@ class ModuleChecker {
     return checked;
   }
 
-  void check_values(GptqWeights& layer, ValidatedModule& checked) const {
-    const FloatRange scales = check_finite(module_.scales, "scales");
-    checked.least_scale = scales.least;
-    checked.most_scale = scales.most;
-    if (module_.bias.present()) check_finite(module_.bias, "bias");
+  void check_scales(ValidatedModule& checked, std::int64_t first, std::int64_t count) const {
+    const FloatRange scales = check_finite(module_.scales, "scales", first, count);
+    if (scales.most == 0.0F) return;
+    checked.least_scale =
+        checked.most_scale == 0.0F ? scales.least : std::min(checked.least_scale, scales.least);
+    checked.most_scale = std::max(checked.most_scale, scales.most);
+  }
+
+  void check_bias() const {
+    if (module_.bias.present()) check_finite(module_.bias, "bias", 0, module_.bias.shape[0]);
+  }
+
+  void check_zero_points(GptqWeights& layer, ValidatedModule& checked) const {
     decide_zero_points(checked, layer.groups);
     if (std::optional<std::string> warning = lost_zero_points(checked, layer.groups)) {
       layer.warnings.push_back(*std::move(warning));
@@ -226,15 +240,15 @@ class ModuleChecker {
     }
   }
 
-  FloatRange check_finite(const HostTensor& tensor, std::string_view name) const {
-    const std::int64_t columns = tensor.shape[static_cast<std::size_t>(tensor.rank - 1)];
-    const std::int64_t count = tensor.rank == 1 ? columns : columns * tensor.shape[0];
+  FloatRange check_finite(const HostTensor& tensor, std::string_view name, std::int64_t first,
+                          std::int64_t count) const {
     const FloatRange range = tensor.dtype == DType::kFloat32
-                                 ? range_of<std::int32_t>(tensor, count)
-                                 : range_of<std::int16_t>(tensor, count);
+                                 ? range_of<std::int32_t>(tensor, first, count)
+                                 : range_of<std::int16_t>(tensor, first, count);
     if (std::isfinite(range.most)) return range;
-    std::int64_t i = 0;
-    while (i < count - 1 && std::isfinite(read_float(tensor.data, tensor.dtype, i))) ++i;
+    std::int64_t i = first;
+    while (i < first + count - 1 && std::isfinite(read_float(tensor.data, tensor.dtype, i))) ++i;
+    const std::int64_t columns = tensor.shape[static_cast<std::size_t>(tensor.rank - 1)];
     const std::string place = tensor.rank == 1 ? concat(i) : concat(i / columns, ", ", i % columns);
     refuse_argument(concat(tensor_name(name), ": element [", place, "] is ",
                            read_float(tensor.data, tensor.dtype, i), ", expected a finite number"));
@@ -404,10 +418,31 @@ GptqWeights check_structure(const GptqTensors& tensors, const GptqSpec& spec) {
   return layer;
 }
 
-void check_values(const GptqTensors& tensors, const GptqSpec& spec, GptqWeights& layer) {
+void decide_zero_points(const GptqTensors& tensors, const GptqSpec& spec, GptqWeights& layer) {
   for (std::size_t i = 0; i < layer.modules.size(); ++i) {
-    ModuleChecker(tensors.modules[i], spec).check_values(layer, layer.modules[i]);
+    ModuleChecker(tensors.modules[i], spec).check_zero_points(layer, layer.modules[i]);
   }
+}
+
+void NumberCheck::look(std::int64_t scales) {
+  while (scales > 0 && !ended()) {
+    ValidatedModule& checked = layer_->modules[module_];
+    const ModuleChecker checker(tensors_->modules[module_], *spec_);
+    const std::int64_t all = layer_->groups * checked.n;
+    const std::int64_t count = std::min(scales, all - seen_);
+    checker.check_scales(checked, seen_, count);
+    seen_ += count;
+    scales -= count;
+    if (seen_ < all) return;
+    checker.check_bias();
+    ++module_;
+    seen_ = 0;
+  }
+}
+
+void check_values(const GptqTensors& tensors, const GptqSpec& spec, GptqWeights& layer) {
+  NumberCheck(tensors, spec, layer).look(layer.groups * layer.n);
+  decide_zero_points(tensors, spec, layer);
 }
 
 GptqWeights validate(const GptqTensors& tensors, const GptqSpec& spec) {

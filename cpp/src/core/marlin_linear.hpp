@@ -13,19 +13,15 @@
 
 namespace marlinq {
 
-/// What the shared load path and the classes below need of a backend. `Packed` is the weight of all
+/// What the classes below need of a backend. `Packed` is the weight of all
 /// experts of one projection (a plain linear is a stack of one) in the backend's own tile order,
 /// immutable.
 template <class B>
 concept PackedGemm =
     Backend<B> &&
-    requires(typename B::Context& context, const typename B::Packed& packed,
-             std::span<const GptqWeights> experts, const LoadOptions& options, std::int64_t index,
+    requires(typename B::Context& context, const typename B::Packed& packed, std::int64_t index,
              const ConstMatrixView& input, const MatrixView& output,
              std::span<const ExpertDispatch> dispatches, const FusedTiles& tiles) {
-      {
-        B::pack(context, experts, options)
-      } -> std::same_as<std::shared_ptr<const typename B::Packed>>;
       { B::gemm(context, packed, index, input, output, index) } -> std::same_as<void>;
       { B::gemm_batched(context, packed, input, dispatches, output) } -> std::same_as<void>;
       { B::gemm_fused(context, packed, input, tiles, output) } -> std::same_as<void>;

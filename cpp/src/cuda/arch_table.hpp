@@ -8,10 +8,10 @@
 
 #include "cuda/device_weight.hpp"
 #include "cuda/problem.hpp"
-#include "marlinq/gptq.hpp"
 
 namespace marlinq::cuda {
 
+class LayersToLoad;
 class LayerUpload;
 
 struct ArchKernels {
@@ -22,9 +22,9 @@ struct ArchKernels {
   const char* requirement;  // for people
 
   /// Packs a layer, or the experts of a stack, from the pieces of their upload; returns when the
-  /// tensors of the caller are no longer needed. Experts are as validate_experts() leaves them. Throws
-  /// out_of_memory or device.
-  DeviceWeight (*pack)(std::span<const GptqWeights> experts, LayerUpload& upload);
+  /// tensors of the caller are no longer needed and everything has been checked. Throws what the layers
+  /// do, out_of_memory or device.
+  DeviceWeight (*pack)(LayersToLoad& experts, LayerUpload& upload);
 
   /// Pure: how to run a problem.
   GemmPlan (*plan)(const GemmProblem& problem, const DeviceLimits& limits,
@@ -44,6 +44,10 @@ struct ArchKernels {
   void (*launch_experts)(const ExpertProblem& problem, const ExpertPlan& plan,
                          const DeviceLimits& limits, const SplitScratch& scratch, void* stream);
   int most_dispatches;
+  /// For a problem with lists of tiles: the most ids that its kernel could have sorted by itself instead,
+  /// TokenTileLists::topk; 0: none.
+  std::int32_t (*most_sorted_ids)(const ExpertProblem& problem, const DeviceLimits& limits,
+                                  BatchInvariance invariance);
 
   bool runs_on(int capability) const noexcept {
     return min_capability <= capability && capability <= max_capability;

@@ -143,19 +143,32 @@ void CopyRing::cancel(Batch& batch) noexcept {
   batch_ended_.wait(lock, [&batch] { return batch.pending == 0; });
 }
 
-void CopyRing::put(void* target, const void* source, std::int64_t bytes, cudaStream_t stream) {
-  for (std::int64_t at = 0; at < bytes; at += sizes_.slot_bytes) {
-    const std::int64_t count = std::min(sizes_.slot_bytes, bytes - at);
-    Slot& slot = own().next_slot();
-    std::memcpy(slot.memory, static_cast<const unsigned char*>(source) + at,
-                static_cast<std::size_t>(count));
-    send(slot, static_cast<unsigned char*>(target) + at, count, stream);
+void CopyRing::put(void* target, const void* source, std::int64_t bytes, std::int64_t count,
+                   std::int64_t pitch, cudaStream_t stream) {
+  const auto* from = static_cast<const unsigned char*>(source);
+  const std::int64_t at_once = std::max<std::int64_t>(1, sizes_.slot_bytes / bytes);  // places
+  for (std::int64_t place = 0; place < count; place += at_once) {
+    unsigned char* const to = static_cast<unsigned char*>(target) + place * pitch;
+    const std::int64_t places = std::min(at_once, count - place);
+    for (std::int64_t at = 0; at < bytes; at += sizes_.slot_bytes) {
+      const std::int64_t size = std::min(sizes_.slot_bytes, bytes - at);
+      Slot& slot = own().next_slot();
+      for (std::int64_t i = 0; i < places; ++i) {
+        std::memcpy(slot.memory + i * size, from + at, static_cast<std::size_t>(size));
+      }
+      send(slot, to + at, size, stream, places, pitch);
+    }
   }
 }
 
-void CopyRing::send(Slot& slot, unsigned char* target, std::int64_t bytes, cudaStream_t stream) {
-  cudaError_t status = cudaMemcpyAsync(target, slot.memory, static_cast<std::size_t>(bytes),
-                                       cudaMemcpyHostToDevice, stream);
+void CopyRing::send(Slot& slot, unsigned char* target, std::int64_t bytes, cudaStream_t stream,
+                    std::int64_t rows, std::int64_t pitch) {
+  const auto size = static_cast<std::size_t>(bytes);
+  cudaError_t status =
+      rows == 1
+          ? cudaMemcpyAsync(target, slot.memory, size, cudaMemcpyHostToDevice, stream)
+          : cudaMemcpy2DAsync(target, static_cast<std::size_t>(pitch), slot.memory, size, size,
+                              static_cast<std::size_t>(rows), cudaMemcpyHostToDevice, stream);
   if (status == cudaSuccess) {
     status = cudaEventRecord(slot.read.get(), stream);
     // Nothing else tells when the slot has been read.

@@ -71,8 +71,10 @@ class CopyRing {
   /// Drops copies that have not begun, and waits for those that have.
   void cancel(Batch& batch) noexcept;
 
-  /// Copies `bytes` to the device on a stream of the caller's; the source is free on return.
-  void put(void* target, const void* source, std::int64_t bytes, cudaStream_t stream);
+  /// Copies `bytes` to `count` places on the device, `pitch` bytes apart, on a stream of the caller's;
+  /// the source is free on return.
+  void put(void* target, const void* source, std::int64_t bytes, std::int64_t count,
+           std::int64_t pitch, cudaStream_t stream);
 
  private:
   struct Slot {
@@ -118,7 +120,8 @@ class CopyRing {
   std::optional<Job> take_job();
   void run(const Job& job, Copier& copier) noexcept;
   void copy(const Job& job, Copier& copier);
-  void send(Slot& slot, unsigned char* target, std::int64_t bytes, cudaStream_t stream);
+  void send(Slot& slot, unsigned char* target, std::int64_t bytes, cudaStream_t stream,
+            std::int64_t rows = 1, std::int64_t pitch = 0);
 
   int device_;
   cudaStream_t stream_;

@@ -9,12 +9,11 @@
 #include <utility>
 #include <vector>
 
-#include "core/gptq_checks.hpp"
-#include "core/load_gptq.hpp"
 #include "core/marlin_linear.hpp"
 #include "cuda/arch_table.hpp"
 #include "cuda/context.hpp"
 #include "cuda/cuda_check.hpp"
+#include "cuda/layers_to_load.hpp"
 #include "cuda/moe/block.hpp"
 #include "cuda/packed.hpp"
 #include "cuda/products.hpp"
@@ -57,51 +56,41 @@ const ArchKernels& arch_for(const ContextState& state, const LoadOptions& option
   return choose_arch(options.kernel, state.limits.capability);
 }
 
+// The tensors are on their way while their values are looked at.
+std::shared_ptr<const PackedExperts> load_experts(ContextState& state,
+                                                  std::span<const GptqTensors> tensors,
+                                                  const GptqSpec& spec,
+                                                  const LoadOptions& options) {
+  const ArchKernels& arch = arch_for(state, options);
+  LayersToLoad layers(tensors, spec);
+  const DeviceGuard guard(state.device);
+  const RelaxedCapture relaxed;
+  DeviceWeight packed = named(layer_name(layers.structure(0)), [&] {
+    LayerUpload upload(state.uploads(), layers);
+    return arch.pack(layers, upload);
+  });
+  return std::make_shared<const PackedExperts>(std::move(packed), arch, layers.checked(),
+                                               state.limits, options.batch_invariance);
+}
+
 }  // namespace
 }  // namespace cuda
 
 static_assert(PackedGemm<CudaBackend>);
 
-// The tensors are on their way while their values are looked at.
 std::unique_ptr<Linear<CudaBackend>> CudaBackend::load_gptq(Context& context,
                                                             const GptqTensors& tensors,
                                                             const GptqSpec& spec,
                                                             const LoadOptions& options) {
-  cuda::ContextState& state = context.state();
-  const cuda::ArchKernels& arch = cuda::arch_for(state, options);
-  GptqWeights weights = check_structure(tensors, spec);
-  const cuda::DeviceGuard guard(state.device);
-  const cuda::RelaxedCapture relaxed;
-  cuda::DeviceWeight packed = cuda::named(cuda::layer_name(weights), [&] {
-    cuda::LayerUpload upload(state.uploads(), weights);
-    check_values(tensors, spec, weights);
-    return arch.pack({&weights, 1}, upload);
-  });
   return std::make_unique<MarlinLinear<CudaBackend>>(
-      std::make_shared<const Packed>(std::move(packed), arch, std::span(&weights, 1), state.limits,
-                                     options.batch_invariance),
-      0);
+      cuda::load_experts(context.state(), {&tensors, 1}, spec, options), 0);
 }
 
 std::shared_ptr<MarlinExpertStack<CudaBackend>> CudaBackend::load_gptq_stacked(
     Context& context, std::span<const GptqTensors> experts, const GptqSpec& spec,
     const LoadOptions& options) {
-  return load_gptq_stacked_with<CudaBackend>(context, experts, spec, options);
-}
-
-std::shared_ptr<const CudaBackend::Packed> CudaBackend::pack(Context& context,
-                                                             std::span<const GptqWeights> experts,
-                                                             const LoadOptions& options) {
-  cuda::ContextState& state = context.state();
-  const cuda::ArchKernels& arch = cuda::arch_for(state, options);
-  const cuda::DeviceGuard guard(state.device);
-  const cuda::RelaxedCapture relaxed;
-  cuda::DeviceWeight packed = cuda::named(cuda::layer_name(experts.front()), [&] {
-    cuda::LayerUpload upload(state.uploads(), experts);
-    return arch.pack(experts, upload);
-  });
-  return std::make_shared<const Packed>(std::move(packed), arch, experts, state.limits,
-                                        options.batch_invariance);
+  return std::make_shared<MarlinExpertStackImpl<CudaBackend>>(
+      cuda::load_experts(context.state(), experts, spec, options));
 }
 
 Description CudaBackend::describe(const Packed& packed) { return packed.description(); }

@@ -37,6 +37,19 @@ __device__ __forceinline__ uint32_t bits_of(__nv_bfloat16 value) {
   return __bfloat16_as_ushort(value);
 }
 
+// Elements of a row from where they stand; -1: 0.
+template <class In>
+__device__ __forceinline__ uint4 pick(const In* x, const int32_t (&from)[kColumns]) {
+  uint32_t words[kColumns / 2];
+#pragma unroll
+  for (int i = 0; i < kColumns; i += 2) {
+    const uint32_t low = from[i] < 0 ? 0 : bits_of(x[from[i]]);
+    const uint32_t high = from[i + 1] < 0 ? 0 : bits_of(x[from[i + 1]]);
+    words[i / 2] = low | high << 16;
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
 // Straight from memory, an element at a time: for few rows, and for columns that stay in order.
 template <class In>
 __global__ void gather_directly(const Rows rows) {
@@ -56,15 +69,8 @@ __global__ void gather_directly(const Rows rows) {
   ptx::wait_for_predecessor();
   if (first >= rows.columns) return;
   const In* x = static_cast<const In*>(rows.x) + row * rows.x_stride;
-  uint32_t words[kColumns / 2];
-#pragma unroll
-  for (int i = 0; i < kColumns; i += 2) {
-    const uint32_t low = from[i] < 0 ? 0 : bits_of(x[from[i]]);
-    const uint32_t high = from[i + 1] < 0 ? 0 : bits_of(x[from[i + 1]]);
-    words[i / 2] = low | high << 16;
-  }
   auto* out = static_cast<uint16_t*>(rows.out) + row * rows.columns + first;
-  *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
+  *reinterpret_cast<uint4*>(out) = pick(x, from);
 }
 
 // Two rows come whole into shared memory, a word of both for each column, so that what is read in
@@ -152,16 +158,9 @@ __global__ void __launch_bounds__(kDirectThreads) gather_tiles(const ExpertGathe
     if (id < 0 || id >= lists.num_ids) continue;
     const int64_t input = gather.x_by_slot ? row : id / gather.top_k;
     const In* x = static_cast<const In*>(gather.x) + input * gather.x_stride;
-    uint32_t words[kColumns / 2];
-#pragma unroll
-    for (int i = 0; i < kColumns; i += 2) {
-      const uint32_t low = from[i] < 0 ? 0 : bits_of(x[from[i]]);
-      const uint32_t high = from[i + 1] < 0 ? 0 : bits_of(x[from[i + 1]]);
-      words[i / 2] = low | high << 16;
-    }
     auto* out =
         static_cast<uint16_t*>(gather.out) + static_cast<int64_t>(row) * gather.columns + first;
-    *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
+    *reinterpret_cast<uint4*>(out) = pick(x, from);
   }
 }
 

@@ -18,7 +18,7 @@ PackedExperts::PackedExperts(DeviceWeight weight, const ArchKernels& arch,
   whole_.device = to_string(device());
   whole_.arch = arch.name;
   whole_.kernel = arch.name;
-  whole_.compute = "float16";
+  whole_.compute = "float16 or bfloat16";  // as the activations
   whole_.schedule = schedule_text(weight_, arch, limits, invariance);
   whole_.bits = first.bits;
   whole_.group_size = first.group_size;

@@ -47,8 +47,21 @@ struct GemmProblem {
   std::int32_t m = 0;
 };
 
+/// The experts of each token, [tokens, top_k] on the device. Any id outside of the experts at hand
+/// counts as -1: no expert.
+struct TopkIds {
+  const void* data = nullptr;
+  bool wide = false;            // int64, else int32
+  std::int64_t row_stride = 0;  // elements
+  std::int32_t tokens = 0;
+  std::int32_t top_k = 1;  // tokens * top_k is at most 2^30
+};
+
 /// The token tiles of a product over experts, on the device. What a tile holds are ids: a slot each.
 struct TokenTileLists {
+  /// Instead of the lists: the kernel sorts these by itself. Slots are in the order of the experts, those of
+  /// an expert in the order of their ids; ids of no expert have none.
+  TopkIds topk = {};
   const std::int32_t* experts = nullptr;  // [tiles]; one that there is not: the rows become 0
   const std::int32_t* ids = nullptr;      // [slots]; one outside of 0 to num_ids - 1: no row
   const std::int32_t* first = nullptr;    // [tiles] first slot; null: tile * tile_rows

@@ -199,6 +199,17 @@ std::int64_t gather_need(const ContextState& state, const PackedExperts& packed,
   return need;
 }
 
+bool sorts_ids(const ContextState& state, const PackedExperts& packed, const ExpertPhase& phase,
+               std::int64_t ids) {
+  const auto& segments = packed.weight().segments;
+  return std::all_of(segments.begin(), segments.end(), [&](const Segment& segment) {
+    // Rows in the order of a segment's experts are gathered by the lists.
+    return segment.view.source == nullptr &&
+           ids <= packed.arch().most_sorted_ids(problem_of(packed, segment, phase), state.limits,
+                                                packed.invariance());
+  });
+}
+
 void run_phase(ContextState& state, const PackedExperts& packed, const ExpertPhase& phase) {
   const DeviceGuard guard(state.device);
   order_after_packing(state, packed);

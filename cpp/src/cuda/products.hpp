@@ -46,6 +46,10 @@ bool can_activate(const PackedExperts& packed);
 std::int64_t gather_need(const ContextState& state, const PackedExperts& packed,
                          const ExpertPhase& phase);
 
+/// Whether the kernels of this phase sort so many ids by themselves: TokenTileLists::topk.
+bool sorts_ids(const ContextState& state, const PackedExperts& packed, const ExpertPhase& phase,
+               std::int64_t ids);
+
 void run_phase(ContextState& state, const PackedExperts& packed, const ExpertPhase& phase);
 
 }  // namespace marlinq::cuda

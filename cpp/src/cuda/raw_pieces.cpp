@@ -21,6 +21,13 @@ std::int64_t size_of_scale(const ValidatedModule& part) {
   return static_cast<std::int64_t>(size_of(part.scale_dtype));
 }
 
+std::int64_t raw_bytes(const GptqWeights& layer, const ValidatedModule& part) {
+  std::int64_t bytes = packed_words(layer.k, layer.bits) * part.n * 4;
+  bytes += layer.groups * part.n * size_of_scale(part);
+  if (part.qzeros != nullptr) bytes += layer.groups * packed_words(part.n, layer.bits) * 4;
+  return bytes;
+}
+
 class ModuleCutter {
  public:
   ModuleCutter(const GptqWeights& layer, std::size_t module)
@@ -29,27 +36,48 @@ class ModuleCutter {
   void cut(std::int64_t target, std::vector<RawPiece>& pieces) const {
     const bool plain =
         !part_.act_order && (layer_.groups == 1 || layer_.group_size % kStepRows == 0);
-    const std::int64_t row_unit = piece(0, std::min(kUnit, layer_.k), 0, part_.n).bytes;
-    if (plain && row_unit <= target) {
-      const std::int64_t step = units(layer_.k, row_unit, target);
-      for (std::int64_t row = 0; row < layer_.k; row += step) {
-        pieces.push_back(piece(row, std::min(step, layer_.k - row), 0, part_.n));
-      }
-      return;
-    }
-    const std::int64_t column_unit = piece(0, layer_.k, 0, std::min(kUnit, part_.n)).bytes;
-    const std::int64_t step = units(part_.n, column_unit, target);
-    for (std::int64_t column = 0; column < part_.n; column += step) {
-      pieces.push_back(piece(0, layer_.k, column, std::min(step, part_.n - column)));
+    if (plain && piece(0, std::min(kUnit, layer_.k), 0, part_.n).bytes <= target) {
+      cut(layer_.k, target, [this](std::int64_t step) { return row_pieces(step); }, pieces);
+    } else {
+      cut(part_.n, target, [this](std::int64_t step) { return column_pieces(step); }, pieces);
     }
   }
 
  private:
-  // Rows or columns of a piece: as many units as fit, in pieces as even as can be.
-  static std::int64_t units(std::int64_t extent, std::int64_t unit_bytes, std::int64_t target) {
-    const std::int64_t all = ceil_div(extent, kUnit);
-    const std::int64_t fitting = std::max<std::int64_t>(1, target / unit_bytes);
-    return ceil_div(all, ceil_div(all, fitting)) * kUnit;
+  static bool fits(const std::vector<RawPiece>& pieces, std::int64_t target) {
+    return std::ranges::all_of(pieces,
+                               [target](const RawPiece& one) { return one.bytes <= target; });
+  }
+
+  std::vector<RawPiece> row_pieces(std::int64_t step) const {
+    std::vector<RawPiece> pieces;
+    for (std::int64_t row = 0; row < layer_.k; row += step) {
+      pieces.push_back(piece(row, std::min(step, layer_.k - row), 0, part_.n));
+    }
+    return pieces;
+  }
+  std::vector<RawPiece> column_pieces(std::int64_t step) const {
+    std::vector<RawPiece> pieces;
+    for (std::int64_t column = 0; column < part_.n; column += step) {
+      pieces.push_back(piece(0, layer_.k, column, std::min(step, part_.n - column)));
+    }
+    return pieces;
+  }
+
+  // As few pieces as fit the target, and those as even as can be.
+  template <class PiecesOf>
+  void cut(std::int64_t extent, std::int64_t target, const PiecesOf& pieces_of,
+           std::vector<RawPiece>& result) const {
+    const std::int64_t units = ceil_div(extent, kUnit);
+    std::int64_t count = std::min(units, ceil_div(raw_bytes(layer_, part_), target));
+    for (;;) {
+      const std::vector<RawPiece> pieces = pieces_of(ceil_div(units, count) * kUnit);
+      if (count == units || fits(pieces, target)) {
+        result.insert(result.end(), pieces.begin(), pieces.end());
+        return;
+      }
+      ++count;
+    }
   }
 
   RawPiece piece(std::int64_t row, std::int64_t rows, std::int64_t column,
@@ -100,11 +128,7 @@ class ModuleCutter {
 
 std::int64_t raw_bytes(const GptqWeights& layer) {
   std::int64_t bytes = 0;
-  for (const ValidatedModule& part : layer.modules) {
-    bytes += packed_words(layer.k, layer.bits) * part.n * 4;
-    bytes += layer.groups * part.n * size_of_scale(part);
-    if (part.qzeros != nullptr) bytes += layer.groups * packed_words(part.n, layer.bits) * 4;
-  }
+  for (const ValidatedModule& part : layer.modules) bytes += raw_bytes(layer, part);
   return bytes;
 }
 

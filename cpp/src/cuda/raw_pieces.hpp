@@ -41,12 +41,18 @@ struct RawPiece {
   /// where the rows are in plain order.
   std::int64_t table = 0;  // offset
   std::int64_t bytes = 0;
+
+  /// Places the piece so many bytes further on.
+  void move(std::int64_t by) noexcept {
+    for (RawRows* rows_of : {&qweight, &scales, &qzeros}) rows_of->offset += by;
+    if (table != 0) table += by;
+  }
 };
 
 /// Bytes of the layer's qweight, scales and qzeros.
 std::int64_t raw_bytes(const GptqWeights& layer);
 
-/// Cuts a layer, as check_structure() leaves it, into pieces of about `target` bytes, or as small
+/// Cuts a layer, as check_structure() leaves it, into pieces of `target` bytes at most, or as small
 /// as they come. Rows in plain order travel as whole rows of the tensors; where they have to be
 /// gathered, a piece has all of them and some of the columns.
 std::vector<RawPiece> plan_pieces(const GptqWeights& layer, std::int64_t target);

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from marlinq import _core, errors
 from marlinq.checkpoint import Checkpoint, ModuleInfo
@@ -100,6 +100,11 @@ def check_load_options(options: argparse.Namespace, context: _core.Context) -> N
     if options.compute not in ("auto", *backend["compute"]):
         names = ", ".join(("auto", *backend["compute"]))
         raise errors.InvalidArgumentError(f"--compute {options.compute}: expected one of {names}")
+
+
+def arithmetic(description: dict[str, Any]) -> str:
+    """What a layer computes with where x is float32, or float16 on a GPU, which x decides there."""
+    return "float16" if description["backend"] == "cuda" else str(description["compute"])
 
 
 def select(checkpoint: Checkpoint, pattern: str | None) -> list[ModuleInfo]:

@@ -13,6 +13,7 @@ from marlinq.cli._arguments import (
     Commands,
     add_checkpoint_options,
     add_load_options,
+    arithmetic,
     check_load_options,
     new_command,
     open_from,
@@ -63,10 +64,10 @@ def _verify(
         )
         weight = checkpoint.reference(info.name)
         chosen = layer.describe()
-        result |= {key: chosen[key] for key in ("backend", "kernel", "compute")}
-        bound = BOUNDS[chosen["compute"]]
-        # A GPU computes on float16 whatever it is given, so it gets that, and the reference the
-        # same.
+        result |= {key: chosen[key] for key in ("backend", "kernel")}
+        result["compute"] = arithmetic(chosen)
+        bound = BOUNDS[result["compute"]]
+        # A GPU rounds float32 to float16, so it gets that, and the reference the same.
         dtype = np.float32 if chosen["backend"] == "cpu" else np.float16
         x = np.random.default_rng(_SEED).standard_normal((max(options.rows), layer.in_features))
         x = x.astype(dtype)

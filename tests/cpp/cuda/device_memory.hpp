@@ -1,5 +1,5 @@
-// What the tests see of device and pinned memory, and how they make it run out. Defined by
-// fake_device.cpp for the device that is none, and by counted_memory.cpp for a real one.
+// What the tests see of device and pinned memory, and how they make it run out: of the fake device
+// (fake_device.cpp) or of a real one (counted_memory.cpp), which report to Allocations.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +17,15 @@ struct DeviceMemory {
   static void fail_device_allocation(int n);
   /// Pinned memory that may be allocated at once, from now on. 0: any.
   static void limit_pinned(std::int64_t bytes);
+};
+
+enum class MemoryKind { kDevice, kPinned };
+
+struct Allocations {
+  /// Before an allocation: whether it has to find no memory.
+  static bool fails(MemoryKind kind, std::int64_t bytes);
+  static void add(MemoryKind kind, std::int64_t bytes);
+  static void remove(MemoryKind kind, std::int64_t bytes);
 };
 
 }  // namespace marlinq::test

@@ -12,15 +12,21 @@
 #include <mutex>
 #include <new>
 #include <set>
+#include <span>
 #include <thread>
 
+#include "core/integers.hpp"
 #include "cuda/arch/sm80/pack.hpp"
 #include "cuda/device_memory.hpp"
+#include "cuda/fetch.hpp"
 #include "cuda/host_packing.hpp"
 #include "support/generators.hpp"
 
 namespace {
 
+using marlinq::test::Allocations;
+using marlinq::test::DeviceMemory;
+using marlinq::test::MemoryKind;
 using marlinq::test::Random;
 
 constexpr std::int64_t kNoLimit = std::int64_t{1} << 40;
@@ -32,13 +38,7 @@ struct Device {
   std::condition_variable changed;
   std::map<unsigned char*, std::int64_t> device_memory;
   std::map<unsigned char*, std::int64_t> pinned_memory;
-  std::int64_t bytes = 0;
-  std::int64_t peak = 0;
   std::int64_t limit = kNoLimit;
-  std::int64_t pinned_bytes = 0;
-  std::int64_t pinned_limit = kNoLimit;
-  int allocations_until_failure = 0;
-  int device_allocations_until_failure = 0;
   int calls_until_failure = 0;
   cudaError_t failure = cudaSuccess;
   bool failed = false;
@@ -133,8 +133,6 @@ void expect_relaxed(const char* call) {
   }
 }
 
-bool counts_down(int& left) { return left > 0 && --left == 0; }
-
 }  // namespace
 
 namespace marlinq::test {
@@ -191,46 +189,44 @@ std::string FakeDevice::violations() {
   return device().violations;
 }
 
-std::int64_t DeviceMemory::bytes() {
-  const std::lock_guard lock(device().mutex);
-  return device().bytes;
-}
-std::int64_t DeviceMemory::peak() {
-  const std::lock_guard lock(device().mutex);
-  return device().peak;
-}
-void DeviceMemory::forget_peak() {
-  const std::lock_guard lock(device().mutex);
-  device().peak = device().bytes;
-}
-std::int64_t DeviceMemory::pinned_bytes() {
-  const std::lock_guard lock(device().mutex);
-  return device().pinned_bytes;
-}
-void DeviceMemory::fail_allocation(int n) {
-  const std::lock_guard lock(device().mutex);
-  device().allocations_until_failure = n;
-}
-void DeviceMemory::fail_device_allocation(int n) {
-  const std::lock_guard lock(device().mutex);
-  device().device_allocations_until_failure = n;
-}
-void DeviceMemory::limit_pinned(std::int64_t bytes) {
-  const std::lock_guard lock(device().mutex);
-  device().pinned_limit = bytes == 0 ? kNoLimit : bytes;
-}
-
 }  // namespace marlinq::test
 
-// The packing kernels' place in a program without them.
-namespace marlinq::cuda::sm80 {
+// The kernels' place in a program without them.
+namespace marlinq::cuda {
 
-void pack_piece(const PieceToPack& piece, void* stream) {
-  test::FakeDevice::enqueue(static_cast<cudaStream_t>(stream),
-                            [piece] { test::pack_piece_on_host(piece); });
+void sm80::pack_pieces(std::span<const PieceToPack> pieces, void* stream) {
+  for (const PieceToPack& piece : pieces) {
+    test::FakeDevice::enqueue(static_cast<cudaStream_t>(stream),
+                              [piece] { test::pack_piece_on_host(piece); });
+  }
 }
 
-}  // namespace marlinq::cuda::sm80
+// Writes whole units, as the kernel does.
+void fetch_rows(std::span<const FetchRows> all, cudaStream_t stream) {
+  const std::lock_guard lock(device().mutex);
+  for (const FetchRows& r : all) {
+    const std::int64_t target_bytes = round_up(r.rows * r.row_bytes, kFetchUnit);
+    if (reinterpret_cast<std::uintptr_t>(r.to) % kFetchUnit != 0 ||
+        (r.rows > 1 && r.row_bytes % kFetchUnit != 0)) {
+      violation("a fetch to a place that is not aligned");
+    }
+    if (!holds(device().device_memory, r.to, target_bytes)) {
+      violation("a fetch outside of the device's memory");
+    }
+    if (!holds(device().pinned_memory, r.from, (r.rows - 1) * r.pitch + r.row_bytes)) {
+      violation("a fetch from pageable memory");
+    }
+    append(stream_of(stream), [r, target_bytes] {
+      std::memset(r.to, 0xAB, static_cast<std::size_t>(target_bytes));
+      for (std::int64_t row = 0; row < r.rows; ++row) {
+        std::memcpy(r.to + row * r.row_bytes, r.from + row * r.pitch,
+                    static_cast<std::size_t>(r.row_bytes));
+      }
+    });
+  }
+}
+
+}  // namespace marlinq::cuda
 
 // The runtime, as far as loading uses it.
 extern "C" {
@@ -261,16 +257,14 @@ cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
   expect_relaxed("cudaMalloc");
   if (fails()) return device().failure;
   const auto size = static_cast<std::int64_t>(bytes);
-  if (counts_down(device().allocations_until_failure) ||
-      counts_down(device().device_allocations_until_failure) ||
-      device().bytes + size > device().limit) {
+  if (Allocations::fails(MemoryKind::kDevice, size) ||
+      DeviceMemory::bytes() + size > device().limit) {
     return cudaErrorMemoryAllocation;
   }
   auto* at = static_cast<unsigned char*>(::operator new(bytes, std::align_val_t(256)));
   std::memset(at, 0xCD, bytes);
   device().device_memory[at] = size;
-  device().bytes += size;
-  device().peak = std::max(device().peak, device().bytes);
+  Allocations::add(MemoryKind::kDevice, size);
   *memory = at;
   return cudaSuccess;
 }
@@ -287,7 +281,7 @@ cudaError_t cudaFree(void* memory) {
   auto* at = static_cast<unsigned char*>(memory);
   const std::int64_t size = device().device_memory.at(at);
   std::memset(at, 0xDD, static_cast<std::size_t>(size));
-  device().bytes -= size;
+  Allocations::remove(MemoryKind::kDevice, size);
   device().device_memory.erase(at);
   ::operator delete(memory, std::align_val_t(256));
   return cudaSuccess;
@@ -298,14 +292,11 @@ cudaError_t cudaHostAlloc(void** memory, std::size_t bytes, unsigned) {
   expect_relaxed("cudaHostAlloc");
   if (fails()) return device().failure;
   const auto size = static_cast<std::int64_t>(bytes);
-  if (counts_down(device().allocations_until_failure) ||
-      device().pinned_bytes + size > device().pinned_limit) {
-    return cudaErrorMemoryAllocation;
-  }
+  if (Allocations::fails(MemoryKind::kPinned, size)) return cudaErrorMemoryAllocation;
   auto* at = static_cast<unsigned char*>(::operator new(bytes, std::align_val_t(256)));
   std::memset(at, 0xCD, bytes);
   device().pinned_memory[at] = size;
-  device().pinned_bytes += size;
+  Allocations::add(MemoryKind::kPinned, size);
   *memory = at;
   return cudaSuccess;
 }
@@ -315,7 +306,7 @@ cudaError_t cudaFreeHost(void* memory) {
   auto* at = static_cast<unsigned char*>(memory);
   const std::int64_t size = device().pinned_memory.at(at);
   std::memset(at, 0xDD, static_cast<std::size_t>(size));
-  device().pinned_bytes -= size;
+  Allocations::remove(MemoryKind::kPinned, size);
   device().pinned_memory.erase(at);
   ::operator delete(memory, std::align_val_t(256));
   return cudaSuccess;
@@ -328,6 +319,8 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   attributes->type = holds(device().pinned_memory, address, 1)   ? cudaMemoryTypeHost
                      : holds(device().device_memory, address, 1) ? cudaMemoryTypeDevice
                                                                  : cudaMemoryTypeUnregistered;
+  if (attributes->type == cudaMemoryTypeHost)
+    attributes->devicePointer = const_cast<void*>(address);
   return cudaSuccess;
 }
 
@@ -430,13 +423,19 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
   return cudaSuccess;
 }
 
-cudaError_t cudaMemsetAsync(void* target, int value, std::size_t bytes, cudaStream_t stream) {
+cudaError_t cudaMemset2DAsync(void* target, std::size_t pitch, int value, std::size_t width,
+                              std::size_t height, cudaStream_t stream) {
   const std::lock_guard lock(device().mutex);
   if (fails()) return device().failure;
-  if (!holds(device().device_memory, target, static_cast<std::int64_t>(bytes))) {
+  if (!holds(device().device_memory, target,
+             static_cast<std::int64_t>((height - 1) * pitch + width))) {
     violation("a memset outside of the device's memory");
   }
-  append(stream_of(stream), [=] { std::memset(target, value, bytes); });
+  append(stream_of(stream), [=] {
+    for (std::size_t row = 0; row < height; ++row) {
+      std::memset(static_cast<unsigned char*>(target) + row * pitch, value, width);
+    }
+  });
   return cudaSuccess;
 }
 

@@ -81,33 +81,14 @@ struct Feature {
 std::vector<std::uint32_t> codes(const std::vector<Feature>& features, const Rows& rows, int bits) {
   const auto n = static_cast<std::int64_t>(features.size());
   const auto k = static_cast<std::int64_t>(rows.input.size());
-  const std::int64_t chunks = k / 64;
-  const std::int64_t words_of_strip = bits == 8 ? 256 : 128;  // and chunk
   std::vector<std::uint32_t> words(
-      static_cast<std::size_t>(up(n, 64) / 16 * chunks * words_of_strip));
+      static_cast<std::size_t>(up(n, 64) / 16 * (k / 64) * (bits == 8 ? 256 : 128)));
   for (std::int64_t f = 0; f < n; ++f) {
     for (std::int64_t r = 0; r < k; ++r) {
-      const std::int64_t block = f / 64;
-      const std::int64_t strip = f % 64 / 16;
-      const std::int64_t upper = f % 16 / 8;  // feature g + 8
-      const std::int64_t chunk = r / 64;
-      const std::int64_t row = r % 16;
-      const std::int64_t far = row / 8;  // rows 2t + 8, 2t + 9
-      const std::int64_t odd = row % 2;
-      const std::int64_t lane = f % 8 * 4 + row % 8 / 2;
-      std::int64_t in_strip = 0;
-      std::int64_t bit = 0;
-      if (bits == 8) {
-        const std::int64_t piece = r % 64 / 32;
-        in_strip = (piece * 32 + lane) * 4 + r % 32 / 16 * 2 + far;
-        bit = 8 * (2 * upper + odd);
-      } else {
-        in_strip = lane * 4 + r % 64 / 16;
-        bit = 4 * (upper + 2 * far + 4 * odd);
-      }
-      const std::int64_t word = ((block * chunks + chunk) * 4 + strip) * words_of_strip + in_strip;
-      words[static_cast<std::size_t>(word)] |=
-          features[static_cast<std::size_t>(f)].code(rows, static_cast<std::size_t>(r)) << bit;
+      const CodePlace place = code_place(f, r, k / 64, bits);
+      words[static_cast<std::size_t>(place.word)] |=
+          features[static_cast<std::size_t>(f)].code(rows, static_cast<std::size_t>(r))
+          << place.bit;
     }
   }
   return words;
@@ -151,7 +132,28 @@ std::vector<std::int32_t> chunk_groups(const Rows& rows) {
 
 }  // namespace
 
-std::vector<unsigned char> packed_by_definition(const std::vector<Layer>& parts) {
+CodePlace code_place(std::int64_t f, std::int64_t r, std::int64_t chunks, int bits) {
+  const std::int64_t words_of_strip = bits == 8 ? 256 : 128;  // and chunk
+  const std::int64_t block = f / 64;
+  const std::int64_t strip = f % 64 / 16;
+  const std::int64_t upper = f % 16 / 8;  // feature g + 8
+  const std::int64_t chunk = r / 64;
+  const std::int64_t row = r % 16;
+  const std::int64_t far = row / 8;  // rows 2t + 8, 2t + 9
+  const std::int64_t odd = row % 2;
+  const std::int64_t lane = f % 8 * 4 + row % 8 / 2;
+  const std::int64_t first = ((block * chunks + chunk) * 4 + strip) * words_of_strip;
+  if (bits == 8) {
+    const std::int64_t piece = r % 64 / 32;
+    return {.word = first + (piece * 32 + lane) * 4 + r % 32 / 16 * 2 + far,
+            .bit = static_cast<int>(8 * (2 * upper + odd))};
+  }
+  return {.word = first + lane * 4 + r % 64 / 16,
+          .bit = static_cast<int>(4 * (upper + 2 * far + 4 * odd))};
+}
+
+std::vector<unsigned char> packed_by_definition(const std::vector<Layer>& parts,
+                                                const StackNeeds& needs) {
   Bytes memory;
   for (std::size_t first = 0; first < parts.size();) {
     const Layer& model = parts[first];
@@ -162,7 +164,7 @@ std::vector<unsigned char> packed_by_definition(const std::vector<Layer>& parts)
     }
     std::vector<Feature> features;
     std::vector<float> bias;
-    bool zeros = false;
+    bool zeros = needs.zeros;
     bool biased = false;
     for (std::size_t i = first; i < end; ++i) {
       const Layer& part = parts[i];
@@ -179,7 +181,7 @@ std::vector<unsigned char> packed_by_definition(const std::vector<Layer>& parts)
     append(memory, codes(features, rows, model.options.bits));
     append(memory, records(features, rows, model.options.scales, zeros));
     append(memory, chunk_groups(rows));
-    if (!rows.plain(model.options.k)) append(memory, rows.input);
+    if (needs.source || !rows.plain(model.options.k)) append(memory, rows.input);
     if (biased) append(memory, bias);
     first = end;
   }

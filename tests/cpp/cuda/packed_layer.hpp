@@ -15,7 +15,20 @@ namespace marlinq::test {
 
 /// The memory of fused modules, segment after segment: codes, groups, chunk_groups, source (unless
 /// the order is plain) and bias (if some module has one), each at a multiple of 256.
-std::vector<unsigned char> packed_by_definition(const std::vector<Layer>& parts);
+/// An expert of a stack also has what the others need.
+struct StackNeeds {
+  bool zeros = false;   // zero points
+  bool source = false;  // a row order
+};
+std::vector<unsigned char> packed_by_definition(const std::vector<Layer>& parts,
+                                                const StackNeeds& needs = {});
+
+/// Where the code of a feature and a packed row is: a word of the segment's codes, and its lowest bit.
+struct CodePlace {
+  std::int64_t word;
+  int bit;
+};
+CodePlace code_place(std::int64_t feature, std::int64_t packed_row, std::int64_t chunks, int bits);
 
 /// Names the first byte that differs.
 ::testing::AssertionResult same(const std::vector<unsigned char>& actual,

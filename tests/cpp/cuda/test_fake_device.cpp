@@ -5,7 +5,6 @@
 #include <string>
 #include <vector>
 
-#include "core/gptq_checks.hpp"
 #include "cuda/arch/sm80/load.hpp"
 #include "cuda/device_memory.hpp"
 #include "cuda/fake_device.hpp"
@@ -18,6 +17,7 @@ namespace {
 
 using cuda::Completion;
 using cuda::DeviceWeight;
+using cuda::LayersToLoad;
 using cuda::LayerUpload;
 using cuda::OwnedStream;
 using cuda::RelaxedCapture;
@@ -46,10 +46,10 @@ class FakeDeviceTest : public ::testing::Test {
 
   static DeviceWeight load(Uploader& uploader, const PackCase& one) {
     const GptqTensors tensors = one.tensors();
-    GptqWeights weights = check_structure(tensors, one.spec());
-    LayerUpload upload(uploader, weights);
-    check_values(tensors, one.spec(), weights);
-    return cuda::sm80::load(weights, upload);
+    const GptqSpec spec = one.spec();
+    LayersToLoad layers({&tensors, 1}, spec);
+    LayerUpload upload(uploader, layers);
+    return cuda::sm80::load(layers, upload);
   }
 
   static Bytes bytes_of(const DeviceWeight& weight) {

@@ -13,7 +13,9 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <span>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -30,6 +32,7 @@ namespace marlinq {
 namespace {
 
 using cuda::DeviceWeight;
+using cuda::LayersToLoad;
 using cuda::LayerUpload;
 using cuda::Uploader;
 using cuda::UploadSizes;
@@ -147,12 +150,15 @@ class Tensors {
   std::size_t size_ = 0;
 };
 
+DeviceWeight load(Uploader& uploader, std::span<const GptqTensors> experts, const GptqSpec& spec) {
+  LayersToLoad layers(experts, spec);
+  LayerUpload upload(uploader, layers);
+  return cuda::sm80::load(layers, upload);
+}
+
 DeviceWeight load(Uploader& uploader, const PackCase& one, Source source = Source::kPageable) {
   Tensors tensors(one, source);
-  GptqWeights weights = check_structure(tensors.layer(), one.spec());
-  LayerUpload upload(uploader, weights);
-  check_values(tensors.layer(), one.spec(), weights);
-  DeviceWeight packed = cuda::sm80::load(weights, upload);
+  DeviceWeight packed = load(uploader, {&tensors.layer(), 1}, one.spec());
   tensors.take_away();
   return packed;
 }
@@ -195,6 +201,39 @@ class LoadTest : public ::testing::Test {
     return all[index];
   }
 
+  // Loads a stack from memory of every kind, and expects the bytes of each expert to be those that
+  // `expected` has for it.
+  static void check_stack(const std::vector<PackCase>& experts,
+                          const std::vector<Bytes>& expected) {
+    GptqSpec spec = experts.front().spec();
+    spec.n = 0;
+    for (const Source source : kSources) {
+      std::vector<std::unique_ptr<Tensors>> tensors;
+      std::vector<GptqTensors> layers;
+      for (const PackCase& one : experts) {
+        tensors.push_back(std::make_unique<Tensors>(one, source));
+        layers.push_back(tensors.back()->layer());
+      }
+      for (const UploadSizes& sizes : {UploadSizes{}, small_sizes()}) {
+        Uploader uploader(0, sizes);
+        const DeviceWeight stack = load(uploader, layers, spec);
+        ASSERT_EQ(stack.experts, static_cast<std::int64_t>(experts.size()));
+        const Bytes all = bytes_of(stack);
+        ASSERT_EQ(static_cast<std::int64_t>(all.size()), stack.experts * stack.expert_bytes);
+        for (std::size_t e = 0; e < experts.size(); ++e) {
+          const auto begin = all.begin() + static_cast<std::int64_t>(e) * stack.expert_bytes;
+          ASSERT_TRUE(same(Bytes(begin, begin + stack.expert_bytes), expected[e]))
+              << "expert " << e << ", source " << static_cast<int>(source);
+        }
+      }
+    }
+  }
+  static void check_stack(const std::vector<PackCase>& experts) {
+    std::vector<Bytes> expected;
+    for (const PackCase& one : experts) expected.push_back(test::packed_by_definition(one.parts));
+    check_stack(experts, expected);
+  }
+
   std::int64_t bytes_before_ = 0;
   std::int64_t pinned_before_ = 0;
 };
@@ -225,9 +264,7 @@ TEST_F(LoadTest, AnExpertHasTheBytesOfTheLayer) {
   constexpr std::int64_t kExperts = 5;
   for (const bool asymmetric : {false, true}) {
     for (const Order order : {Order::kNone, Order::kActOrder}) {
-      std::vector<std::vector<Layer>> experts;
-      std::vector<GptqTensors> tensors;
-      std::vector<GptqWeights> weights;
+      std::vector<PackCase> cases;
       for (std::uint64_t e = 0; e < kExperts; ++e) {
         const Layer gate =
             make_layer({.bits = 4,
@@ -238,25 +275,45 @@ TEST_F(LoadTest, AnExpertHasTheBytesOfTheLayer) {
                         .order = order,
                         .bias = DType::kFloat16,
                         .seed = e + 1});
-        experts.push_back({gate, gate});
-        tensors.push_back(test::fused(experts.back()));
-        GptqSpec spec = gate.spec();
-        spec.n = 2 * 96;
-        weights.push_back(validate(tensors.back(), spec));
+        cases.push_back({.what = "", .parts = {gate, gate}});
       }
-      for (const UploadSizes& sizes : {UploadSizes{}, small_sizes()}) {
-        Uploader uploader(0, sizes);
-        LayerUpload upload(uploader, weights);
-        const DeviceWeight stack = cuda::sm80::load(weights, upload);
-        ASSERT_EQ(stack.experts, kExperts);
-        const Bytes all = bytes_of(stack);
-        ASSERT_EQ(static_cast<std::int64_t>(all.size()), kExperts * stack.expert_bytes);
-        for (std::int64_t e = 0; e < kExperts; ++e) {
-          const auto begin = all.begin() + e * stack.expert_bytes;
-          EXPECT_TRUE(same(Bytes(begin, begin + stack.expert_bytes),
-                           test::packed_by_definition(experts[static_cast<std::size_t>(e)])))
-              << "expert " << e;
+      check_stack(cases);
+    }
+  }
+}
+
+// The tables of plain experts without bias are the same, and come at once.
+TEST_F(LoadTest, PlainExperts) {
+  std::vector<PackCase> cases;
+  for (std::uint64_t e = 0; e < 40; ++e) {
+    cases.push_back({.what = "",
+                     .parts = {make_layer({.k = 256, .n = 90, .group_size = 32, .seed = e + 1}),
+                               make_layer({.k = 256, .n = 70, .group_size = 32, .seed = e + 99})}});
+  }
+  check_stack(cases);
+}
+
+// What the first expert does not need is found out only when others have been packed.
+TEST_F(LoadTest, ALaterExpertMayNeedMoreThanTheFirst) {
+  for (const Zeros zeros : {Zeros::kSymmetricV1, Zeros::kAsymmetricV1}) {
+    for (const Order order : {Order::kNone, Order::kActOrder}) {
+      for (const std::uint64_t odd : {0U, 1U, 5U, 8U}) {
+        SCOPED_TRACE(odd);
+        std::vector<PackCase> cases;
+        std::vector<Bytes> wanted;
+        const test::StackNeeds needs{.zeros = zeros == Zeros::kAsymmetricV1,
+                                     .source = order == Order::kActOrder};
+        for (std::uint64_t e = 0; e < 9; ++e) {
+          cases.push_back({.what = "",
+                           .parts = {make_layer({.k = 320,
+                                                 .n = 96,
+                                                 .group_size = 32,
+                                                 .zeros = e == odd ? zeros : Zeros::kSymmetricV1,
+                                                 .order = e == odd ? order : Order::kNone,
+                                                 .seed = e + 1})}});
+          wanted.push_back(test::packed_by_definition(cases.back().parts, needs));
         }
+        check_stack(cases, wanted);
       }
     }
   }
@@ -265,39 +322,62 @@ TEST_F(LoadTest, AnExpertHasTheBytesOfTheLayer) {
 // Groups of other sizes, rows in plain order, zero points: what one expert needs, all have, and the
 // codes of each are at the places of its own.
 TEST_F(LoadTest, ExpertsOfDifferentOrdersShareOneLayout) {
-  std::vector<Layer> layers;
-  layers.reserve(3);  // tensors are views into them
-  std::vector<GptqTensors> tensors;
-  std::vector<GptqWeights> weights;
-  for (const Order order : {Order::kNone, Order::kUnbalanced, Order::kActOrder}) {
-    layers.push_back(
-        make_layer({.bits = 4,
-                    .k = 320,
-                    .n = 96,
-                    .group_size = 32,
-                    .zeros = order == Order::kNone ? Zeros::kSymmetricV1 : Zeros::kAsymmetricV1,
-                    .order = order,
-                    .seed = layers.size() + 1}));
-    tensors.push_back(layers.back().tensors());
-    weights.push_back(validate(tensors.back(), layers.back().spec()));
-  }
-  const std::vector<cuda::sm80::LayerPlan> plans = cuda::sm80::plan_experts(weights);
-  for (const cuda::sm80::LayerPlan& plan : plans) {
-    EXPECT_EQ(plan.bytes, plans.front().bytes);
-    const cuda::sm80::SegmentPlan& segment = plan.segments.front();
-    EXPECT_TRUE(segment.has_source);
-    EXPECT_TRUE(segment.layout.has_zeros);
-    EXPECT_EQ(segment.chunk_shift, -1);
-    EXPECT_EQ(static_cast<std::int64_t>(segment.source.size()),
-              segment.layout.chunks * cuda::sm80::Layout::kChunkRows);
-    std::vector<std::int32_t> rows;
-    for (const std::int32_t row : segment.source) {
-      if (row >= 0) rows.push_back(row);
+  std::vector<Order> orders = {Order::kNone, Order::kUnbalanced, Order::kActOrder};
+  for (std::size_t first = 0; first < orders.size();
+       ++first) {  // that the others are compared with
+    std::vector<Layer> layers;
+    layers.reserve(orders.size());  // tensors are views into them
+    std::vector<GptqTensors> tensors;
+    std::vector<GptqWeights> weights;
+    for (const Order order : orders) {
+      layers.push_back(
+          make_layer({.bits = 4,
+                      .k = 320,
+                      .n = 96,
+                      .group_size = 32,
+                      .zeros = order == Order::kNone ? Zeros::kSymmetricV1 : Zeros::kAsymmetricV1,
+                      .order = order,
+                      .seed = layers.size() + 1}));
+      tensors.push_back(layers.back().tensors());
+      weights.push_back(validate(tensors.back(), layers.back().spec()));
     }
-    std::sort(rows.begin(), rows.end());
-    for (std::int32_t row = 0; row < 320; ++row) {
-      ASSERT_EQ(rows[static_cast<std::size_t>(row)], row);
+    GptqSpec spec = layers.front().spec();
+    spec.symmetry = Symmetry::kUnknown;
+    Uploader uploader(0, small_sizes());
+    const DeviceWeight stack = load(uploader, tensors, spec);
+    const Bytes bytes = bytes_of(stack);
+    const std::vector<cuda::sm80::LayerPlan> plans = cuda::sm80::plan_experts(weights);
+    for (std::size_t e = 0; e < plans.size(); ++e) {
+      EXPECT_EQ(plans[e].bytes, stack.expert_bytes);
+      const cuda::sm80::SegmentPlan& segment = plans[e].segments.front();
+      EXPECT_TRUE(segment.has_source);
+      EXPECT_TRUE(segment.layout.has_zeros);
+      EXPECT_EQ(segment.chunk_shift, -1);
+      EXPECT_EQ(static_cast<std::int64_t>(segment.source.size()),
+                segment.layout.chunks * cuda::sm80::Layout::kChunkRows);
+      // Each input row once, and its codes where its packed row is.
+      const unsigned char* const expert =
+          bytes.data() + static_cast<std::int64_t>(e) * stack.expert_bytes;
+      std::vector<std::int32_t> source(segment.source.size());
+      std::memcpy(source.data(), expert + segment.places.source, source.size() * 4);
+      std::vector<int> seen(320);
+      for (std::size_t packed = 0; packed < source.size(); ++packed) {
+        if (source[packed] < 0) continue;
+        const auto row = static_cast<std::size_t>(source[packed]);
+        ++seen.at(row);
+        for (std::size_t feature = 0; feature < 96; ++feature) {
+          const test::CodePlace place =
+              test::code_place(static_cast<std::int64_t>(feature),
+                               static_cast<std::int64_t>(packed), segment.layout.chunks, 4);
+          std::uint32_t word = 0;
+          std::memcpy(&word, expert + segment.places.codes + 4 * place.word, 4);
+          ASSERT_EQ(word >> place.bit & 15U, layers[e].codes[row * 96 + feature])
+              << "expert " << e << ", row " << row << ", feature " << feature;
+        }
+      }
+      EXPECT_EQ(seen, std::vector<int>(320, 1)) << "expert " << e;
     }
+    std::rotate(orders.begin(), orders.begin() + 1, orders.end());
   }
 }
 
@@ -456,6 +536,21 @@ TEST_F(LoadTest, PeakIsThePackedLayersAndOneLayersTensors) {
   EXPECT_LE(DeviceMemory::bytes() - bytes_before_, raw + kConstant);
 }
 
+// Small experts travel together, in a part of the stack's bytes that is bounded.
+TEST_F(LoadTest, PeakOfAStackIsThePackedExpertsAndAFewOfTheirTensors) {
+  constexpr std::int64_t kOfStack = 20480;
+  const PackCase one{.what = "", .parts = {make_layer({.k = 128, .n = 128, .group_size = 32})}};
+  const std::vector<GptqTensors> experts(200, one.tensors());
+  EXPECT_LT(2 * raw_bytes(one), kOfStack);
+  Uploader uploader(0, {.least_piece = 1024, .of_stack = kOfStack});
+  for (int round = 0; round < 2; ++round) {
+    DeviceMemory::forget_peak();
+    const DeviceWeight stack = load(uploader, experts, one.spec());
+    EXPECT_LE(DeviceMemory::peak(), bytes_before_ + stack.memory.size() * 4 + 2 * kOfStack + 512);
+    stack.ready.wait();
+  }
+}
+
 // A piece is 64 columns and all rows at least: here more than what staging may keep.
 TEST_F(LoadTest, StagingOfAnOversizePieceIsGivenBack) {
   const PackCase large{
@@ -488,10 +583,7 @@ TEST_F(LoadTest, OutOfMemoryAnywhereLeavesTheUploaderUsable) {
       failed = false;
       DeviceMemory::fail_allocation(n);
       try {
-        GptqWeights weights = check_structure(tensors.layer(), one.spec());
-        LayerUpload upload(uploader, weights);
-        check_values(tensors.layer(), one.spec(), weights);
-        const DeviceWeight packed = cuda::sm80::load(weights, upload);
+        const DeviceWeight packed = load(uploader, {&tensors.layer(), 1}, one.spec());
         EXPECT_TRUE(same(bytes_of(packed), wanted)) << n;
         // Staging, pinned memory of the caller's and of the threads', which may be short, and the
         // layer itself.
@@ -540,9 +632,10 @@ TEST_F(LoadTest, AnUploadThatIsGivenUpReadsNothingMore) {
   Uploader uploader(0, sizes);
   for (int round = 0; round < 20; ++round) {
     Tensors tensors(one, Source::kPageable);
-    const GptqWeights weights = check_structure(tensors.layer(), one.spec());
+    const GptqSpec spec = one.spec();
+    LayersToLoad layers({&tensors.layer(), 1}, spec);
     {
-      LayerUpload upload(uploader, weights);
+      LayerUpload upload(uploader, layers);
       std::this_thread::sleep_for(std::chrono::microseconds(50 * round));
       if (round % 4 == 3) (void)upload.next();
     }
@@ -560,12 +653,44 @@ TEST_F(LoadTest, ARefusedLayerIsLetGo) {
   for (const Source source : kSources) {
     Uploader uploader(0);
     Tensors tensors(bad, source);
-    GptqWeights weights = check_structure(tensors.layer(), bad.spec());
-    test::expect_refused({"layer.scales", "expected a finite number"}, [&] {
-      const LayerUpload upload(uploader, weights);
-      check_values(tensors.layer(), bad.spec(), weights);
-    });
+    test::expect_refused({"layer.scales", "expected a finite number"},
+                         [&] { (void)load(uploader, {&tensors.layer(), 1}, bad.spec()); });
     tensors.take_away();
+    ASSERT_TRUE(same(bytes_of(load(uploader, cases()[1], source)), expected(1)));
+  }
+}
+
+// The experts before it have been packed already.
+TEST_F(LoadTest, ARefusedExpertIsNamedAndTheStackLetGo) {
+  std::vector<PackCase> good;
+  for (std::uint64_t e = 0; e < 12; ++e) {
+    good.push_back({.what = "",
+                    .parts = {make_layer({.k = 256,
+                                          .n = 90,
+                                          .group_size = 32,
+                                          .seed = e + 1,
+                                          .name = "experts." + std::to_string(e)})}});
+  }
+  std::vector<PackCase> infinite = good;
+  test::write_element(infinite[9].parts[0].scales.data(), DType::kFloat16, 77,
+                      std::numeric_limits<double>::infinity());
+  std::vector<PackCase> narrow = good;
+  narrow[10].parts[0] = make_layer({.k = 256, .n = 80, .group_size = 32, .name = "experts.10"});
+  for (const Source source : kSources) {
+    Uploader uploader(0, small_sizes());
+    const auto refused = [&](const std::vector<PackCase>& experts, std::string_view words) {
+      std::vector<std::unique_ptr<Tensors>> tensors;
+      std::vector<GptqTensors> layers;
+      for (const PackCase& one : experts) {
+        tensors.push_back(std::make_unique<Tensors>(one, source));
+        layers.push_back(tensors.back()->layer());
+      }
+      GptqSpec spec = good.front().spec();
+      spec.n = 0;
+      test::expect_refused({words}, [&] { (void)load(uploader, layers, spec); });
+    };
+    refused(infinite, "experts.9.scales: element [0, 77] is inf, expected a finite number");
+    refused(narrow, "experts[10] experts.10: n = 80, expected 90 as in experts[0]");
     ASSERT_TRUE(same(bytes_of(load(uploader, cases()[1], source)), expected(1)));
   }
 }

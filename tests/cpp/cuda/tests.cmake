@@ -2,10 +2,11 @@
 
 # The library's own loading, over a runtime of the tests'. Its objects come from source: nothing may bring the real
 # runtime in.
-set(sources completion.cpp copy_ring.cpp device_buffer.cpp raw_pieces.cpp upload.cpp arch/sm80/load.cpp
+set(sources completion.cpp copy_ring.cpp device_buffer.cpp layers_to_load.cpp raw_pieces.cpp upload.cpp arch/sm80/load.cpp
   arch/sm80/pack_plan.cpp)
 list(TRANSFORM sources PREPEND "${PROJECT_SOURCE_DIR}/cpp/src/cuda/")
 marlinq_test_program(cuda_load cuda ${sources} $<TARGET_OBJECTS:marlinq_core>
+  cpp/cuda/device_memory.cpp
   cpp/cuda/fake_device.cpp
   cpp/cuda/packed_layer.cpp
   cpp/cuda/test_fake_device.cpp
@@ -24,8 +25,10 @@ target_link_libraries(test_cuda_load PRIVATE marlinq_internal Threads::Threads)
 # On a device; a visible skip where there is none. What the runtime allocates is counted.
 marlinq_add_test(gpu
   cpp/cuda/counted_memory.cpp
+  cpp/cuda/device_memory.cpp
   cpp/cuda/packed_layer.cpp
   cpp/cuda/test_backend_load.cpp
+  cpp/cuda/test_fetch.cpp
   cpp/cuda/test_load.cpp
   cpp/cuda/test_moe_kernels.cpp)
 target_include_directories(test_gpu PRIVATE ${CUDAToolkit_INCLUDE_DIRS})

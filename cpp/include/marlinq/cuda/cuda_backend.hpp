@@ -104,8 +104,6 @@ struct MARLINQ_API CudaBackend : QuantMarlinDefaults<CudaBackend> {
   static Context open(Device device, const ContextOptions& options);
 
   // The primitives of PackedGemm, for the code in the core.
-  static std::shared_ptr<const Packed> pack(Context& context, std::span<const GptqWeights> experts,
-                                            const LoadOptions& options);
   static Description describe(const Packed& packed);
   static Description describe(const Packed& packed, std::int64_t expert);
   static void gemm(Context& context, const Packed& packed, std::int64_t expert,

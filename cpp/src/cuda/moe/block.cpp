@@ -1,6 +1,6 @@
 // Tokens are sorted by expert, then gate_up with the activation in its last step, down, and the sum over
-// the experts of a token: four launches. What stands between them lies in the order of the sorted tokens,
-// so that down reads its rows one after the other.
+// the experts of a token: four launches, or three where the products sort few tokens by themselves. What
+// stands between them lies in the order of the sorted tokens, so that down reads its rows one after the other.
 #include "cuda/moe/block.hpp"
 
 #include <algorithm>
@@ -135,11 +135,13 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
           tokens_(input.x.rows),
           ids_(tokens_ * input.topk_ids.cols),
           tile_rows_(choose_tile_rows()),
-          most_tiles_(most_expert_tiles(ids_, block.num_experts(), tile_rows_)) {}
+          most_tiles_(most_expert_tiles(ids_, block.num_experts(), tile_rows_)) {
+      lists_ = !products_sort();
+    }
 
     void run() {
       place();
-      sort();
+      if (lists_) sort();
       run_layers(block_.experts(), routed(), between_,
                  FloatOutput{at(down_), FloatType::kF32, block_.hidden_size()});
       if (block_.parts_.shared) {
@@ -149,14 +151,23 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
     }
 
    private:
-    // A tile multiplies as many of its token tiles as have rows, so that large ones cost little where
-    // experts have few rows, and save much where a few experts have most of them.
+    // Tiles of 8 rows have a kernel that comes nearest to the rate of memory. Larger ones multiply as many
+    // of their token tiles as have rows, so that they cost little where experts have few, and save much
+    // where a few experts have most of them.
     std::int32_t choose_tile_rows() const {
       const std::int64_t experts = block_.num_experts();
-      if (tokens_ <= 8 || (tokens_ <= 16 && ids_ < 7 * experts)) return 8;
+      if (tokens_ <= 8 || ids_ <= 6 * experts) return 8;
       if (tokens_ <= 16) return 16;
       // The kernel of 64 rows has half of the warps: it pays where most experts fill a tile.
       return ids_ < 48 * experts ? 32 : 64;
+    }
+
+    // A launch less, where that is worth more than what each block of the products then does.
+    bool products_sort() const {
+      const TwoLayers layers = block_.experts();
+      return tile_rows_ == 8 && layers.fused() &&
+             sorts_ids(state_, *layers.gate_up, first_layer(layers, routed(), {}), ids_) &&
+             sorts_ids(state_, *layers.down, second_layer(layers, routed(), {}, {}), ids_);
     }
 
     // The products' own gather comes first, since they place it there.
@@ -165,11 +176,13 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
           std::max(gather_need_of(block_.experts(), routed()),
                    block_.parts_.shared ? gather_need_of(block_.shared(), all_tokens()) : 0);
       ScratchLayout layout(gather * 2);
-      ids_place_ = layout.add(ids_ * 4);
-      experts_place_ = layout.add(most_tiles_ * 4);
-      first_place_ = layout.add(most_tiles_ * 4);
-      rows_place_ = layout.add(most_tiles_ * 4);
-      count_place_ = layout.add(4);
+      if (lists_) {
+        ids_place_ = layout.add(ids_ * 4);
+        experts_place_ = layout.add(most_tiles_ * 4);
+        first_place_ = layout.add(most_tiles_ * 4);
+        rows_place_ = layout.add(most_tiles_ * 4);
+        count_place_ = layout.add(4);
+      }
       between_ = place_between(layout, block_.experts(), ids_);
       down_ = layout.add(ids_ * block_.hidden_size() * 4);
       if (block_.parts_.shared) {
@@ -208,19 +221,27 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
       return {
           .x = float_matrix(input_.x),
           .x_rows = tokens_,
-          .tiles = {.experts = ints(experts_place_),
-                    .ids = ints(ids_place_),
-                    .first = ints(first_place_),
-                    .rows = ints(rows_place_),
-                    .used = ints(count_place_),
-                    .tile_rows = tile_rows_,
-                    .most_tiles = static_cast<std::int32_t>(most_tiles_),
-                    .most_slots = ids_,
-                    .num_ids = static_cast<std::int32_t>(ids_)},
+          .tiles = token_tiles(),
           .top_k = static_cast<std::int32_t>(input_.topk_ids.cols),
           .weights = weighs_input() ? static_cast<const float*>(input_.topk_weights.data) : nullptr,
           .weights_stride = input_.topk_weights.row_stride,
           .weights_bias = false};
+    }
+    TokenTileLists token_tiles() const {
+      TokenTileLists tiles{.tile_rows = tile_rows_,
+                           .most_tiles = static_cast<std::int32_t>(most_tiles_),
+                           .most_slots = ids_,
+                           .num_ids = static_cast<std::int32_t>(ids_)};
+      if (lists_) {
+        tiles.experts = ints(experts_place_);
+        tiles.ids = ints(ids_place_);
+        tiles.first = ints(first_place_);
+        tiles.rows = ints(rows_place_);
+        tiles.used = ints(count_place_);
+      } else {
+        tiles.topk = topk_ids_of(input_.topk_ids);
+      }
+      return tiles;
     }
     bool weighs_input() const noexcept {
       return block_.parts_.router_weight == RouterWeight::kOnInput;
@@ -307,6 +328,7 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
     std::int64_t ids_;
     std::int32_t tile_rows_;
     std::int64_t most_tiles_;
+    bool lists_ = true;  // tokens are sorted by a kernel of their own
     ExpertRows token_rows_{.rows = static_cast<std::int32_t>(tokens_)};
     unsigned char* scratch_ = nullptr;
     std::int64_t ids_place_ = 0, experts_place_ = 0, first_place_ = 0, rows_place_ = 0,

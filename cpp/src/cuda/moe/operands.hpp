@@ -22,16 +22,6 @@ struct FloatOutput {
   std::int64_t row_stride = 0;  // elements
 };
 
-/// The experts of each token, [tokens, top_k] on the device. Any id outside of the experts at hand
-/// counts as -1: no expert.
-struct TopkIds {
-  const void* data = nullptr;
-  bool wide = false;            // int64, else int32
-  std::int64_t row_stride = 0;  // elements
-  std::int32_t tokens = 0;
-  std::int32_t top_k = 1;  // tokens * top_k is at most 2^30
-};
-
 inline FloatType float_type_of(DType dtype) noexcept {
   return dtype == DType::kFloat16    ? FloatType::kF16
          : dtype == DType::kBFloat16 ? FloatType::kBF16

@@ -42,17 +42,6 @@ __device__ __forceinline__ void keep_in_place(float (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
-#define MARLINQ_WGMMA_16(TYPE)                                                              \
-  asm volatile(                                                                             \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"                                          \
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPE "." TYPE                           \
-      " {"                                                                                  \
-      "%0, %1, %2, %3, %4, %5, %6, %7"                                                      \
-      "}, {%8, %9, %10, %11}, %12, p, 1, 1, 0;\n}"                                          \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), \
-        "+f"(d[7])                                                                          \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds)))
-
 #define MARLINQ_WGMMA_32(TYPE)                                                                  \
   asm volatile(                                                                                 \
       "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"                                              \
@@ -107,15 +96,8 @@ __device__ __forceinline__ void keep_in_place(float (&registers)[kCount]) {
 template <class T, int kCount>
 __device__ __forceinline__ void wgmma_k16(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b,
                                           bool adds) {
-  static_assert(kCount == 8 || kCount == 16 || kCount == 32 || kCount == 64);
+  static_assert(kCount == 16 || kCount == 32 || kCount == 64);
   constexpr bool kHalf = std::is_same_v<T, __half>;
-  if constexpr (kCount == 8) {
-    if constexpr (kHalf) {
-      MARLINQ_WGMMA_16("f16");
-    } else {
-      MARLINQ_WGMMA_16("bf16");
-    }
-  }
   if constexpr (kCount == 16) {
     if constexpr (kHalf) {
       MARLINQ_WGMMA_32("f16");
@@ -139,7 +121,6 @@ __device__ __forceinline__ void wgmma_k16(float (&d)[kCount], const uint32_t (&a
   }
 }
 
-#undef MARLINQ_WGMMA_16
 #undef MARLINQ_WGMMA_32
 #undef MARLINQ_WGMMA_64
 #undef MARLINQ_WGMMA_128

@@ -11,6 +11,7 @@
 
 #include "core/integers.hpp"
 #include "cuda/arch/sm80/expert_kernel.cuh"
+#include "cuda/arch/sm80/expert_strip_kernel.cuh"
 #include "cuda/arch/sm80/experts.hpp"
 #include "cuda/arch/sm80/plan.hpp"
 #include "cuda/launch.hpp"
@@ -18,15 +19,25 @@
 
 namespace marlinq::cuda::sm80 {
 
+inline SlotPlaces slot_places(const ExpertProblem& problem) {
+  return {.top_k = Divider(problem.top_k),
+          .weights_stride = problem.weights_stride,
+          .x_by_slot = problem.x_by_slot,
+          .y_by_slot = problem.y_by_slot};
+}
+
 inline ListedTiles listed_tiles(const ExpertProblem& problem, std::int32_t tokens) {
   const TokenTileLists& tiles = problem.tiles;
   return {.lists = tiles,
           .tile_rows = Divider(tiles.tile_rows),
           .pieces = Divider(static_cast<std::int32_t>(ceil_div(tiles.tile_rows, tokens))),
-          .top_k = Divider(problem.top_k),
-          .weights_stride = problem.weights_stride,
-          .x_by_slot = problem.x_by_slot,
-          .y_by_slot = problem.y_by_slot};
+          .slots = slot_places(problem)};
+}
+
+inline SortedTiles sorted_tiles(const ExpertProblem& problem) {
+  return {.topk = problem.tiles.topk,
+          .num_experts = problem.num_experts,
+          .slots = slot_places(problem)};
 }
 
 inline DispatchedTiles dispatched_tiles(const ExpertProblem& problem, std::int32_t tokens) {
@@ -42,19 +53,19 @@ inline DispatchedTiles dispatched_tiles(const ExpertProblem& problem, std::int32
   return result;
 }
 
-template <class S, class Rows>
+template <class S, class Rows, void (*kKernel)(ExpertParams<Rows>)>
 void launch_expert_kernel(const ExpertProblem& problem, const ExpertPlan& plan,
                           const DeviceLimits& limits, const SplitScratch& scratch,
                           const ExpertCost& cost, const Rows& rows, cudaStream_t stream) {
   static std::atomic<std::uint64_t> devices_done{0};
-  allow_shared_memory(expert_gemm<S, Rows>, devices_done);
+  allow_shared_memory(kKernel, devices_done);
   const GemmProblem& matrix = problem.matrix;
   const WeightView& w = matrix.weight;
   const bool pairs = matrix.y_type == matrix.x_type && w.n % 2 == 0 &&
                      reinterpret_cast<std::uintptr_t>(matrix.y) % 4 == 0 &&
                      matrix.y_stride % 2 == 0;
-  launch_kernel(expert_gemm<S, Rows>, dim3(static_cast<unsigned>(plan.blocks)), S::kThreads,
-                plan.shared_bytes, plan.dependent_launch, stream,
+  launch_kernel(kKernel, dim3(static_cast<unsigned>(plan.blocks)), S::kThreads, plan.shared_bytes,
+                plan.dependent_launch, stream,
                 ExpertParams<Rows>{.problem = matrix,
                                    .scratch = scratch,
                                    .rows = rows,
@@ -77,43 +88,70 @@ void launch_expert_kernel(const ExpertProblem& problem, const ExpertPlan& plan,
                                    .pairs = pairs});
 }
 
-/// A kernel of the shape TileShape<T, kBits, kFeatureWarps, kRowWarps, kTokenTiles, kPromotes>.
-template <class T, int kBits, int kFeatureWarps, int kRowWarps, int kTokenTiles, bool kPromotes>
+template <class S>
+constexpr ExpertInstance instance_of(std::size_t table_bytes,
+                                     decltype(ExpertInstance::launch) launch) {
+  return {.tokens = S::kTokens,
+          .features = S::kFeatures,
+          .row_warps = S::kRowWarps,
+          .blocks_together = S::kBlocksTogether,
+          .slice_bytes = S::kSliceBytes,
+          .stages = S::kStages,
+          .table_bytes = static_cast<std::int32_t>(table_bytes),
+          .promotes = S::kPromotes,
+          .launch = launch};
+}
+
+/// The kernel for tiles of a few rows.
+template <class T, int kBits>
+constexpr ExpertInstance expert_strip_instance() {
+  using S = ExpertStripShape<T, kBits, 8, kBits == 4 ? 3 : 2>;
+  return instance_of<S>(
+      sizeof(StripTables<S>),
+      [](const ExpertProblem& problem, const ExpertPlan& plan, const DeviceLimits& limits,
+         const SplitScratch& scratch, cudaStream_t stream) {
+        if (problem.tiles.topk.data != nullptr) {
+          launch_expert_kernel<S, SortedTiles, expert_strips<S, SortedTiles>>(
+              problem, plan, limits, scratch, {}, sorted_tiles(problem), stream);
+        } else if (problem.dispatches.empty()) {
+          launch_expert_kernel<S, ListedTiles, expert_strips<S, ListedTiles>>(
+              problem, plan, limits, scratch, {}, listed_tiles(problem, S::kTokens), stream);
+        } else {
+          launch_expert_kernel<S, DispatchedTiles, expert_strips<S, DispatchedTiles>>(
+              problem, plan, limits, scratch, {}, dispatched_tiles(problem, S::kTokens), stream);
+        }
+      });
+}
+
+/// A kernel of the shape TileShape<T, kBits, 4, 1, kTokenTiles, kPromotes>.
+template <class T, int kBits, int kTokenTiles, bool kPromotes>
 constexpr ExpertInstance expert_instance() {
-  using S = TileShape<T, kBits, kFeatureWarps, kRowWarps, kTokenTiles, kPromotes>;
-  return {
-      .tokens = S::kTokens,
-      .features = S::kFeatures,
-      .row_warps = S::kRowWarps,
-      .blocks_together = S::kBlocksTogether,
-      .slice_bytes = S::kSliceBytes,
-      .stages = S::kStages,
-      .table_bytes = sizeof(SegmentTables<S>),
-      .promotes = kPromotes,
-      .launch = [](const ExpertProblem& problem, const ExpertPlan& plan, const DeviceLimits& limits,
-                   const SplitScratch& scratch, cudaStream_t stream) {
+  using S = TileShape<T, kBits, 4, 1, kTokenTiles, kPromotes>;
+  return instance_of<S>(
+      sizeof(SegmentTables<S>),
+      [](const ExpertProblem& problem, const ExpertPlan& plan, const DeviceLimits& limits,
+         const SplitScratch& scratch, cudaStream_t stream) {
         // Estimates: the time that the codes of a chunk take at 4 TB/s, or what it takes alone.
         constexpr ExpertCost kCost =
-            kRowWarps > 1      ? ExpertCost{{0.06F, 0.09F, 0.09F, 0.09F}, 1.5F, 0.3F, 6.0F}
-            : kTokenTiles <= 2 ? ExpertCost{{0.35F, 0.5F, 0.75F, 1.0F}, 1.5F, 0.5F, 2.0F}
+            kTokenTiles <= 2   ? ExpertCost{{0.35F, 0.5F, 0.75F, 1.0F}, 1.5F, 0.5F, 2.0F}
             : kTokenTiles <= 4 ? ExpertCost{{0.6F, 1.05F, 1.34F, 1.34F}, 1.8F, 0.4F, 6.0F}
                                : ExpertCost{{0.91F, 1.46F, 1.46F, 1.46F}, 2.7F, 0.54F, 6.0F};
         if (problem.dispatches.empty()) {
-          launch_expert_kernel<S>(problem, plan, limits, scratch, kCost,
-                                  listed_tiles(problem, S::kTokens), stream);
+          launch_expert_kernel<S, ListedTiles, expert_gemm<S, ListedTiles>>(
+              problem, plan, limits, scratch, kCost, listed_tiles(problem, S::kTokens), stream);
         } else {
-          launch_expert_kernel<S>(problem, plan, limits, scratch, kCost,
-                                  dispatched_tiles(problem, S::kTokens), stream);
+          launch_expert_kernel<S, DispatchedTiles, expert_gemm<S, DispatchedTiles>>(
+              problem, plan, limits, scratch, kCost, dispatched_tiles(problem, S::kTokens), stream);
         }
-      }};
+      });
 }
 
 template <class T, int kBits>
 constexpr std::array<ExpertInstance, kExpertInstanceCount> expert_instance_list() {
-  // feature warps, row warps, token tiles of a warp, promotes
-  return {expert_instance<T, kBits, 1, 8, 1, true>(), expert_instance<T, kBits, 4, 1, 1, true>(),
-          expert_instance<T, kBits, 4, 1, 2, false>(), expert_instance<T, kBits, 4, 1, 4, false>(),
-          expert_instance<T, kBits, 4, 1, 8, false>()};
+  // token tiles of a warp, promotes
+  return {expert_strip_instance<T, kBits>(), expert_instance<T, kBits, 1, true>(),
+          expert_instance<T, kBits, 2, false>(), expert_instance<T, kBits, 4, false>(),
+          expert_instance<T, kBits, 8, false>()};
 }
 
 }  // namespace marlinq::cuda::sm80

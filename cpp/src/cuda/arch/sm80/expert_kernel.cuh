@@ -17,113 +17,16 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/arch/sm80/expert_fill.cuh"
+#include "cuda/arch/sm80/expert_output.cuh"
+#include "cuda/arch/sm80/expert_tiles.cuh"
 #include "cuda/arch/sm80/experts.hpp"
-#include "cuda/arch/sm80/output.cuh"
 #include "cuda/arch/sm80/tile_loop.cuh"
-#include "cuda/moe/activation.cuh"
 #include "cuda/problem.hpp"
 #include "cuda/ptx/copy.cuh"
 #include "cuda/ptx/launch.cuh"
-#include "cuda/ptx/mma.cuh"
-#include "cuda/ptx/store.cuh"
 
 namespace marlinq::cuda::sm80 {
-
-/// What a tile takes, in microseconds on an H200; a block compares these.
-struct ExpertCost {
-  static constexpr int kTogether = 4;
-  float step[kTogether];  // a chunk, with so many blocks on a multiprocessor
-  float cut;              // handing over the parts of a tile, ...
-  float part;             // ... for each part, ...
-  float uneven;           // ... and where runs cross from a tile into the next
-};
-
-/// Where the rows of an id are. `x` negative: there is no such row.
-struct RowPlace {
-  int x = -1;
-  int y = -1;
-  int64_t weight = 0;  // place among the weights
-};
-
-/// Token tiles from lists on the device.
-struct ListedTiles {
-  TokenTileLists lists;
-  Divider tile_rows;
-  Divider pieces;  // tiles of the kernel that one of the lists is cut into
-  Divider top_k;
-  int64_t weights_stride;
-  bool x_by_slot;
-  bool y_by_slot;
-
-  /// Brings what a block is likely to read first nearer, all at once: it looks up one after the other.
-  __device__ __forceinline__ void prefetch(int block, const Divider& feature_tiles) const {
-    const int thread = threadIdx.x;
-    const int likely = pieces.divide(feature_tiles.divide(block)) + thread - 64;
-    const int tile = thread < 64 ? thread : likely;
-    if (tile < 0 || tile >= lists.most_tiles) return;
-    ptx::prefetch(lists.experts + tile);
-    if (lists.first != nullptr) ptx::prefetch(lists.first + tile);
-    if (lists.rows != nullptr) ptx::prefetch(lists.rows + tile);
-    ptx::prefetch(lists.ids + min(int64_t{tile} * tile_rows.divisor, lists.most_slots - 1));
-  }
-
-  __device__ __forceinline__ int count() const {
-    const int used = max(*lists.used, 0);
-    const int tiles = lists.first != nullptr ? used : tile_rows.divide(used);
-    return min(tiles, lists.most_tiles) * pieces.divisor;
-  }
-  __device__ __forceinline__ int expert(int tile) const {
-    return lists.experts[pieces.divide(tile)];
-  }
-  /// Row `at` of a tile of `tokens` rows.
-  __device__ __forceinline__ RowPlace row(int tile, int at, int tokens) const {
-    const int listed = pieces.divide(tile);
-    const int within = (tile - listed * pieces.divisor) * tokens + at;
-    if (within >= (lists.rows != nullptr ? lists.rows[listed] : tile_rows.divisor)) return {};
-    const int slot =
-        (lists.first != nullptr ? lists.first[listed] : listed * tile_rows.divisor) + within;
-    const int id = lists.ids[slot];
-    if (id < 0 || id >= lists.num_ids) return {};
-    const int token = top_k.divide(id);
-    return {.x = x_by_slot ? slot : token,
-            .y = y_by_slot ? slot : id,
-            .weight = token * weights_stride + (id - token * top_k.divisor)};
-  }
-};
-
-/// Token tiles of consecutive rows, in the parameters of the kernel.
-struct DispatchedTiles {
-  int num_dispatches;
-  int tiles;
-  bool x_by_slot;  // rows of x come in the order of the tiles, whole tiles each
-  ExpertRows rows[kMostDispatches];
-  int first_tile[kMostDispatches];
-
-  __device__ __forceinline__ void prefetch(int /*block*/, const Divider& /*feature_tiles*/) const {}
-  __device__ __forceinline__ int count() const { return tiles; }
-  __device__ __forceinline__ int expert(int tile) const { return rows[find(tile)].expert; }
-  __device__ __forceinline__ RowPlace row(int tile, int at, int tokens) const {
-    const int dispatch = find(tile);
-    const int within = (tile - first_tile[dispatch]) * tokens + at;
-    if (within >= rows[dispatch].rows) return {};
-    return {.x = x_by_slot ? tile * tokens + at : rows[dispatch].input_row + within,
-            .y = rows[dispatch].output_row + within};
-  }
-
- private:
-  __device__ __forceinline__ int find(int tile) const {
-    int low = 0, high = num_dispatches;  // first_tile[low] <= tile < first_tile[high]
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      if (first_tile[middle] <= tile) {
-        low = middle;
-      } else {
-        high = middle;
-      }
-    }
-    return low;
-  }
-};
 
 /// The same in shared memory: lists whole, and where those in the kernel's parameters are.
 template <class Rows>
@@ -143,29 +46,6 @@ class NearRows<DispatchedTiles> {
 
  private:
   const DispatchedTiles* rows_;
-};
-
-template <class Rows>
-struct ExpertParams {
-  GemmProblem problem;  // of expert 0
-  SplitScratch scratch;
-  Rows rows;
-  int64_t expert_bytes;
-  int num_experts;
-  Divider chunks;
-  Divider feature_tiles;
-  Divider blocks;
-  ExpertCost cost;
-  int multiprocessors;
-  int slice_bytes;
-  const float* weights;
-  bool weights_bias;
-  bool activates;
-  Activation activation;
-  bool may_cut;
-  int share;     // as ExpertPlan's
-  bool settled;  // the rows of the tiles are known before the kernel before has ended
-  bool pairs;    // outputs are of type T, and may be stored two at a time
 };
 
 /// The rows of a tile and where its weights are, in shared memory: for the segment that is multiplied,
@@ -330,30 +210,6 @@ __device__ __forceinline__ void describe_walk(SegmentWalk<S, Rows>& walk, Segmen
   walk.activates = params.activates;
 }
 
-/// An expert that is not here: its rows become 0.
-template <class S, class Rows>
-__device__ __noinline__ void store_zeros(const SegmentWalk<S, Rows>& walk, const TilePosition& at) {
-  const GemmProblem& p = walk.params->problem;
-  const int outputs = walk.activates ? walk.features / 2 : walk.features;
-  const int width = walk.activates ? S::kFeatures / 2 : S::kFeatures;
-  const int first = at.feature_tile * width;
-  const int last = min(first + width, outputs);
-#pragma unroll 1
-  for (int i = 0; i < S::kTokens; ++i) {
-    const RowPlace place = walk.rows.get().row(at.token_tile, i, S::kTokens);
-    if (place.x < 0) continue;
-#pragma unroll 1
-    for (int f = first + static_cast<int>(threadIdx.x); f < last; f += S::kThreads) {
-      const int64_t y = place.y * p.y_stride + f;
-      if (p.y_type == FloatType::kF32) {
-        static_cast<float*>(p.y)[y] = 0.0f;
-      } else {
-        static_cast<uint16_t*>(p.y)[y] = 0;
-      }
-    }
-  }
-}
-
 /// Writes the rows of a tile and its weights' places into a table; by all threads, before a barrier.
 template <class S, class Rows>
 __device__ __forceinline__ void write_table(const SegmentWalk<S, Rows>& walk, int table,
@@ -361,38 +217,32 @@ __device__ __forceinline__ void write_table(const SegmentWalk<S, Rows>& walk, in
   SegmentTables<S>& tables = *walk.tables;
   const int thread = threadIdx.x;
   if (thread < S::kFeatureWarps) {
-    // The first of the two strips that a warp has of the lower or the upper half of its features. Past
-    // the last there is nothing to store; the last pair is read again.
-    constexpr int kStrips = Layout::kBlockStrips;
-    const int warp = at.feature_tile * S::kFeatureWarps + thread;
-    const int strips =
-        (walk.features + Layout::kBlockFeatures - 1) / Layout::kBlockFeatures * kStrips;
-    const int half = walk.features / (2 * Layout::kStripFeatures);
-    const int lower =
-        walk.activates ? min(warp * 2, half - 2) : min(warp * kStrips, strips - kStrips);
-    const int upper = walk.activates ? lower + half : lower + 2;
-    const auto codes_of = [&](int strip) {
-      return ((strip / kStrips * walk.chunks + at.begin) * kStrips + strip % kStrips) *
-             (S::kStripBytes / 16);
-    };
+    const WarpStrips strips(at.feature_tile * S::kFeatureWarps + thread, walk.features,
+                            walk.activates);
+    const auto codes_of = [&](int strip) { return strip_codes<S>(strip, walk.chunks, at.begin); };
     const auto records_of = [&](int strip) {
-      return (strip / kStrips * walk.num_groups * kStrips + strip % kStrips) * walk.record_pieces;
+      return strip_records(strip, walk.num_groups, walk.record_pieces);
     };
     const auto base = static_cast<uint32_t>(expert * (walk.expert_bytes / 16));
-    tables.codes[table][thread] = base + codes_of(lower);
-    tables.records[table][thread] = base + records_of(lower);
+    tables.codes[table][thread] = base + codes_of(strips.lower);
+    tables.records[table][thread] = base + records_of(strips.lower);
     if (thread == 0) {
       tables.at[table] = at;
       tables.expert[table] = expert;
     }
+    constexpr int kHalf = Layout::kBlockStrips / 2;
     tables.upper_codes[table][thread] =
-        codes_of(upper) - codes_of(lower) - kStrips / 2 * (S::kStripBytes / 16);
+        codes_of(strips.upper) - codes_of(strips.lower) - kHalf * (S::kStripBytes / 16);
     tables.upper_records[table][thread] =
-        records_of(upper) - records_of(lower) - kStrips / 2 * walk.record_pieces;
+        records_of(strips.upper) - records_of(strips.lower) - kHalf * walk.record_pieces;
   }
   if (thread >= SegmentTables<S>::kMasks * 32) return;
   RowPlace place;
-  if (thread < S::kTokens) place = walk.rows.get().row(at.token_tile, thread, S::kTokens);
+  if (thread < S::kTokens) {
+    const Rows& rows = walk.rows.get();
+    const auto entries = rows.entries();
+    place = rows.row(entries, rows.tile(entries, at.token_tile, S::kTokens), thread);
+  }
   const uint32_t present = __ballot_sync(0xffffffffu, place.x >= 0);
   if (thread % 32 == 0) tables.present[table][thread / 32] = present;
   if (thread >= S::kTokens) return;
@@ -401,6 +251,17 @@ __device__ __forceinline__ void write_table(const SegmentWalk<S, Rows>& walk, in
   tables.y[table][thread] = place.y;
   tables.weight[table][thread] =
       walk.weights != nullptr && place.x >= 0 ? walk.weights[place.weight] : 1.0f;
+}
+
+/// A segment whose expert is not here. Called with little, for the sake of the loop's registers.
+template <class S, class Rows>
+__device__ __noinline__ void store_zeros(const SegmentWalk<S, Rows>& walk, int segment) {
+  const TilePosition at = walk.position(segment);
+  if (at.end != walk.chunks) return;
+  const Rows& rows = walk.rows.get();
+  const auto entries = rows.entries();
+  store_zero_rows(*walk.params, entries, rows.tile(entries, at.token_tile, S::kTokens), S::kTokens,
+                  at.feature_tile * S::kFeatureWarps, S::kFeatureWarps, threadIdx.x, S::kThreads);
 }
 
 /// Finds the next segment with an expert, from `segment` on, and writes its table. Returns its number, or
@@ -416,7 +277,7 @@ __device__ __forceinline__ int find_segment(const SegmentWalk<S, Rows>& walk, in
       __syncthreads();
       return segment;
     }
-    if (at.end == walk.chunks) store_zeros(walk, at);
+    store_zeros(walk, segment);
   }
   return -1;
 }
@@ -429,8 +290,10 @@ __device__ __noinline__ int call_find_segment(const SegmentWalk<S, Rows>& walk, 
 }
 
 template <class S, class Rows>
-class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
+class ExpertLoop : public ExpertFill<S, Rows, ExpertLoop<S, Rows>> {
+  using Fill = ExpertFill<S, Rows, ExpertLoop<S, Rows>>;
   using Loop = TileLoop<S, ExpertLoop<S, Rows>>;
+  friend Fill;
   friend Loop;
 
  public:
@@ -438,8 +301,7 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
 
   __device__ __forceinline__ ExpertLoop(const ExpertParams<Rows>& params, unsigned char* shared,
                                         SegmentWalk<S, Rows>& walk)
-      : Loop(params.problem, params.scratch, shared, params.slice_bytes),
-        params_(params),
+      : Fill(params, shared),
         walk_(walk),
         tables_(*reinterpret_cast<SegmentTables<S>*>(shared + S::kStages * S::kRowWarps *
                                                                   params.slice_bytes)) {
@@ -451,55 +313,41 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
   }
 
   __device__ __forceinline__ void run() {
-    prime<true>(0);
+    this->prime();
     values_.set_middle(w_);
     uint32_t stage = ring_;
     for (int segment = 0; segment < found_; ++segment) {
       next_table(table_);
-      set_groups(chunk_groups_, tables_.expert[table_]);
       clear();
       token_tiles_ = active_tiles();
       const TilePosition& at = tables_.at[table_];
       stage = multiply(stage, this->first_chunk(at), this->chunks_of(at));
-      if constexpr (S::kRowWarps == 1) {
-        finish();
-      } else {
-        finish_row_warps();
-        __syncthreads();  // the sums are read
-        prime<false>(fill_segment_ + 1);
-        stage = ring_;
-      }
+      finish();
     }
   }
 
  private:
-  using Loop::add_bias, Loop::clear, Loop::count_fill, Loop::fill_weights, Loop::finish_sums,
-      Loop::group_bytes, Loop::own, Loop::piece_at, Loop::prepare_fill, Loop::step_fill,
-      Loop::step_fill_back, Loop::unit_token;
-  using Loop::feature_warp_, Loop::fill_chunk_, Loop::fill_codes_, Loop::fill_group_,
-      Loop::fill_left_, Loop::fill_records_, Loop::fill_segment_, Loop::fill_slot_, Loop::fill_x_,
-      Loop::fill_x_on_, Loop::fill_x_place_, Loop::lane_, Loop::last_fill_, Loop::p_, Loop::ring_,
-      Loop::stage_bytes_, Loop::sum_, Loop::values_, Loop::w_;
-  static_assert(S::kRowWarps == 1 || (S::kFeatureWarps == 1 && S::kTokenTiles == 1));
+  using Fill::params_;
+  using Loop::clear, Loop::finish_sums, Loop::group_bytes, Loop::piece_at, Loop::unit_token;
+  using Loop::feature_warp_, Loop::fill_chunk_, Loop::fill_codes_, Loop::fill_left_,
+      Loop::fill_records_, Loop::fill_segment_, Loop::fill_x_, Loop::fill_x_on_,
+      Loop::fill_x_place_, Loop::lane_, Loop::p_, Loop::ring_, Loop::sum_, Loop::values_, Loop::w_;
+  static_assert(S::kRowWarps == 1);
 
   __device__ __forceinline__ static void next_table(int& table) {
     table = table + 1 == SegmentTables<S>::kCount ? 0 : table + 1;
   }
-  __device__ __forceinline__ void set_groups(const int32_t*& groups, int expert) const {
-    groups = w_.chunk_groups + expert * (params_.expert_bytes / 4);
-  }
   __device__ __forceinline__ ChunkGroups groups_to_fill(int chunk) const {
-    return load_groups(fill_chunk_groups_, chunk);
+    return expert_chunk_groups(params_, tables_.expert[fill_table_], chunk);
   }
   __device__ __forceinline__ ChunkGroups groups_of(int chunk) const {
-    return load_groups(chunk_groups_, chunk);
-  }
-  __device__ __forceinline__ ChunkGroups load_groups(const int32_t* groups, int chunk) const {
-    return {w_.chunk_shift >= 0 ? (chunk >> w_.chunk_shift) << 4 : __ldg(groups + chunk)};
+    return expert_chunk_groups(params_, tables_.expert[table_], chunk);
   }
 
   // --- filling the ring ---
 
+  __device__ __forceinline__ void find_weights() { start_fill(0); }
+  __device__ __forceinline__ void find_rows() const {}
   __device__ __forceinline__ void start_fill(int segment) {
     fill_left_ = 0;
     int table = fill_table_;
@@ -515,7 +363,6 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
     const TilePosition& at = tables_.at[table];
     fill_left_ = this->chunks_of(at);
     fill_chunk_ = this->first_chunk(at);
-    set_groups(fill_chunk_groups_, tables_.expert[table]);
     fill_codes_ = tables_.codes[table][feature_warp_] + lane_ +
                   (fill_chunk_ - at.begin) * (S::kBlockBytes / 16);
     upper_codes_ = tables_.upper_codes[table][feature_warp_];
@@ -526,40 +373,6 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
   }
 
   __device__ __forceinline__ uint32_t upper_codes() const { return upper_codes_; }
-
-  // The first stages: weights, which where the rows are settled do not depend on the kernel before, and
-  // after the wait for it the rows of x.
-  template <bool kFirst>
-  __device__ __forceinline__ void prime(int segment) {
-    constexpr int kAhead = S::kStages - 1;
-    start_fill(segment);
-    last_fill_ = S::kStreams || fill_segment_ < 0 || !walk_.has_segment(fill_segment_ + 1);
-    const int early = min(fill_left_, kAhead);
-    fill_slot_ = ring_;
-#pragma unroll 1
-    for (int stage = 0; stage < early; ++stage) {
-      fill_group_ = groups_to_fill(fill_chunk_).first();
-      fill_weights(fill_slot_, true);
-      step_fill();
-      fill_slot_ += stage_bytes_;
-    }
-    step_fill_back(early);
-    fill_left_ -= early;
-    if (kFirst && params_.settled) ptx::wait_for_predecessor();
-    fill_slot_ = ring_;
-#pragma unroll 1
-    for (int stage = 0; stage < kAhead; ++stage) {
-      if (fill_left_ > 0) {
-        prepare_fill(fill_slot_);
-        if (stage >= early) fill_weights(fill_slot_, true);
-        fill_x(fill_slot_, true);
-        step_fill();
-        count_fill(1);
-      }
-      ptx::copy_commit();
-      fill_slot_ += stage_bytes_;
-    }
-  }
 
   __device__ __forceinline__ void fill_x(uint32_t slot, bool on) const {
     constexpr int kRowStep = S::kGroupThreads / 8;
@@ -620,237 +433,11 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
       return;
     }
     if (at.begin > 0) this->add_parts(walk_.tail.block_of(at.tail_tile * w_.chunks));
-    const float* bias = w_.bias != nullptr
-                            ? w_.bias + tables_.expert[table_] * (params_.expert_bytes / 4)
-                            : nullptr;
-    if (params_.weights != nullptr && !params_.weights_bias) weigh();
-    if (params_.activates) {
-      store_activated(at, bias);
-      return;
-    }
-    const int feature =
-        (at.feature_tile * S::kFeatureWarps + feature_warp_) * Layout::kBlockFeatures;
-    if (bias != nullptr) add_bias(bias, feature);
-    if (params_.weights != nullptr && params_.weights_bias) weigh();
-    if (params_.pairs) {
-      store_pairs<S::kStrips>(feature, w_.n);
-    } else if (p_.y_type == FloatType::kF32) {
-      store_singles<float>(feature);
-    } else if (p_.y_type == FloatType::kF16) {
-      store_singles<__half>(feature);
-    } else {
-      store_singles<__nv_bfloat16>(feature);
-    }
+    ExpertOutput<T, S::kTokenTiles, ExpertParams<Rows>>(params_, sum_, tables_.y[table_],
+                                                        tables_.weight[table_], token_tiles_)
+        .store(at.feature_tile * S::kFeatureWarps + feature_warp_, tables_.expert[table_]);
   }
 
-  // Row warps: their sums meet in shared memory, and a thread finishes single outputs, in a loop that is
-  // not unrolled.
-  __device__ __forceinline__ void finish_row_warps() {
-    this->finish_groups();
-    ptx::copy_wait<0>();
-    __syncthreads();
-    // The 4 floats between tokens put the 32 lanes of a store into 32 banks.
-    constexpr int kRow = S::kFeatures + 4;
-    constexpr int kWarpFloats = S::kTokens * kRow;
-    auto* const sums = reinterpret_cast<float*>(this->shared_);
-    float* const mine = sums + this->row_warp_ * kWarpFloats + lane_ % 4 * (2 * kRow) + lane_ / 4;
-#pragma unroll
-    for (int s = 0; s < S::kStrips; ++s) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) mine[i % 2 * kRow + s * 16 + i / 2 * 8] = sum_[s][0][i];
-    }
-    __syncthreads();
-    const TilePosition& at = tables_.at[table_];
-    float* const part = this->scratch_.partials + static_cast<int64_t>(blockIdx.x) * S::kTileFloats;
-    const bool leaves = at.end < w_.chunks;
-    int parts = 0;
-    if (!leaves && at.begin > 0) {
-      const int last = blockIdx.x - 1;
-      parts = last - walk_.tail.block_of(at.tail_tile * w_.chunks) + 1;
-      for (int i = threadIdx.x; i < parts; i += S::kThreads) {
-        ptx::take_flag(this->scratch_.flags + last - i);
-      }
-      __syncthreads();
-    }
-    const bool pairs = params_.activates && !leaves;
-    constexpr int kHalf = S::kFeatures / 2;
-    const int width = pairs ? kHalf : S::kFeatures;
-    // The row warps in their order, then the parts of other blocks, the nearest first.
-    const auto total = [&](int token, int feature) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int r = 0; r < S::kRowWarps; ++r) sum += sums[r * kWarpFloats + token * kRow + feature];
-      const float* other = part - S::kTileFloats + token * S::kFeatures + feature;
-#pragma unroll 4
-      for (int i = 0; i < parts; ++i) sum += __ldcg(other - i * S::kTileFloats);
-      return sum;
-    };
-#pragma unroll 1
-    for (int i = threadIdx.x; i < S::kTokens * width; i += S::kThreads) {
-      const int token = i / width;
-      const int feature = i % width;
-      const int row = tables_.y[table_][token];
-      if (row < 0) continue;
-      float value = total(token, feature);
-      if (leaves) {
-        __stcg(part + token * S::kFeatures + feature, value);
-        continue;
-      }
-      store_output(at.feature_tile * width + feature, row, token, value,
-                   pairs ? total(token, feature + kHalf) : 0.0f);
-    }
-    if (!leaves) return;
-    __syncthreads();
-    if (threadIdx.x == 0) ptx::raise_flag(this->scratch_.flags + blockIdx.x);
-  }
-
-  __device__ __forceinline__ void store_output(int feature, int row, int token, float value,
-                                               float up) {
-    const int outputs = params_.activates ? w_.n / 2 : w_.n;
-    if (feature >= outputs) return;
-    const float weight = tables_.weight[table_][token];
-    if (!params_.weights_bias) {
-      value *= weight;
-      up *= weight;
-    }
-    if (w_.bias != nullptr) {
-      const float* bias = w_.bias + tables_.expert[table_] * (params_.expert_bytes / 4) + feature;
-      value += bias[0];
-      if (params_.activates) up += bias[outputs];
-    }
-    if (params_.activates) value = activated_by(params_.activation, value, up);
-    if (params_.weights_bias) value *= weight;
-    const int64_t place = row * p_.y_stride + feature;
-    if (p_.y_type == FloatType::kF32) {
-      static_cast<float*>(p_.y)[place] = value;
-    } else {
-      static_cast<T*>(p_.y)[place] = round_to<T>(value);
-    }
-  }
-
-  // A lane's sums of a unit are features g and g + 8 of tokens 2t and 2t + 1.
-  __device__ __forceinline__ void weigh() {
-#pragma unroll
-    for (int t = 0; t < S::kTokenTiles; ++t) {
-      const float* weights = tables_.weight[table_] + t * 8 + lane_ % 4 * 2;
-      const float even = weights[0];
-      const float odd = weights[1];
-#pragma unroll
-      for (int s = 0; s < S::kStrips; ++s) {
-        sum_[s][t][0] *= even;
-        sum_[s][t][1] *= odd;
-        sum_[s][t][2] *= even;
-        sum_[s][t][3] *= odd;
-      }
-    }
-  }
-
-  __device__ __forceinline__ void store_activated(const TilePosition& at, const float* bias) {
-    const int outputs = w_.n / 2;
-    const int feature =
-        (at.feature_tile * S::kFeatureWarps + feature_warp_) * (Layout::kBlockFeatures / 2);
-    constexpr int kHalf = S::kStrips / 2;
-#pragma unroll
-    for (int s = 0; s < kHalf; ++s) {
-      float gate[2] = {};
-      float up[2] = {};
-      if (bias != nullptr) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int f = feature + s * Layout::kStripFeatures + i * 8 + lane_ / 4;
-          gate[i] = f < outputs ? bias[f] : 0.0f;
-          up[i] = f < outputs ? bias[outputs + f] : 0.0f;
-        }
-      }
-#pragma unroll
-      for (int t = 0; t < S::kTokenTiles; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          sum_[s][t][i] += gate[i / 2];
-          sum_[s + kHalf][t][i] += up[i / 2];
-        }
-      }
-    }
-    switch (params_.activation) {
-      case Activation::kSilu:
-        activate<Activation::kSilu>();
-        break;
-      case Activation::kGelu:
-        activate<Activation::kGelu>();
-        break;
-      case Activation::kGeluTanh:
-        activate<Activation::kGeluTanh>();
-        break;
-      case Activation::kClampedSwiglu:
-        activate<Activation::kClampedSwiglu>();
-        break;
-    }
-    store_pairs<kHalf>(feature, outputs);
-  }
-
-  template <Activation kActivation>
-  __device__ __forceinline__ void activate() {
-    constexpr int kHalf = S::kStrips / 2;
-#pragma unroll
-    for (int t = 0; t < S::kTokenTiles; ++t) {
-      if (t >= token_tiles_) break;
-#pragma unroll
-      for (int s = 0; s < kHalf; ++s) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          sum_[s][t][i] = activated<kActivation>(sum_[s][t][i], sum_[s + kHalf][t][i]);
-        }
-      }
-    }
-  }
-
-  // Two features at a time: turned so that a lane has 2t and 2t + 1 of token g, and those 8 on.
-  template <int kStrips>
-  __device__ __forceinline__ void store_pairs(int first_feature, int outputs) {
-    const int feature = first_feature + lane_ % 4 * 2;
-    const int features = outputs - feature;
-#pragma unroll
-    for (int t = 0; t < S::kTokenTiles; ++t) {
-      if (t >= token_tiles_) break;
-      const int row = tables_.y[table_][t * 8 + lane_ / 4];
-      auto* y = static_cast<uint16_t*>(p_.y) + row * p_.y_stride + feature;
-#pragma unroll
-      for (int s = 0; s < kStrips; ++s) {
-        const auto& sum = sum_[s][t];
-        const uint32_t pairs[2] = {ptx::transpose_8x8(round_pair<T>(sum[0], sum[1])),
-                                   ptx::transpose_8x8(round_pair<T>(sum[2], sum[3]))};
-        constexpr int kStrip = Layout::kStripFeatures;
-        ptx::store_if(row >= 0 && s * kStrip < features, y + s * kStrip, pairs[0]);
-        ptx::store_if(row >= 0 && s * kStrip + 8 < features, y + s * kStrip + 8, pairs[1]);
-      }
-    }
-  }
-
-  template <class Y>
-  __device__ __forceinline__ void store_singles(int first_feature) {
-    const int feature = first_feature + lane_ / 4;
-    const int features = w_.n - feature;
-#pragma unroll
-    for (int t = 0; t < S::kTokenTiles; ++t) {
-      if (t >= token_tiles_) break;
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        const int row = tables_.y[table_][t * 8 + lane_ % 4 * 2 + odd];
-        auto* y = static_cast<Y*>(p_.y) + row * p_.y_stride + feature;
-#pragma unroll
-        for (int s = 0; s < S::kStrips; ++s) {
-#pragma unroll
-          for (int upper = 0; upper < 2; ++upper) {
-            const int at = s * Layout::kStripFeatures + upper * 8;
-            ptx::store_if(row >= 0 && at < features, y + at,
-                          round_to<Y>(sum_[s][t][upper * 2 + odd]));
-          }
-        }
-      }
-    }
-  }
-
-  const ExpertParams<Rows>& params_;
   SegmentWalk<S, Rows>& walk_;
   SegmentTables<S>& tables_;
   int found_ = 0;        // segments that have been started to be filled
@@ -858,8 +445,6 @@ class ExpertLoop : public TileLoop<S, ExpertLoop<S, Rows>> {
   int fill_table_ = -1;  // of the segment that is filled
   int token_tiles_ = 0;  // that have rows, of the segment that is multiplied
   uint32_t upper_codes_ = 0;
-  const int32_t* chunk_groups_ = nullptr;
-  const int32_t* fill_chunk_groups_ = nullptr;
 };
 
 template <class S, class Rows>

@@ -28,15 +28,18 @@ std::int32_t shared_bytes(const WeightView& w, const ExpertInstance& kernel) {
   return static_cast<std::int32_t>(std::min<std::int64_t>(ring + kernel.table_bytes, INT32_MAX));
 }
 
-// The most tiles that a kernel of so many tokens can meet.
+// The most tiles that a kernel of so many tokens can meet: each of the lists' has an id.
 std::int64_t most_tiles(const ExpertProblem& problem, std::int32_t tokens) {
   if (problem.dispatches.empty()) {
-    return std::int64_t{problem.tiles.most_tiles} * ceil_div(problem.tiles.tile_rows, tokens);
+    return std::int64_t{std::min(problem.tiles.most_tiles, problem.tiles.num_ids)} *
+           ceil_div(problem.tiles.tile_rows, tokens);
   }
   std::int64_t tiles = 0;
   for (const ExpertRows& rows : problem.dispatches) tiles += ceil_div(rows.rows, tokens);
   return tiles;
 }
+
+constexpr std::size_t kStrips = 0;
 
 std::int32_t most_rows(const ExpertProblem& problem) {
   std::int32_t most = problem.tiles.tile_rows;
@@ -51,7 +54,6 @@ ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits
   const WeightView& w = problem.matrix.weight;
   const std::span<const ExpertInstance> all = expert_instances(problem.matrix.x_type, w.code_bits);
   const bool invariant = invariance == BatchInvariance::kRequired;
-  constexpr std::size_t kFewTiles = 0;
   constexpr std::size_t kAnyScales = 1;
   constexpr std::size_t kAnyBatch = 2;
   // The first that holds a whole tile of rows.
@@ -62,29 +64,42 @@ ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits
     while (chosen + 1 < all.size() && all[chosen].tokens < most_rows(problem)) ++chosen;
     while (chosen > least && shared_bytes(w, all[chosen]) > usable_shared(limits)) --chosen;
   }
-  // Beyond some rounds of the blocks it pays to go on from tile to tile without a pause. It divides K in
-  // another way, so that which of the two it is may not depend on the batch.
-  constexpr std::int64_t kFewRounds = 2;
-  if (!invariant && chosen == kAnyScales &&
-      shared_bytes(w, all[kFewTiles]) <= usable_shared(limits) &&
-      most_tiles(problem, all[kFewTiles].tokens) * ceil_div(w.n, all[kFewTiles].features) <=
-          kFewRounds * all[kFewTiles].blocks_together * limits.multiprocessors) {
-    chosen = kFewTiles;
+  // How this one divides K depends on the batch. Where blocks have long runs the other is quicker, whose
+  // warps share x.
+  constexpr std::int64_t kMostChunks = 1500;
+  const bool fits = !invariant && shared_bytes(w, all[kStrips]) <= usable_shared(limits);
+  if (problem.tiles.topk.data != nullptr ||
+      (fits && chosen == kAnyScales &&
+       most_tiles(problem, all[kStrips].tokens) * ceil_div(w.n, all[kStrips].features) * w.chunks <=
+           kMostChunks * all[kStrips].blocks_together * limits.multiprocessors)) {
+    chosen = kStrips;
   }
-  const ExpertInstance& kernel = all[chosen];
+  return plan_experts_with(chosen, problem, limits, invariance);
+}
+
+ExpertPlan plan_experts_with(std::size_t instance, const ExpertProblem& problem,
+                             const DeviceLimits& limits, BatchInvariance invariance) {
+  const WeightView& w = problem.matrix.weight;
+  const ExpertInstance& kernel = expert_instances(problem.matrix.x_type, w.code_bits)[instance];
   const std::int32_t shared = shared_bytes(w, kernel);
   const std::int32_t fit = limits.multiprocessor_shared_bytes / (shared + kReservedShared);
   const std::int32_t together = std::clamp(fit, 1, kernel.blocks_together);
   // Every chunk can have a block of its own at most.
   const std::int64_t work =
       most_tiles(problem, kernel.tokens) * ceil_div(w.n, kernel.features) * w.chunks;
-  return {.instance = static_cast<std::int32_t>(chosen),
+  return {.instance = static_cast<std::int32_t>(instance),
           .tokens = kernel.tokens,
-          .blocks = static_cast<std::int32_t>(
-              std::min<std::int64_t>(std::int64_t{together} * limits.multiprocessors, work)),
+          .blocks = static_cast<std::int32_t>(std::clamp<std::int64_t>(
+              work, 1, std::int64_t{together} * limits.multiprocessors)),
           .shared_bytes = shared,
-          .may_cut = !invariant,
+          .may_cut = invariance != BatchInvariance::kRequired,
           .dependent_launch = limits.capability >= 90};
+}
+
+std::int32_t most_sorted_ids(const ExpertProblem& problem, const DeviceLimits& limits,
+                             BatchInvariance invariance) {
+  const bool strips = plan_experts(problem, limits, invariance).instance == kStrips;
+  return strips ? kMostSortedIds : 0;
 }
 
 void launch_experts(const ExpertProblem& problem, const ExpertPlan& plan,

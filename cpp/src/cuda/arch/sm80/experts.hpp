@@ -26,12 +26,16 @@ struct ExpertInstance {
                  cudaStream_t);
 };
 
-/// The first is for few tiles: its warps share the K of each. The others come by rising tokens. Those
+/// The first is for tiles of a few rows, whose warps have streams of their own. The others come by rising tokens. Those
 /// that promote need no scales that divide; those that do not give a row the same bits in any batch.
 constexpr std::size_t kExpertInstanceCount = 5;
 
 /// What the parameters of a kernel hold, which may have 32 KB.
 constexpr int kMostDispatches = 1024;
+
+/// What the blocks of the first kernel sort by themselves. It takes the longer the more ids there are; so many
+/// save most of a launch.
+constexpr std::int32_t kMostSortedIds = 128;
 
 /// The kernels for activations of `type` and codes of `code_bits`; ExpertPlan::instance is an index.
 std::span<const ExpertInstance> expert_instances(FloatType type, std::int32_t code_bits);
@@ -39,6 +43,14 @@ std::span<const ExpertInstance> expert_instances(FloatType type, std::int32_t co
 /// As ArchKernels::plan_experts.
 ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits,
                         BatchInvariance invariance);
+
+/// The same with a kernel of the caller's choice, which holds a whole tile of rows or a part of it.
+ExpertPlan plan_experts_with(std::size_t instance, const ExpertProblem& problem,
+                             const DeviceLimits& limits, BatchInvariance invariance);
+
+/// As ArchKernels::most_sorted_ids.
+std::int32_t most_sorted_ids(const ExpertProblem& problem, const DeviceLimits& limits,
+                             BatchInvariance invariance);
 
 /// As ArchKernels::launch_experts.
 void launch_experts(const ExpertProblem& problem, const ExpertPlan& plan,

@@ -263,6 +263,7 @@ constinit const ArchKernels kKernels = {.name = "sm80",
                                         .launch = launch,
                                         .plan_experts = plan_experts,
                                         .launch_experts = launch_experts,
-                                        .most_dispatches = kMostDispatches};
+                                        .most_dispatches = kMostDispatches,
+                                        .most_sorted_ids = most_sorted_ids};
 
 }  // namespace marlinq::cuda::sm80

@@ -49,6 +49,8 @@ struct Layout {
   std::int64_t chunks = 0;
   std::int64_t groups = 0;  // that have rows
 
+  friend constexpr bool operator==(const Layout&, const Layout&) = default;
+
   constexpr std::int64_t strips() const noexcept { return ceil_div(n, kStripFeatures); }
   constexpr std::int64_t blocks() const noexcept { return ceil_div(strips(), kBlockStrips); }
   constexpr int pieces() const noexcept { return code_bits / 4; }

@@ -1,18 +1,13 @@
 // From a layer on its way to the device to its packed form there.
 #pragma once
 
-#include <span>
-
 #include "cuda/device_weight.hpp"
+#include "cuda/layers_to_load.hpp"
 #include "cuda/upload.hpp"
-#include "marlinq/gptq.hpp"
 
 namespace marlinq::cuda::sm80 {
 
 /// As ArchKernels::pack.
-DeviceWeight load(std::span<const GptqWeights> experts, LayerUpload& upload);
-inline DeviceWeight load(const GptqWeights& layer, LayerUpload& upload) {
-  return load(std::span(&layer, 1), upload);
-}
+DeviceWeight load(LayersToLoad& experts, LayerUpload& upload);
 
 }  // namespace marlinq::cuda::sm80

@@ -55,6 +55,13 @@ struct PieceToPack {
   }
   constexpr std::int64_t tiles() const noexcept { return (end_block() - first_block()) * chunks; }
 
+  /// Whether both write to some tile, each a part of its features.
+  constexpr bool shares_tiles(const PieceToPack& other) const noexcept {
+    return codes == other.codes && first_block() < other.end_block() &&
+           other.first_block() < end_block() && first_chunk < other.first_chunk + other.chunks &&
+           other.first_chunk < first_chunk + chunks;
+  }
+
   constexpr std::int64_t raw_group_of(std::int64_t group) const noexcept {
     return (raw_group == nullptr ? group : raw_group[group]) - first_raw_group;
   }

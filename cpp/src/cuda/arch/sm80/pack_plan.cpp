@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <utility>
 
 #include "core/concat.hpp"
@@ -158,7 +159,7 @@ void place_parts(LayerPlan& layer) {
     s.places.groups = reserve(s.layout.group_bytes());
     s.places.chunk_groups = reserve(static_cast<std::int64_t>(s.chunk_groups.size()) * 4);
     if (s.has_source) s.places.source = reserve(static_cast<std::int64_t>(s.source.size()) * 4);
-    if (s.places.bias == 0) s.places.bias = reserve(s.layout.n * 4);
+    if (s.places.bias >= 0) s.places.bias = reserve(s.layout.n * 4);
     s.places.end = layer.bytes;
   }
 }
@@ -176,6 +177,21 @@ std::vector<LayerPlan> plan_experts(std::span<const GptqWeights> experts) {
   for (std::size_t i = 0; i < plans.front().segments.size(); ++i) share_layout(plans, i);
   for (LayerPlan& plan : plans) place_parts(plan);
   return plans;
+}
+
+std::optional<LayerPlan> plan_like(const LayerPlan& model, const GptqWeights& weights) {
+  std::vector<bool> starts(weights.modules.size(), false);
+  for (const SegmentPlan& segment : model.segments) starts[segment.modules.front()] = true;
+  for (std::size_t i = 0; i < starts.size(); ++i) {
+    if (!starts[i] && !joins(weights, i)) return std::nullopt;
+  }
+  std::vector<LayerPlan> both = {model, cut_segments(weights, starts)};
+  for (std::size_t i = 0; i < model.segments.size(); ++i) {
+    share_layout(both, i);
+    if (both.front().segments[i] != model.segments[i]) return std::nullopt;
+  }
+  place_parts(both.back());
+  return std::move(both.back());
 }
 
 LayerPlan plan_layer(const GptqWeights& weights) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -21,6 +22,8 @@ struct SegmentPlaces {
   std::int64_t source = -1;
   std::int64_t bias = -1;
   std::int64_t end = 0;
+
+  friend bool operator==(const SegmentPlaces&, const SegmentPlaces&) = default;
 };
 
 /// Modules that share one row order and one dtype of scales, fused to one range of features.
@@ -42,6 +45,8 @@ struct SegmentPlan {
   std::int32_t chunk_shift = -1;           // as WeightView's, ...
   std::int32_t step_shift = -1;            // ... and this too
   SegmentPlaces places;
+
+  friend bool operator==(const SegmentPlan&, const SegmentPlan&) = default;
 };
 
 struct LayerPlan {
@@ -54,6 +59,9 @@ LayerPlan plan_layer(const GptqWeights& weights);
 /// The same for the experts of a stack, of one layout: each has the segments, chunks, groups and tables
 /// that the neediest has, so that all take the same bytes and have their parts at the same places.
 std::vector<LayerPlan> plan_experts(std::span<const GptqWeights> experts);
+
+/// The plan of another expert of a stack in the layout of `model`; none where it needs more than that has.
+std::optional<LayerPlan> plan_like(const LayerPlan& model, const GptqWeights& weights);
 
 /// The segment that a module is part of.
 const SegmentPlan& segment_of(const LayerPlan& plan, std::size_t module);

@@ -291,6 +291,7 @@ constinit const ArchKernels kKernels = {.name = "sm90",
                                         .launch = launch,
                                         .plan_experts = sm80::plan_experts,
                                         .launch_experts = sm80::launch_experts,
-                                        .most_dispatches = sm80::kMostDispatches};
+                                        .most_dispatches = sm80::kMostDispatches,
+                                        .most_sorted_ids = sm80::most_sorted_ids};
 
 }  // namespace marlinq::cuda::sm90

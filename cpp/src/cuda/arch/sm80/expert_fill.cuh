@@ -1,0 +1,62 @@
+// How the kernels over experts begin to fill their rings.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/arch/sm80/expert_tiles.cuh"
+#include "cuda/arch/sm80/tile_loop.cuh"
+#include "cuda/ptx/copy.cuh"
+#include "cuda/ptx/launch.cuh"
+
+namespace marlinq::cuda::sm80 {
+
+/// Self offers what TileLoop asks for, and for its first segment
+///   find_weights(): where they are
+///   find_rows(): where the rows are, if there is such a segment
+template <class S, class Rows, class Self>
+class ExpertFill : public TileLoop<S, Self> {
+  using Loop = TileLoop<S, Self>;
+
+ protected:
+  __device__ __forceinline__ ExpertFill(const ExpertParams<Rows>& params, unsigned char* shared)
+      : Loop(params.problem, params.scratch, shared, params.slice_bytes), params_(params) {}
+
+  // The first stages: weights, which where the rows are settled do not depend on the kernel before, and
+  // after the wait for it the rows of x.
+  __device__ __forceinline__ void prime() {
+    constexpr int kAhead = S::kStages - 1;
+    Self& self = static_cast<Self&>(*this);
+    this->last_fill_ = true;
+    self.find_weights();
+    const int early = min(this->fill_left_, kAhead);
+    this->fill_slot_ = this->ring_;
+#pragma unroll 1
+    for (int stage = 0; stage < early; ++stage) {
+      this->fill_group_ = self.groups_to_fill(this->fill_chunk_).first();
+      this->fill_weights(this->fill_slot_, true);
+      this->step_fill();
+      this->fill_slot_ += this->stage_bytes_;
+    }
+    this->step_fill_back(early);
+    this->fill_left_ -= early;
+    if (early > 0) self.find_rows();
+    if (params_.settled) ptx::wait_for_predecessor();
+    this->fill_slot_ = this->ring_;
+#pragma unroll 1
+    for (int stage = 0; stage < kAhead; ++stage) {
+      if (this->fill_left_ > 0) {
+        this->prepare_fill(this->fill_slot_);
+        if (stage >= early) this->fill_weights(this->fill_slot_, true);
+        self.fill_x(this->fill_slot_, true);
+        this->step_fill();
+        this->count_fill(1);
+      }
+      ptx::copy_commit();
+      this->fill_slot_ += this->stage_bytes_;
+    }
+  }
+
+  const ExpertParams<Rows>& params_;
+};
+
+}  // namespace marlinq::cuda::sm80
