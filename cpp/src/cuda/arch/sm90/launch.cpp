@@ -159,8 +159,7 @@ GemmPlan plan_strips(const GemmProblem& problem, std::int32_t token_tiles,
     }
   }
   // More that is asked for before x would only delay it.
-  const GemmPlan plan = rings_of(2, 1);
-  return fits(plan, limits) ? plan : rings_of(1, 1);
+  return rings_of(2, 1);
 }
 
 double tile_cost(const Instance& kernel, const GemmPlan& plan, std::int64_t slabs) {
@@ -226,7 +225,10 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
   best.shared_bytes = INT32_MAX;
   if (token_tiles <= 2 || (has_tiles && token_tiles < kMostTokenTiles)) {
     best = plan_strips(problem, token_tiles, limits);
-  } else if (has_tiles) {
+  } else if (!w.scales_divide) {
+    best = plan_strips(problem, 2, limits);  // a slice of x after the other
+  }
+  if (has_tiles && token_tiles > 2 && !fits(best, limits)) {
     double cost = 0;
     best = plan_tiles(problem, limits, cost);
     // In us: the start, and 4 KB of codes for each block.
@@ -238,8 +240,6 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
       const GemmPlan strips = plan_strips(problem, token_tiles, limits);
       if (fits(strips, limits)) best = strips;
     }
-  } else if (!w.scales_divide) {
-    best = plan_strips(problem, 2, limits);  // a slice of x after the other
   }
   return fits(best, limits) ? best : sm80::plan(problem, limits, invariance);
 }
