@@ -174,6 +174,9 @@ PEERS = {
     "marlinq-sm80": lambda _: [Marlinq("sm80")],
     "marlinq-sm80-asym": lambda _: [Marlinq("sm80", asymmetric=True)],
     "marlinq-sm80-act-order": lambda _: [Marlinq("sm80", act_order=True)],
+    "marlinq-sm90": lambda _: [Marlinq("sm90")],
+    "marlinq-sm90-asym": lambda _: [Marlinq("sm90", asymmetric=True)],
+    "marlinq-sm90-act-order": lambda _: [Marlinq("sm90", act_order=True)],
 }
 MOE_PEERS = {
     "marlinq": lambda _: [MarlinqExperts()],

@@ -1,0 +1,123 @@
+// Plans of the sm90 kernels: pure host code, over layers and devices of all sizes.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/integers.hpp"
+#include "cuda/arch/sm80/plan.hpp"
+#include "cuda/arch/sm90/launch.hpp"
+
+namespace marlinq::cuda {
+namespace {
+
+constexpr std::int32_t kIrregular = -1;
+
+DeviceLimits hopper(std::int32_t multiprocessors) {
+  return {.multiprocessors = multiprocessors,
+          .shared_bytes = 227 * 1024,
+          .multiprocessor_shared_bytes = 228 * 1024,
+          .capability = 90};
+}
+
+GemmProblem problem_of(std::int32_t n, std::int32_t k, std::int32_t m, std::int32_t bits,
+                       std::int32_t step_shift) {
+  WeightView w;
+  w.n = n;
+  w.k = k;
+  w.chunks = static_cast<std::int32_t>(ceil_div(k, 64));
+  w.code_bits = bits;
+  w.record_bytes = 48;
+  w.has_zeros = true;
+  w.step_shift = step_shift;
+  w.chunk_shift = std::max(step_shift - 2, -1);
+  w.num_groups =
+      step_shift < 0
+          ? w.chunks
+          : static_cast<std::int32_t>(ceil_div(w.chunks * 4, std::int64_t{1} << step_shift));
+  w.groups_per_chunk = step_shift == 0 ? 4 : step_shift == 1 ? 2 : 1;
+  return {.weight = w, .x_stride = k, .x_columns = k, .y_stride = n, .m = m};
+}
+
+bool is_of_sm80(const GemmPlan& plan) {
+  return plan.instance < static_cast<std::int32_t>(sm80::kInstanceCount);
+}
+
+const sm90::Instance& instance_of(const GemmProblem& problem, const GemmPlan& plan) {
+  return sm90::instances(
+      problem.x_type,
+      problem.weight.code_bits)[static_cast<std::size_t>(plan.instance) - sm80::kInstanceCount];
+}
+
+// A plan fits, has no block without a multiprocessor of its own, and covers the product once.
+void check(const GemmProblem& problem, const DeviceLimits& limits) {
+  const GemmPlan plan = sm90::plan(problem, limits, BatchInvariance::kNotRequired);
+  ASSERT_GE(plan.blocks, 1);
+  ASSERT_LE(plan.shared_bytes, sm80::usable_shared(limits));
+  if (is_of_sm80(plan)) return;
+  const WeightView& w = problem.weight;
+  const sm90::Instance& kernel = instance_of(problem, plan);
+  ASSERT_LE(plan.blocks, limits.multiprocessors);
+  ASSERT_GE(plan.stages, 2);
+  ASSERT_GE(w.step_shift, 0);
+  if (plan.kind == KernelKind::kStrip) {
+    ASSERT_EQ(plan.blocks % plan.cluster_blocks, 0);
+    ASSERT_LE(plan.early_stages, plan.stages);
+    ASSERT_TRUE(problem.m <= kernel.tokens || !w.scales_divide);
+    return;
+  }
+  ASSERT_TRUE(w.scales_divide);
+  const TileSchedule& schedule = plan.schedule;
+  const std::int64_t tiles = ceil_div(w.n, kernel.blocks * 64) * ceil_div(problem.m, kernel.tokens);
+  ASSERT_EQ(std::int64_t{schedule.whole_tiles} * limits.multiprocessors + schedule.tail_tiles,
+            tiles);
+  ASSERT_EQ(plan.blocks, schedule.whole_tiles > 0 ? limits.multiprocessors : schedule.tail_blocks);
+  ASSERT_LE(schedule.tail_blocks, limits.multiprocessors);
+  ASSERT_GE(schedule.tail_blocks, schedule.tail_tiles);
+  // A run of at least one slab for each block.
+  ASSERT_LE(schedule.tail_blocks, schedule.tail_tiles * ceil_div(w.chunks, 2));
+}
+
+TEST(Sm90PlanTest, FitsAndCovers) {
+  for (const std::int32_t multiprocessors : {132, 114, 78}) {
+    const DeviceLimits limits = hopper(multiprocessors);
+    for (const std::int32_t bits : {4, 8}) {
+      for (const std::int32_t step_shift : {kIrregular, 0, 1, 2, 3, 5, 26}) {
+        for (const std::int32_t n : {1, 33, 64, 100, 1000, 1408, 4096, 6144, 10240, 57344}) {
+          for (const std::int32_t k : {1, 60, 192, 704, 1024, 4096, 8192, 28672, 200000}) {
+            for (const std::int32_t m : {1, 3, 8, 9, 16, 17, 24, 25, 32, 33, 64, 100, 257, 8192}) {
+              for (const bool divides : {true, false}) {
+                GemmProblem problem = problem_of(n, k, m, bits, step_shift);
+                problem.weight.scales_divide = divides;
+                check(problem, limits);
+                ASSERT_FALSE(HasFatalFailure())
+                    << multiprocessors << " multiprocessors, bits " << bits << ", shift "
+                    << step_shift << ", " << n << " x " << k << ", m " << m << ", " << divides;
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Sm90PlanTest, TakesTheKernelsOfSm80WhereItHasNone) {
+  const DeviceLimits limits = hopper(132);
+  constexpr std::int32_t kGroups128 = 3;
+  const auto is_older = [&](const GemmProblem& problem, BatchInvariance invariance) {
+    return is_of_sm80(sm90::plan(problem, limits, invariance));
+  };
+  for (const std::int32_t m : {1, 16, 24, 64, 512}) {
+    const GemmProblem problem = problem_of(4096, 4096, m, 4, kGroups128);
+    EXPECT_FALSE(is_older(problem, BatchInvariance::kNotRequired)) << m;
+    EXPECT_TRUE(is_older(problem, BatchInvariance::kRequired)) << m;
+    EXPECT_TRUE(is_older(problem_of(4096, 4096, m, 4, kIrregular), BatchInvariance::kNotRequired))
+        << m;
+  }
+  // Too few items for the warps of a block.
+  EXPECT_TRUE(is_older(problem_of(4096, 1024, 1, 4, kGroups128), BatchInvariance::kNotRequired));
+}
+
+}  // namespace
+}  // namespace marlinq::cuda
