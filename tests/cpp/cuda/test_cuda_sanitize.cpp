@@ -113,7 +113,8 @@ struct Case {
 };
 
 /// Layers of every format, and layers that make each kernel for many tokens run on a GPU with 132
-/// multiprocessors, with and without tiles that are cut between blocks.
+/// multiprocessors, with and without tiles that are cut between blocks, and those for few tokens in
+/// clusters.
 std::vector<Case> cases() {
   std::vector<Case> all;
   const std::vector<LayerOptions> formats = {
@@ -159,6 +160,7 @@ std::vector<Case> cases() {
   add_large(1024, 4096, {{257, 0}});
   add_large(1024, 2048, {{130, 0}});
   add_large(4096, 1024, {{520, 0}});
+  add_large(1024, 4096, {{1, 0}, {7, 0}, {16, 8}, {20, 0}, {30, 0}});
   return all;
 }
 
