@@ -151,24 +151,24 @@ template <int kRows, int kVectors>
 MARLINQ_INLINE void apply_group(const BlockTask& task, int run, int column, int first_row,
                                 const F (&sum)[kRows][kVectors]) {
   const std::int64_t first = std::int64_t{task.runs[run].group} * task.columns + column;
+  F scale[kVectors];
+  load_scales(task, first, scale);
   unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
-    const std::int64_t index = first + v * Vec::kLanes;
-    const F scale = load_scales(task, index);
     float* result = task.result + first_row * kBlockColumns + column + v * Vec::kLanes;
     if (task.zeros == nullptr) {
       unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
         float* place = result + r * kBlockColumns;
-        Vec::store(place, Vec::multiply_add(scale, sum[r][v], Vec::load(place)));
+        Vec::store(place, Vec::multiply_add(scale[v], sum[r][v], Vec::load(place)));
       });
     } else {
-      const F zero = load_zeros(task, index);
+      const F zero = load_zeros(task, first + v * Vec::kLanes);
       const RunInput* inputs =
           task.run_inputs + std::int64_t{first_row} * task.num_runs + std::int64_t{run} * kRows;
       unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
         float* place = result + r * kBlockColumns;
         const F corrected =
             Vec::negative_multiply_add(zero, Vec::broadcast(inputs[r].sum), sum[r][v]);
-        Vec::store(place, Vec::multiply_add(scale, corrected, Vec::load(place)));
+        Vec::store(place, Vec::multiply_add(scale[v], corrected, Vec::load(place)));
       });
     }
   });

@@ -34,7 +34,8 @@ struct IntegerTile {
 };
 
 // Chains of additions of one sum. For few rows each 4 packed rows of a dword have their own, so that
-// latency does not bound the rate.
+// latency does not bound the rate; the second chain takes its codes where they lie, times 16, and words
+// are loaded once for both, since loads are what bounds one row.
 template <int kBits, int kHalves, int kRows>
 constexpr int kChains = kBits == 4 && kRows * kHalves <= Vec::kChainedSums ? 2 : 1;
 
@@ -43,11 +44,12 @@ using IntegerSums = I[kRows][kVectors][kHalves][kChains];
 
 // One dword of codes a column: calls add.template operator()<row, vector, half, quad>(codes, x) for
 // each product of four codes with four integers.
-template <int kBits, int kRows, int kVectors, int kHalves, class Add>
+template <int kBits, int kRows, int kVectors, int kHalves, int kChains, class Add>
 MARLINQ_INLINE void step(const std::uint8_t* codes, const std::uint8_t* x, const Add& add) {
   I words[kVectors];
   unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
     words[v] = Vec::load_words(codes + 4 * Vec::kLanes * v);
+    if constexpr (kChains == 2) Vec::keep_in_register(words[v]);
     if constexpr (v * Vec::kLanes % 16 == 0) {
       __builtin_prefetch(codes + kPrefetch + 4 * Vec::kLanes * v);
     }
@@ -59,6 +61,8 @@ MARLINQ_INLINE void step(const std::uint8_t* codes, const std::uint8_t* x, const
         weight[v] = words[v];
       } else if constexpr (quad == 0) {
         weight[v] = Vec::low_nibbles(words[v]);
+      } else if constexpr (kChains == 2) {
+        weight[v] = Vec::high_nibbles_in_place(words[v]);
       } else {
         weight[v] = Vec::high_nibbles(words[v]);
       }
@@ -90,7 +94,7 @@ MARLINQ_INLINE void accumulate(const IntegerTile& tile, const RowBlock& run, int
   const std::uint8_t* x = tile.x + std::int64_t{run.first / kStep} * kBytesOfX;
   if constexpr (kBits == 8 || HasDot<V>) {
     for (int row = 0; row < run.count; row += kStep, codes += stride, x += kBytesOfX) {
-      step<kBits, kRows, kVectors, kHalves>(
+      step<kBits, kRows, kVectors, kHalves, kChains>(
           codes, x,
           [&]<int r, int v, int h, int quad>(I weight, I value) __attribute__((always_inline)) {
             V::template dot<kBits>(sum[r][v][h][quad % kChains], weight, value);
@@ -104,7 +108,7 @@ MARLINQ_INLINE void accumulate(const IntegerTile& tile, const RowBlock& run, int
         narrow[i / kHalves / kVectors][i / kHalves % kVectors][i % kHalves] = Vec::zero_words();
       });
       for (; row < end; row += kStep, codes += stride, x += kBytesOfX) {
-        step<kBits, kRows, kVectors, kHalves>(
+        step<kBits, kRows, kVectors, kHalves, kChains>(
             codes, x,
             [&]<int r, int v, int h, int quad>(I weight, I value)
                 __attribute__((always_inline)) { V::dot_narrow(narrow[r][v][h], weight, value); });
@@ -121,18 +125,17 @@ MARLINQ_INLINE void accumulate(const IntegerTile& tile, const RowBlock& run, int
 
 template <int kChains>
 MARLINQ_INLINE I add_chains(const I (&sum)[kChains]) {
-  return kChains == 2 ? Vec::add_words(sum[0], sum[kChains - 1]) : sum[0];
+  return kChains == 2 ? Vec::add_words(sum[0], Vec::shift_right_4(sum[kChains - 1])) : sum[0];
 }
 
-template <int kRows, int kVectors, int kHalves, int kChains>
-MARLINQ_INLINE void apply_run(const IntegerTile& tile, int run, int column,
+template <bool kZeros, int kRows, int kVectors, int kHalves, int kChains>
+MARLINQ_INLINE void apply_run(const IntegerTile& tile, const RunInput* inputs, std::int64_t first,
+                              int column,
                               const IntegerSums<kRows, kVectors, kHalves, kChains>& sum) {
   const BlockTask& task = tile.task;
-  const RunInput* inputs = tile.inputs + std::int64_t{run} * kRows;
-  const std::int64_t first = std::int64_t{task.runs[run].group} * task.columns + column;
+  F scale[kVectors];
+  load_scales(task, first, scale);
   unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
-    const std::int64_t index = first + v * Vec::kLanes;
-    const F scale = load_scales(task, index);
     F total[kRows];
     unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
       I words = add_chains(sum[r][v][kHalves - 1]);
@@ -141,15 +144,15 @@ MARLINQ_INLINE void apply_run(const IntegerTile& tile, int run, int column,
       }
       total[r] = Vec::to_float(words);
     });
-    if (task.zeros != nullptr) {
-      const F zero = load_zeros(task, index);
+    if constexpr (kZeros) {
+      const F zero = load_zeros(task, first + v * Vec::kLanes);
       unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
         total[r] = Vec::negative_multiply_add(zero, Vec::broadcast(inputs[r].sum), total[r]);
       });
     }
     unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
       float* place = tile.result + r * kBlockColumns + column + v * Vec::kLanes;
-      const F factor = Vec::multiply(scale, Vec::broadcast(inputs[r].scale));
+      const F factor = Vec::multiply(scale[v], Vec::broadcast(inputs[r].scale));
       Vec::store(place, Vec::multiply_add(total[r], factor, Vec::load(place)));
     });
   });
@@ -172,7 +175,13 @@ template <int kBits, int kHalves, int kRows, int kVectors>
     });
     accumulate<Vec, kBits, kRows, kVectors, kHalves, kOwnChains>(tile, tile.task.runs[run], column,
                                                                  sum);
-    apply_run<kRows, kVectors, kHalves, kOwnChains>(tile, run, column, sum);
+    const RunInput* inputs = tile.inputs + std::int64_t{run} * kRows;
+    const std::int64_t first = std::int64_t{tile.task.runs[run].group} * tile.task.columns + column;
+    if (tile.task.zeros == nullptr) {
+      apply_run<false, kRows, kVectors, kHalves, kOwnChains>(tile, inputs, first, column, sum);
+    } else {
+      apply_run<true, kRows, kVectors, kHalves, kOwnChains>(tile, inputs, first, column, sum);
+    }
   }
 }
 

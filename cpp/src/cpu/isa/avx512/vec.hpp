@@ -83,12 +83,21 @@ struct Vec {
   }
   [[gnu::always_inline]] static inline I add_words(I a, I b) { return _mm512_add_epi32(a, b); }
   [[gnu::always_inline]] static inline I shift_left_8(I a) { return _mm512_slli_epi32(a, 8); }
+  [[gnu::always_inline]] static inline I shift_right_4(I a) { return _mm512_srai_epi32(a, 4); }
   [[gnu::always_inline]] static inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   [[gnu::always_inline]] static inline I low_nibbles(I words) {
     return _mm512_and_si512(words, _mm512_set1_epi32(0x0F0F0F0F));
   }
+  /// 16 times the high nibbles.
+  [[gnu::always_inline]] static inline I high_nibbles_in_place(I words) {
+    return _mm512_andnot_si512(_mm512_set1_epi32(0x0F0F0F0F), words);
+  }
   [[gnu::always_inline]] static inline I high_nibbles(I words) {
     return low_nibbles(_mm512_srli_epi32(words, 4));
+  }
+  /// GCC would load a value again for each of its uses.
+  [[gnu::always_inline]] static inline void keep_in_register(I& value) {
+    __asm__("" : "+v"(value));
   }
   /// sum += the four products of unsigned bytes of `codes` with signed bytes of `x`, in each word.
   /// Not the intrinsic, whose accumulators GCC 12 moves to the stack.
