@@ -83,17 +83,24 @@ MARLINQ_INLINE void step(const std::uint8_t* codes, const std::uint8_t* x, const
 template <class V>
 concept HasDot = requires(I& sum, I codes) { V::template dot<4>(sum, codes, codes); };
 
+// Where a tile reads on: runs lie one after the other.
+struct TilePlace {
+  const std::uint8_t* codes;
+  const std::uint8_t* x;
+  std::int64_t stride;  // bytes of codes from a dword of a column to its next
+};
+
+// Adds a run of `count` packed rows, and goes to its end.
 template <class V, int kBits, int kRows, int kVectors, int kHalves, int kChains>
-MARLINQ_INLINE void accumulate(const IntegerTile& tile, const RowBlock& run, int column,
+MARLINQ_INLINE void accumulate(TilePlace& place, int count,
                                IntegerSums<kRows, kVectors, kHalves, kChains>& sum) {
   constexpr int kStep = 32 / kBits;
   constexpr int kBytesOfX = kStep / 4 * kRows * kQuadBytes<kHalves>;
-  const std::int64_t stride = std::int64_t{4} * tile.task.columns;
-  const std::uint8_t* codes =
-      tile.task.codes + run.first / kStep * stride + std::int64_t{4} * column;
-  const std::uint8_t* x = tile.x + std::int64_t{run.first / kStep} * kBytesOfX;
+  const std::int64_t stride = place.stride;
+  const std::uint8_t* codes = place.codes;
+  const std::uint8_t* x = place.x;
   if constexpr (kBits == 8 || HasDot<V>) {
-    for (int row = 0; row < run.count; row += kStep, codes += stride, x += kBytesOfX) {
+    for (int row = 0; row < count; row += kStep, codes += stride, x += kBytesOfX) {
       step<kBits, kRows, kVectors, kHalves, kChains>(
           codes, x,
           [&]<int r, int v, int h, int quad>(I weight, I value) __attribute__((always_inline)) {
@@ -101,8 +108,8 @@ MARLINQ_INLINE void accumulate(const IntegerTile& tile, const RowBlock& run, int
           });
     }
   } else {
-    for (int row = 0; row < run.count;) {
-      const int end = row + V::kNarrowRows < run.count ? row + V::kNarrowRows : run.count;
+    for (int row = 0; row < count;) {
+      const int end = row + V::kNarrowRows < count ? row + V::kNarrowRows : count;
       I narrow[kRows][kVectors][kHalves];
       unrolled<kRows * kVectors * kHalves>([&]<int i>() __attribute__((always_inline)) {
         narrow[i / kHalves / kVectors][i / kHalves % kVectors][i % kHalves] = Vec::zero_words();
@@ -121,6 +128,8 @@ MARLINQ_INLINE void accumulate(const IntegerTile& tile, const RowBlock& run, int
       });
     }
   }
+  place.codes = codes;
+  place.x = x;
 }
 
 template <int kChains>
@@ -129,10 +138,9 @@ MARLINQ_INLINE I add_chains(const I (&sum)[kChains]) {
 }
 
 template <bool kZeros, int kRows, int kVectors, int kHalves, int kChains>
-MARLINQ_INLINE void apply_run(const IntegerTile& tile, const RunInput* inputs, std::int64_t first,
-                              int column,
+MARLINQ_INLINE void apply_run(const BlockTask& task, const RunInput* inputs, std::int64_t first,
+                              float* result,
                               const IntegerSums<kRows, kVectors, kHalves, kChains>& sum) {
-  const BlockTask& task = tile.task;
   F scale[kVectors];
   load_scales(task, first, scale);
   unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
@@ -151,7 +159,7 @@ MARLINQ_INLINE void apply_run(const IntegerTile& tile, const RunInput* inputs, s
       });
     }
     unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
-      float* place = tile.result + r * kBlockColumns + column + v * Vec::kLanes;
+      float* place = result + r * kBlockColumns + v * Vec::kLanes;
       const F factor = Vec::multiply(scale[v], Vec::broadcast(inputs[r].scale));
       Vec::store(place, Vec::multiply_add(total[r], factor, Vec::load(place)));
     });
@@ -159,13 +167,21 @@ MARLINQ_INLINE void apply_run(const IntegerTile& tile, const RunInput* inputs, s
 }
 
 template <int kBits, int kHalves, int kRows, int kVectors>
-[[gnu::noinline]] void integer_tile(const IntegerTile& source, int column) {
+[[gnu::noinline]] void integer_tile(const IntegerTile& tile, int column) {
   constexpr int kOwnChains = kChains<kBits, kHalves, kRows>;
-  const IntegerTile tile = source;
-  for (int run = 0; run < tile.task.num_runs; ++run) {
+  const BlockTask task = tile.task;
+  const RunInput* inputs = tile.inputs;
+  float* result = tile.result + column;
+  TilePlace place{.codes = task.codes + std::int64_t{4} * column,
+                  .x = tile.x,
+                  .stride = std::int64_t{4} * task.columns};
+  for (int run = 0; run < task.num_runs; ++run, inputs += kRows) {
+    // GCC keeps results in registers; where they do not fit beside the sums, they have to stay in memory.
+    constexpr int kSums = kRows * kVectors * kHalves * kOwnChains;
+    if constexpr (kSums + (kRows + 1) * kVectors + 3 > Vec::kRegisters) __asm__("" : "+r"(result));
     IntegerSums<kRows, kVectors, kHalves, kOwnChains> sum;
     unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
-      const I start = Vec::broadcast_word(&tile.inputs[std::int64_t{run} * kRows + r].start);
+      const I start = Vec::broadcast_word(&inputs[r].start);
       unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
         unrolled<kHalves * kOwnChains>([&]<int i>() __attribute__((always_inline)) {
           sum[r][v][i / kOwnChains][i % kOwnChains] = Vec::zero_words();
@@ -173,14 +189,12 @@ template <int kBits, int kHalves, int kRows, int kVectors>
         sum[r][v][kHalves - 1][0] = start;
       });
     });
-    accumulate<Vec, kBits, kRows, kVectors, kHalves, kOwnChains>(tile, tile.task.runs[run], column,
-                                                                 sum);
-    const RunInput* inputs = tile.inputs + std::int64_t{run} * kRows;
-    const std::int64_t first = std::int64_t{tile.task.runs[run].group} * tile.task.columns + column;
-    if (tile.task.zeros == nullptr) {
-      apply_run<false, kRows, kVectors, kHalves, kOwnChains>(tile, inputs, first, column, sum);
+    accumulate<Vec, kBits, kRows, kVectors, kHalves, kOwnChains>(place, task.runs[run].count, sum);
+    const std::int64_t first = std::int64_t{task.runs[run].group} * task.columns + column;
+    if (task.zeros == nullptr) {
+      apply_run<false, kRows, kVectors, kHalves, kOwnChains>(task, inputs, first, result, sum);
     } else {
-      apply_run<true, kRows, kVectors, kHalves, kOwnChains>(tile, inputs, first, column, sum);
+      apply_run<true, kRows, kVectors, kHalves, kOwnChains>(task, inputs, first, result, sum);
     }
   }
 }

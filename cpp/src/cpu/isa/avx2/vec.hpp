@@ -10,6 +10,7 @@ namespace marlinq::cpu::MARLINQ_CPU_ISA {
 
 struct Vec256 {
   static constexpr int kLanes = 8;
+  static constexpr int kRegisters = 16;
   // 6 rows x 2 vectors: 12 accumulators, 2 weights and a broadcast in 16 registers.
   static constexpr int kVectors = 2;
   static constexpr int kTileRows = 6;

@@ -9,17 +9,19 @@ namespace marlinq::cpu::MARLINQ_CPU_ISA {
 
 struct Vec {
   static constexpr int kLanes = 16;
+  static constexpr int kRegisters = 32;
   // 10 rows x 2 vectors: 20 accumulators of 32 registers; with 12 rows GCC moves some to the stack.
   static constexpr int kVectors = 2;
   static constexpr int kTileRows = 10;
   // Chains of 2 vectors each for one row: eight, as latency and rate of FMA ask for.
   static constexpr int kRunsOfOneRow = 4;
 
-  // 6 rows x 2 vectors x 2 halves: 24 accumulators, 4 codes, a broadcast and a mask. With one half 8 rows
-  // are quicker than the 12 that there is room for.
-  static constexpr int kIntegerSums = 24;
-  static constexpr int kInt16Rows = 6;
-  static constexpr int kInt8Rows = 8;
+  // 3 rows x 2 vectors x 2 halves, or 6 rows x 2 vectors: 12 accumulators, up to 12 results, 4 codes, a
+  // broadcast and a mask. Twice as many accumulators are no quicker, and leave the results in memory,
+  // which short groups feel.
+  static constexpr int kIntegerSums = 12;
+  static constexpr int kInt16Rows = 3;
+  static constexpr int kInt8Rows = 6;
   // Up to so many sums a vector of columns have two chains each: 16 accumulators.
   static constexpr int kChainedSums = 4;
 
