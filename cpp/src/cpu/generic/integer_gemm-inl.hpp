@@ -28,32 +28,60 @@ constexpr int kQuadBytes = 4 * kHalves;
 // A tile of rows of a task.
 struct IntegerTile {
   const BlockTask& task;
+  int index;
   const std::uint8_t* x;
   const RunInput* inputs;  // [run][row]
   float* result;           // [row][32]
 };
 
+// A task's only tile prefetches the codes that follow its own at a short distance. Where there are
+// several, the first two prefetch a half each of the next block, so that memory is read while all of
+// them multiply; the others find nothing left to do.
+constexpr int kSharesOfNextBlock = 2;
+
+MARLINQ_INLINE const std::uint8_t* share_of_next_block(const IntegerTile& tile, int column) {
+  const BlockTask& task = tile.task;
+  const std::int64_t bytes = task.packed_rows * task.columns * task.code_bits / 8;
+  const int share = tile.index % kSharesOfNextBlock;
+  return task.codes + bytes +
+         bytes * (share * task.columns + column) / (kSharesOfNextBlock * task.columns);
+}
+
 // Chains of additions of one sum. For few rows each 4 packed rows of a dword have their own, so that
-// latency does not bound the rate; the second chain takes its codes where they lie, times 16, and words
-// are loaded once for both, since loads are what bounds one row.
+// latency does not bound the rate; the second chain takes its codes where they lie, times 16. One row is
+// bound by loads, so words are loaded once for both.
 template <int kBits, int kHalves, int kRows>
 constexpr int kChains = kBits == 4 && kRows * kHalves <= Vec::kChainedSums ? 2 : 1;
 
 template <int kRows, int kVectors, int kHalves, int kChains>
 using IntegerSums = I[kRows][kVectors][kHalves][kChains];
 
+// Where a tile reads on: runs lie one after the other.
+struct TilePlace {
+  const std::uint8_t* codes;
+  const std::uint8_t* x;
+  const std::uint8_t* ahead;  // what to prefetch next, where a task has several tiles
+  std::int64_t stride;        // bytes of codes from a dword of a column to its next
+};
+
 // One dword of codes a column: calls add.template operator()<row, vector, half, quad>(codes, x) for
-// each product of four codes with four integers.
-template <int kBits, int kRows, int kVectors, int kHalves, int kChains, class Add>
-MARLINQ_INLINE void step(const std::uint8_t* codes, const std::uint8_t* x, const Add& add) {
+// each product of four codes with four integers. Then goes to the next.
+template <bool kAlone, int kBits, int kRows, int kVectors, int kHalves, int kChains, class Add>
+MARLINQ_INLINE void step(TilePlace& place, const Add& add) {
+  const std::uint8_t* codes = place.codes;
+  const std::uint8_t* x = place.x;
   I words[kVectors];
   unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
     words[v] = Vec::load_words(codes + 4 * Vec::kLanes * v);
-    if constexpr (kChains == 2) Vec::keep_in_register(words[v]);
-    if constexpr (v * Vec::kLanes % 16 == 0) {
+    if constexpr (kChains == 2 && kRows * kHalves <= 2) Vec::keep_in_register(words[v]);
+    if constexpr (kAlone && v * Vec::kLanes % 16 == 0) {
       __builtin_prefetch(codes + kPrefetch + 4 * Vec::kLanes * v);
     }
   });
+  if constexpr (!kAlone) {
+    __builtin_prefetch(place.ahead);
+    place.ahead += 4 * Vec::kLanes * kVectors / kSharesOfNextBlock;
+  }
   unrolled<8 / kBits>([&]<int quad>() __attribute__((always_inline)) {
     I weight[kVectors];
     unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
@@ -77,32 +105,24 @@ MARLINQ_INLINE void step(const std::uint8_t* codes, const std::uint8_t* x, const
       });
     });
   });
+  place.codes += place.stride;
+  place.x += 8 / kBits * kRows * kQuadBytes<kHalves>;
 }
 
 // Vec::dot adds to 32 bits. Without it, 4-bit codes add up in 16 bits for a while (Vec::dot_narrow).
 template <class V>
 concept HasDot = requires(I& sum, I codes) { V::template dot<4>(sum, codes, codes); };
 
-// Where a tile reads on: runs lie one after the other.
-struct TilePlace {
-  const std::uint8_t* codes;
-  const std::uint8_t* x;
-  std::int64_t stride;  // bytes of codes from a dword of a column to its next
-};
-
 // Adds a run of `count` packed rows, and goes to its end.
-template <class V, int kBits, int kRows, int kVectors, int kHalves, int kChains>
+template <class V, bool kAlone, int kBits, int kRows, int kVectors, int kHalves, int kChains>
 MARLINQ_INLINE void accumulate(TilePlace& place, int count,
                                IntegerSums<kRows, kVectors, kHalves, kChains>& sum) {
   constexpr int kStep = 32 / kBits;
-  constexpr int kBytesOfX = kStep / 4 * kRows * kQuadBytes<kHalves>;
-  const std::int64_t stride = place.stride;
-  const std::uint8_t* codes = place.codes;
-  const std::uint8_t* x = place.x;
+  TilePlace next = place;  // in registers
   if constexpr (kBits == 8 || HasDot<V>) {
-    for (int row = 0; row < count; row += kStep, codes += stride, x += kBytesOfX) {
-      step<kBits, kRows, kVectors, kHalves, kChains>(
-          codes, x,
+    for (int row = 0; row < count; row += kStep) {
+      step<kAlone, kBits, kRows, kVectors, kHalves, kChains>(
+          next,
           [&]<int r, int v, int h, int quad>(I weight, I value) __attribute__((always_inline)) {
             V::template dot<kBits>(sum[r][v][h][quad % kChains], weight, value);
           });
@@ -114,9 +134,9 @@ MARLINQ_INLINE void accumulate(TilePlace& place, int count,
       unrolled<kRows * kVectors * kHalves>([&]<int i>() __attribute__((always_inline)) {
         narrow[i / kHalves / kVectors][i / kHalves % kVectors][i % kHalves] = Vec::zero_words();
       });
-      for (; row < end; row += kStep, codes += stride, x += kBytesOfX) {
-        step<kBits, kRows, kVectors, kHalves, kChains>(
-            codes, x,
+      for (; row < end; row += kStep) {
+        step<kAlone, kBits, kRows, kVectors, kHalves, kChains>(
+            next,
             [&]<int r, int v, int h, int quad>(I weight, I value)
                 __attribute__((always_inline)) { V::dot_narrow(narrow[r][v][h], weight, value); });
       }
@@ -128,8 +148,7 @@ MARLINQ_INLINE void accumulate(TilePlace& place, int count,
       });
     }
   }
-  place.codes = codes;
-  place.x = x;
+  place = next;
 }
 
 template <int kChains>
@@ -166,7 +185,7 @@ MARLINQ_INLINE void apply_run(const BlockTask& task, const RunInput* inputs, std
   });
 }
 
-template <int kBits, int kHalves, int kRows, int kVectors>
+template <bool kAlone, int kBits, int kHalves, int kRows, int kVectors>
 [[gnu::noinline]] void integer_tile(const IntegerTile& tile, int column) {
   constexpr int kOwnChains = kChains<kBits, kHalves, kRows>;
   const BlockTask task = tile.task;
@@ -174,6 +193,7 @@ template <int kBits, int kHalves, int kRows, int kVectors>
   float* result = tile.result + column;
   TilePlace place{.codes = task.codes + std::int64_t{4} * column,
                   .x = tile.x,
+                  .ahead = share_of_next_block(tile, column),
                   .stride = std::int64_t{4} * task.columns};
   for (int run = 0; run < task.num_runs; ++run, inputs += kRows) {
     // GCC keeps results in registers; where they do not fit beside the sums, they have to stay in memory.
@@ -189,7 +209,8 @@ template <int kBits, int kHalves, int kRows, int kVectors>
         sum[r][v][kHalves - 1][0] = start;
       });
     });
-    accumulate<Vec, kBits, kRows, kVectors, kHalves, kOwnChains>(place, task.runs[run].count, sum);
+    accumulate<Vec, kAlone, kBits, kRows, kVectors, kHalves, kOwnChains>(place,
+                                                                         task.runs[run].count, sum);
     const std::int64_t first = std::int64_t{task.runs[run].group} * task.columns + column;
     if (task.zeros == nullptr) {
       apply_run<false, kRows, kVectors, kHalves, kOwnChains>(task, inputs, first, result, sum);
@@ -199,27 +220,27 @@ template <int kBits, int kHalves, int kRows, int kVectors>
   }
 }
 
-template <int kHalves, int kRows, int kVectors>
+template <bool kAlone, int kHalves, int kRows, int kVectors>
 MARLINQ_INLINE void integer_tile(const IntegerTile& tile, int column) {
   if (tile.task.code_bits == 4) {
-    integer_tile<4, kHalves, kRows, kVectors>(tile, column);
+    integer_tile<kAlone, 4, kHalves, kRows, kVectors>(tile, column);
   } else {
-    integer_tile<8, kHalves, kRows, kVectors>(tile, column);
+    integer_tile<kAlone, 8, kHalves, kRows, kVectors>(tile, column);
   }
 }
 
-template <int kHalves, int kRows>
+template <bool kAlone, int kHalves, int kRows>
 void integer_columns(const IntegerTile& tile) {
   // Two vectors of columns share a broadcast of x, where there are registers for their sums.
   constexpr int kVectors = 2 * kRows * kHalves <= Vec::kIntegerSums ? 2 : 1;
   constexpr int kWide = kVectors * Vec::kLanes;
   int column = 0;
   for (; column + kWide <= tile.task.columns; column += kWide) {
-    integer_tile<kHalves, kRows, kVectors>(tile, column);
+    integer_tile<kAlone, kHalves, kRows, kVectors>(tile, column);
   }
   if constexpr (kWide > 16) {  // blocks have 16 or 32 columns
     for (; column < tile.task.columns; column += Vec::kLanes) {
-      integer_tile<kHalves, kRows, 1>(tile, column);
+      integer_tile<kAlone, kHalves, kRows, 1>(tile, column);
     }
   }
 }
@@ -232,7 +253,11 @@ void integer_rows(int rows, const IntegerTile& tile) {
       return;
     }
   }
-  integer_columns<kHalves, kRows>(tile);
+  if (tile.task.tiles.count == 1) {
+    integer_columns<true, kHalves, kRows>(tile);
+  } else {
+    integer_columns<false, kHalves, kRows>(tile);
+  }
 }
 
 // Tile after tile, each through all runs: one stream of codes, which later tiles find in the second
@@ -244,6 +269,7 @@ void gemm_integer(const BlockTask& task) {
   for (int tile = 0; tile < task.tiles.count; ++tile) {
     const int rows = rows_of_tile(task, tile);
     integer_rows<kHalves, kMostRows>(rows, {.task = task,
+                                            .index = tile,
                                             .x = task.x + first_row * task.packed_rows * kHalves,
                                             .inputs = task.run_inputs + first_row * task.num_runs,
                                             .result = task.result + first_row * kBlockColumns});
