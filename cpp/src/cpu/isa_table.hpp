@@ -90,6 +90,9 @@ struct Arithmetic {
   /// Returns the largest finite magnitude of the values.
   float (*prepare)(const PrepareTask&);
   void (*gemm)(const BlockTask&);
+  /// Runs the inner instructions of `gemm` on registers alone, `rounds` times as many as hide their
+  /// latency. Returns how many products of a weight and an activation that is, each with its sum.
+  std::int64_t (*saturate)(std::int64_t rounds);
 };
 
 /// One entry of the table of instruction sets.

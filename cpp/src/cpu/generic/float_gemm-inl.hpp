@@ -281,6 +281,27 @@ void gemm_floats(const BlockTask& task) {
   }
 }
 
+// As Arithmetic::saturate.
+template <class Unit>
+std::int64_t saturate_floats(std::int64_t rounds) {
+  constexpr int kSums = 12;
+  F sum[kSums];
+  const volatile float value = 1.0F;  // or the compiler adds without multiplying
+  const F one = Vec::broadcast(value);
+  // Equal sums would be one for the compiler.
+  unrolled<kSums>([&]<int i>()
+                      __attribute__((always_inline)) { sum[i] = Vec::broadcast(1.0F * i); });
+  for (std::int64_t round = 0; round < rounds; ++round) {
+    unrolled<kSums>([&]<int i>()
+                        __attribute__((always_inline)) { Unit::multiply_add(sum[i], one, one); });
+  }
+  alignas(64) float total[Vec::kLanes * kSums];
+  unrolled<kSums>(
+      [&]<int i>() __attribute__((always_inline)) { Vec::store(total + i * Vec::kLanes, sum[i]); });
+  __asm__ volatile("" : : "r"(total) : "memory");
+  return rounds * kSums * Vec::kLanes * Unit::kRowsPerDword;
+}
+
 // A compute type that is float32's product of what `prepare` makes of x.
 constexpr Arithmetic float32_arithmetic(float (*prepare)(const PrepareTask&), bool native) {
   return {.native = native,
@@ -288,7 +309,8 @@ constexpr Arithmetic float32_arithmetic(float (*prepare)(const PrepareTask&), bo
           .tile_rows = Float32Unit::kTileRows,
           .element_bytes = 4,
           .prepare = prepare,
-          .gemm = gemm_floats<Float32Unit>};
+          .gemm = gemm_floats<Float32Unit>,
+          .saturate = saturate_floats<Float32Unit>};
 }
 
 }  // namespace

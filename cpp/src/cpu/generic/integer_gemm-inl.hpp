@@ -277,6 +277,34 @@ void gemm_integer(const BlockTask& task) {
   }
 }
 
+// As Arithmetic::saturate, for 4-bit codes.
+template <int kHalves, class V>
+std::int64_t saturate_integers(std::int64_t rounds) {
+  constexpr int kSums = 12;
+  I sum[kSums];
+  I codes = V::broadcast_word(&kSums);
+  unrolled<kSums>([&]<int i>() __attribute__((always_inline)) {
+    sum[i] = V::zero_words();
+    V::keep_in_register(sum[i]);
+  });
+  for (std::int64_t round = 0; round < rounds; ++round) {
+    unrolled<kSums>([&]<int i>() __attribute__((always_inline)) {
+      V::keep_in_register(codes);  // or the compiler multiplies once for all
+      if constexpr (HasDot<V>) {
+        V::template dot<4>(sum[i], codes, codes);
+      } else {
+        V::dot_narrow(sum[i], codes, codes);
+      }
+    });
+  }
+  alignas(64) float total[V::kLanes * kSums];
+  unrolled<kSums>([&]<int i>() __attribute__((always_inline)) {
+    V::store(total + i * V::kLanes, V::to_float(sum[i]));
+  });
+  __asm__ volatile("" : : "r"(total) : "memory");
+  return rounds * kSums * V::kLanes * 4 / kHalves;
+}
+
 // int16 (two halves) or int8 (one) where Vec has `dot`.
 template <int kHalves>
 constexpr Arithmetic integer_arithmetic() {
@@ -286,7 +314,8 @@ constexpr Arithmetic integer_arithmetic() {
           .tile_rows = kRows,
           .element_bytes = kHalves,
           .prepare = prepare_integers<kHalves>,
-          .gemm = gemm_integer<kHalves, kRows>};
+          .gemm = gemm_integer<kHalves, kRows>,
+          .saturate = saturate_integers<kHalves, Vec>};
 }
 
 }  // namespace
