@@ -26,6 +26,9 @@ MARLINQ_INLINE void unrolled(const Function& f) {
 // How far ahead codes are asked for: the memory's latency at the rate of these loops.
 constexpr std::int64_t kPrefetch = 4096;
 
+// Chains that hide the latency of any instruction of Arithmetic::saturate, within the registers.
+constexpr int kSaturatingSums = Vec::kLanes == 16 ? 24 : 12;
+
 // Scales of kVectors vectors of columns, from element `index` on.
 template <int kVectors>
 MARLINQ_INLINE void load_scales(const BlockTask& task, std::int64_t index, F (&scale)[kVectors]) {

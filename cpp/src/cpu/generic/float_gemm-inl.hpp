@@ -284,7 +284,7 @@ void gemm_floats(const BlockTask& task) {
 // As Arithmetic::saturate.
 template <class Unit>
 std::int64_t saturate_floats(std::int64_t rounds) {
-  constexpr int kSums = 12;
+  constexpr int kSums = kSaturatingSums;
   F sum[kSums];
   const volatile float value = 1.0F;  // or the compiler adds without multiplying
   const F one = Vec::broadcast(value);

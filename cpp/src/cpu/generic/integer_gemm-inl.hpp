@@ -280,7 +280,7 @@ void gemm_integer(const BlockTask& task) {
 // As Arithmetic::saturate, for 4-bit codes.
 template <int kHalves, class V>
 std::int64_t saturate_integers(std::int64_t rounds) {
-  constexpr int kSums = 12;
+  constexpr int kSums = kSaturatingSums;
   I sum[kSums];
   I codes = V::broadcast_word(&kSums);
   unrolled<kSums>([&]<int i>() __attribute__((always_inline)) {
