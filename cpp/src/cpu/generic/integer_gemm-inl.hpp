@@ -318,5 +318,12 @@ constexpr Arithmetic integer_arithmetic() {
           .saturate = saturate_integers<kHalves, Vec>};
 }
 
+// int16 and int8 on integers.
+constexpr IsaKernels with_integers(IsaKernels entry) {
+  entry.int16 = integer_arithmetic<2>();
+  entry.int8 = integer_arithmetic<1>();
+  return entry;
+}
+
 }  // namespace
 }  // namespace marlinq::cpu::MARLINQ_CPU_ISA
