@@ -197,7 +197,7 @@ template <bool kAlone, int kBits, int kHalves, int kRows, int kVectors>
                   .stride = std::int64_t{4} * task.columns};
   for (int run = 0; run < task.num_runs; ++run, inputs += kRows) {
     // GCC keeps results in registers; where they do not fit beside the sums, they have to stay in memory.
-    constexpr int kSums = kRows * kVectors * kHalves * kOwnChains;
+    constexpr int kSums = kRows * kVectors * kHalves * (HasDot<Vec> ? kOwnChains : 2);
     if constexpr (kSums + (kRows + 1) * kVectors + 3 > Vec::kRegisters) __asm__("" : "+r"(result));
     IntegerSums<kRows, kVectors, kHalves, kOwnChains> sum;
     unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
