@@ -21,6 +21,7 @@ Array: TypeAlias = Any
 _DLPACK_CPU = 1
 _DLPACK_CUDA = 2
 _DLPACK_CUDA_HOST = 3
+_JAX = ("jax", "jaxlib")
 
 
 def _torch() -> ModuleType | None:
@@ -159,7 +160,7 @@ def given(out: Array) -> Output:
     Raises:
         InvalidArgumentError: `out` is an array of JAX, which are values that never change.
     """
-    if type(out).__module__.partition(".")[0] in ("jax", "jaxlib"):
+    if not isinstance(out, np.ndarray) and type(out).__module__.partition(".")[0] in _JAX:
         raise InvalidArgumentError(
             "out: arrays of JAX are immutable, expected None; take the result instead"
         )

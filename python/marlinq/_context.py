@@ -93,10 +93,11 @@ class Call:
     def __init__(self, device: str, context: _core.Context | None, *arrays: Any) -> None:
         """Chooses the context; arrays may be None, but the first. Raises as `context_for`."""
         like = arrays[0]
-        for array in arrays:
-            if array is not None and _library_of(array) != "numpy":
-                like = array
-                break
+        if device != "cpu":
+            for array in arrays:
+                if array is not None and _library_of(array) != "numpy":
+                    like = array
+                    break
         self._own = context is None
         self._device = device
         self.context = context_for(device, context, like)

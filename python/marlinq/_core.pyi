@@ -96,6 +96,10 @@ class Context:
         """
         Copies [..., cols] to the same shape and dtype, each in host memory or on the device.
         """
+    def peak_rate(self, *, compute: str = "auto", kernel: str = "") -> float:
+        """
+        Operations a second that the arithmetic of a layer cannot pass; 0 where it is not measured.
+        """
     def pregrow_marlin_gather_scratch(
         self, required_elements: typing.SupportsInt | typing.SupportsIndex
     ) -> None:

@@ -275,7 +275,20 @@ def test_bench_beside_memory(run: Any) -> None:
     for row in result.document["results"]:
         assert row["memory_share"] == pytest.approx(row["gb_per_second"] / memory)
         assert row["copies"] > 1
-    assert "of memory" in run("bench", *options).out
+    table = run("bench", *options).out
+    assert "of memory" in table
+    assert "of peak" in table
+
+
+@pytest.mark.parametrize("compute", ["float32", "int16"])
+def test_bench_beside_the_peak(compute: str, run: Any) -> None:
+    options = ("--shapes", "64x256", "--moe", "4,2,64,32", "--compute", compute)
+    result = run("bench", *options, "--json", *BENCH)
+    assert (result.code, result.err) == (0, "")
+    peak = result.document["peak_gflop_per_second"]
+    assert peak > 0
+    for row in result.document["results"]:
+        assert row["peak_share"] == pytest.approx(row["gflop_per_second"] / peak)
 
 
 def test_bench_knows_models(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:

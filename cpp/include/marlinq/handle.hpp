@@ -178,6 +178,12 @@ class MARLINQ_API ContextHandle {
   /// How often this context's scratch has grown. A repeated size never changes it.
   std::int64_t scratch_allocations() const;
 
+  /// Operations a second, a product and its sum being two, that the arithmetic of a layer loaded with
+  /// these options cannot pass: its inner instructions on registers alone, on all threads of the
+  /// context, measured for some 10 ms. 0 where the backend does not measure it. Throws as load_gptq
+  /// for a kernel that there is not.
+  double peak_rate(const LoadOptions& options) const;
+
   detail::AnyContext& any() const noexcept { return *self_; }
 
  private:

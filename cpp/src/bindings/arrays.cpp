@@ -29,6 +29,40 @@ std::optional<DType> parse_dtype(std::string_view name) {
   return std::nullopt;
 }
 
+// The dtype of numpy's own types in native byte order, without the name, which numpy makes in Python.
+std::optional<DType> builtin_dtype(const py::dtype& dtype) {
+  constexpr int kBuiltinTypes = 24;  // numbers of other libraries' types begin above
+  const char order = dtype.byteorder();
+  if (dtype.num() >= kBuiltinTypes || (order != '=' && order != '|')) return std::nullopt;
+  const char kind = dtype.kind();
+  switch (dtype.itemsize()) {
+    case 2:
+      if (kind == 'f') return DType::kFloat16;
+      break;
+    case 4:
+      if (kind == 'f') return DType::kFloat32;
+      if (kind == 'i' || kind == 'u') return DType::kInt32;
+      break;
+    case 8:
+      if (kind == 'i') return DType::kInt64;
+      break;
+    default:
+      break;
+  }
+  return std::nullopt;
+}
+
+DType numpy_dtype(const py::dtype& dtype, std::string_view name) {
+  if (const std::optional<DType> builtin = builtin_dtype(dtype)) return *builtin;
+  const auto dtype_name = py::cast<std::string>(dtype.attr("name"));
+  const std::optional<DType> parsed = parse_dtype(dtype_name);
+  if (!parsed || !py::cast<bool>(dtype.attr("isnative"))) {
+    refuse_argument(concat(name, ": dtype ", dtype_name, parsed ? " in foreign byte order" : "",
+                           ", expected float32, float16, bfloat16, int32 or int64"));
+  }
+  return *parsed;
+}
+
 bool is_numpy(py::handle object) { return py::isinstance<py::array>(object); }
 
 std::shared_ptr<void> keep_alive(py::object object) {
@@ -40,17 +74,12 @@ std::shared_ptr<void> keep_alive(py::object object) {
 }
 
 BorrowedArray borrow_numpy(const py::array& array, std::string_view name) {
-  const auto dtype_name = py::cast<std::string>(array.dtype().attr("name"));
-  const std::optional<DType> dtype = parse_dtype(dtype_name);
-  if (!dtype || !py::cast<bool>(array.dtype().attr("isnative"))) {
-    refuse_argument(concat(name, ": dtype ", dtype_name, dtype ? " in foreign byte order" : "",
-                           ", expected float32, float16, bfloat16, int32 or int64"));
-  }
+  const DType dtype = numpy_dtype(array.dtype(), name);
   BorrowedArray borrowed;
-  borrowed.dtype = *dtype;
+  borrowed.dtype = dtype;
   borrowed.read_only = !array.writeable();
   borrowed.data = const_cast<void*>(array.data());
-  const auto size = static_cast<py::ssize_t>(size_of(*dtype));
+  const auto size = static_cast<py::ssize_t>(size_of(dtype));
   for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) {
     borrowed.shape.push_back(array.shape(axis));
     if (array.strides(axis) % size != 0) {

@@ -181,6 +181,16 @@ Raises:
           "The CUDA stream as an integer.")
       .def_property_readonly("scratch_allocations", &ContextHandle::scratch_allocations,
                              "How often the scratch has grown; a repeated size never changes it.")
+      .def(
+          "peak_rate",
+          [](const ContextHandle& self, const std::string& compute, const std::string& kernel) {
+            const LoadOptions options = make_options(compute, false, kernel);
+            const py::gil_scoped_release release;
+            return self.peak_rate(options);
+          },
+          py::kw_only(), py::arg("compute") = "auto", py::arg("kernel") = "",
+          "Operations a second that the arithmetic of a layer cannot pass; 0 where it is not "
+          "measured.")
       .def("pregrow_marlin_gather_scratch", &ContextHandle::pregrow_marlin_gather_scratch,
            py::arg("required_elements"),
            "Grows the scratch to m_total * (widest matmul input) elements; only ever grows.")

@@ -28,8 +28,10 @@ void ContextState::pregrow(std::int64_t elements) {
   constexpr auto kRunInput = static_cast<std::int64_t>(sizeof(RunInput) / sizeof(float));
   constexpr std::int64_t kFloor = std::int64_t{1} << 16;
   if (elements == 0) return;
-  const std::int64_t most = std::numeric_limits<std::int64_t>::max() / kCopies - kFloor;
-  const std::int64_t copies = std::min(elements, most) * kCopies + kFloor;
+  const std::int64_t most =
+      std::numeric_limits<std::int64_t>::max() / kCopies - kFloor - threads * kMostPreparedByParts;
+  const std::int64_t copies =
+      std::min(elements, most) * kCopies + threads * kMostPreparedByParts + kFloor;
   grow(Scratch::kInput, copies);
   grow(Scratch::kRunInputs, copies / kRunRows * kRunInput);
 }

@@ -40,6 +40,10 @@ struct PreparedInput {
   std::int64_t x = 0;            // bytes from the start of Scratch::kInput
   std::int64_t run_inputs = -1;  // the first, of those in Scratch::kRunInputs; -1: not wanted
   std::int64_t rows = 0;         // rows of all prepared inputs before this one
+  // Where the first of the group begins.
+  std::int64_t group_x = 0;
+  std::int64_t group_run_inputs = 0;
+  std::int64_t group_cost = 0;  // of the segments before it
 };
 
 /// One chunk of rows through all column blocks of one module.
@@ -55,6 +59,10 @@ struct Segment {
 struct ContextState {
   static constexpr std::size_t kScratches =
       static_cast<std::size_t>(Scratch::kMoe) + static_cast<std::size_t>(MoeScratch::kShared) + 1;
+
+  // Elements of a group's prepared inputs up to which each part of a product prepares its own: a few
+  // microseconds of work.
+  static constexpr std::int64_t kMostPreparedByParts = 6 << 10;
 
   int threads = 1;
   std::int64_t scratch_allocations = 0;

@@ -2,6 +2,9 @@
 // row groups.
 #include "marlinq/cpu/cpu_backend.hpp"
 
+#include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstring>
 
 #include "core/host_ids.hpp"
@@ -35,6 +38,22 @@ std::shared_ptr<MarlinExpertStack<CpuBackend>> CpuBackend::load_gptq_stacked(
 std::unique_ptr<MoeBlock<CpuBackend>> CpuBackend::make_moe_block(
     Context&, const MoeBlockParts<CpuBackend>& parts) {
   return std::make_unique<MoeBlockOverPhases<CpuBackend>>(parts);
+}
+
+double CpuBackend::peak_rate(Context& context, const LoadOptions& options) {
+  const cpu::IsaKernels& isa = cpu::choose_isa(options.kernel);
+  const auto saturate = cpu::arithmetic_of(isa, cpu::choose_compute(options.compute, isa)).saturate;
+  constexpr std::int64_t kRounds = 20000;  // tens of microseconds
+  constexpr int kTimes = 300;
+  double best = 0.0;
+  for (int i = 0; i < kTimes; ++i) {
+    std::atomic<std::int64_t> products = 0;
+    const auto start = std::chrono::steady_clock::now();
+    cpu::parallel_parts(context.threads(), [&](int, int) { products += saturate(kRounds); });
+    const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
+    best = std::max(best, 2.0 * static_cast<double>(products) / time.count());
+  }
+  return best;
 }
 
 void CpuBackend::pregrow_marlin_gather_scratch(Context& context, std::int64_t required_elements) {

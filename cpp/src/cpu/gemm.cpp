@@ -14,8 +14,6 @@ namespace {
 
 // Below this many multiplications a call is over before another thread has woken up.
 constexpr std::int64_t kSerialWork = std::int64_t{1} << 17;
-// And below this many elements of x their preparation is.
-constexpr std::int64_t kSerialPreparation = 5000;
 // Rows of x with elements from here on are scaled down by as much: float32 ends at 2^128, and
 // codes, K and scales together stay far below 2^64. Rows of elements below the inverse are scaled
 // up, so that the scale of their integers is not subnormal.
@@ -43,6 +41,12 @@ std::int64_t piece_of(const RowTiles& tiles, std::int64_t row) noexcept {
   return tiles.larger + (row - in_larger) / tiles.base;
 }
 
+// Where a prepared input lies.
+struct Place {
+  std::uint8_t* x;
+  RunInput* run_inputs;  // null: not wanted
+};
+
 class RowGroupProduct {
  public:
   RowGroupProduct(ContextState& state, const PackedExperts& packed, const ConstMatrixView& input,
@@ -56,13 +60,15 @@ class RowGroupProduct {
 
   void run() {
     plan();
-    const bool serial = rows_ * packed_.k() < kSerialPreparation;
-    parallel_parts(
-        serial ? 1 : static_cast<int>(std::min<std::int64_t>(threads_, rows_)),
-        [&](int part, int parts) { prepare(rows_ * part / parts, rows_ * (part + 1) / parts); });
-    parallel_parts(
-        static_cast<int>(std::min<std::int64_t>(threads_, cost_)),
-        [&](int part, int parts) { multiply(cost_ * part / parts, cost_ * (part + 1) / parts); });
+    if (!prepared_by_parts_) {
+      parallel_parts(
+          static_cast<int>(std::min<std::int64_t>(threads_, rows_)),
+          [&](int part, int parts) { prepare(rows_ * part / parts, rows_ * (part + 1) / parts); });
+    }
+    parallel_parts(static_cast<int>(std::min<std::int64_t>(threads_, cost_)),
+                   [&](int part, int parts) {
+                     multiply(part, cost_ * part / parts, cost_ * (part + 1) / parts);
+                   });
   }
 
  private:
@@ -73,10 +79,14 @@ class RowGroupProduct {
     std::int64_t bytes = 0;
     std::int64_t run_inputs = 0;
     std::int64_t work = 0;
+    std::int64_t most_elements = 0;
     for (std::size_t g = 0; g < state_.groups.size(); ++g) {
       const RowGroup& group = state_.groups[g];
       const PackedExpert& expert = packed_.expert(group.expert);
       const auto first_prepared = static_cast<std::int32_t>(state_.prepared.size());
+      const std::int64_t first_byte = bytes;
+      const std::int64_t first_run_input = run_inputs;
+      std::int64_t elements = 0;
       for (std::size_t o = 0; o < expert.orders.size(); ++o) {
         const RowOrder& order = *expert.orders[o];
         const bool wants_run_inputs =
@@ -88,21 +98,46 @@ class RowGroupProduct {
                                    .order = static_cast<std::int32_t>(o),
                                    .x = bytes,
                                    .run_inputs = wants_run_inputs ? run_inputs : -1,
-                                   .rows = rows_});
+                                   .rows = rows_,
+                                   .group_x = first_byte,
+                                   .group_run_inputs = first_run_input,
+                                   .group_cost = cost_});
+        elements += group.count * order.rows();
         bytes += group.count * order.rows() * arithmetic_.element_bytes;
         if (wants_run_inputs) {
           run_inputs += group.count * static_cast<std::int64_t>(order.blocks.size());
         }
         rows_ += group.count;
       }
+      most_elements = std::max(most_elements, elements);
+      copy_bytes_ = std::max(copy_bytes_, bytes - first_byte);
+      copy_run_inputs_ = std::max(copy_run_inputs_, run_inputs - first_run_input);
       add_segments(group, expert, first_prepared);
       work += group.count * packed_.k() * packed_.n();
     }
-    constexpr auto kFloat = static_cast<std::int64_t>(sizeof(float));
-    x_ = reinterpret_cast<std::uint8_t*>(state_.grow(Scratch::kInput, ceil_div(bytes, kFloat)));
-    run_inputs_ = reinterpret_cast<RunInput*>(state_.grow(
-        Scratch::kRunInputs, run_inputs * static_cast<std::int64_t>(sizeof(RunInput)) / kFloat));
     threads_ = work < kSerialWork ? 1 : state_.threads;
+    prepared_by_parts_ = threads_ == 1 || most_elements <= ContextState::kMostPreparedByParts;
+    reserve(bytes, run_inputs);
+  }
+
+  // Room for prepared inputs, and for copies of a group's if they are by parts: whether or not they are,
+  // so that fewer rows never need more.
+  void reserve(std::int64_t bytes, std::int64_t run_inputs) {
+    constexpr auto kFloat = static_cast<std::int64_t>(sizeof(float));
+    constexpr std::int64_t kFloatsOfRunInput = static_cast<std::int64_t>(sizeof(RunInput)) / kFloat;
+    constexpr auto kLine = static_cast<std::int64_t>(CpuBuffer::kAlignment);
+    constexpr std::int64_t kMost = ContextState::kMostPreparedByParts;
+    const std::int64_t copies = state_.threads - 1;
+    copy_bytes_ = round_up(std::min(copy_bytes_, kMost * arithmetic_.element_bytes), kLine);
+    copy_run_inputs_ =
+        round_up(std::min(copy_run_inputs_, kMost / Layout::kRowAlignment), kLine / kFloat);
+    first_copy_ = round_up(bytes, kLine);
+    first_copied_run_input_ = round_up(run_inputs, kLine / kFloat);
+    x_ = reinterpret_cast<std::uint8_t*>(
+        state_.grow(Scratch::kInput, (first_copy_ + copies * copy_bytes_) / kFloat));
+    run_inputs_ = reinterpret_cast<RunInput*>(
+        state_.grow(Scratch::kRunInputs,
+                    (first_copied_run_input_ + copies * copy_run_inputs_) * kFloatsOfRunInput));
   }
 
   void add_segments(const RowGroup& group, const PackedExpert& expert,
@@ -132,16 +167,43 @@ class RowGroupProduct {
     for (std::size_t i = static_cast<std::size_t>(next - state_.prepared.begin()) - 1;
          i < state_.prepared.size() && state_.prepared[i].rows < end; ++i) {
       const PreparedInput& prepared = state_.prepared[i];
+      const Place place = shared_place(prepared);
       const RowGroup& group = state_.groups[static_cast<std::size_t>(prepared.group)];
       const std::int64_t last = std::min(end - prepared.rows, group.count);
       for (std::int64_t row = std::max<std::int64_t>(begin - prepared.rows, 0); row < last; ++row) {
-        prepare_row(prepared, group, row);
+        const float restore = prepare_row(prepared, group, place, row);
+        if (prepared.order == 0) row_map(group, row).restore = restore;
       }
     }
   }
 
-  // Takes a row of x to the form of the arithmetic, in its tile.
-  void prepare_row(const PreparedInput& prepared, const RowGroup& group, std::int64_t row) const {
+  RowMap& row_map(const RowGroup& group, std::int64_t row) const {
+    return state_.rows[static_cast<std::size_t>(group.first + row)];
+  }
+
+  Place shared_place(const PreparedInput& prepared) const {
+    return {.x = x_ + prepared.x,
+            .run_inputs = prepared.run_inputs < 0 ? nullptr : run_inputs_ + prepared.run_inputs};
+  }
+
+  // Where a part that begins at cost `begin` has a prepared input: in the shared place if its group
+  // begins in this part, else in the part's copy, since each has at most one such group.
+  Place place_of_part(std::int32_t index, int part, std::int64_t begin) const {
+    const PreparedInput& prepared = state_.prepared[static_cast<std::size_t>(index)];
+    Place place = shared_place(prepared);
+    if (!prepared_by_parts_ || prepared.group_cost >= begin) return place;
+    place.x += first_copy_ + (part - 1) * copy_bytes_ - prepared.group_x;
+    if (place.run_inputs != nullptr) {
+      place.run_inputs +=
+          first_copied_run_input_ + (part - 1) * copy_run_inputs_ - prepared.group_run_inputs;
+    }
+    return place;
+  }
+
+  // Takes a row of x to the form of the arithmetic, in its tile. Returns what undoes the power of two
+  // that the row was scaled by.
+  float prepare_row(const PreparedInput& prepared, const RowGroup& group, const Place& place,
+                    std::int64_t row) const {
     const RowOrder& order =
         *packed_.expert(group.expert).orders[static_cast<std::size_t>(prepared.order)];
     const RowTiles chunks = cut(group.count, kMaxTaskRows);
@@ -160,21 +222,20 @@ class RowGroupProduct {
         .middle = packed_.middle(),
         .tile_rows = row_count(tiles, tile),
         .row = in_tile,
-        .x = x_ + prepared.x + first * order.rows() * arithmetic_.element_bytes,
-        .run_inputs =
-            prepared.run_inputs < 0 ? nullptr : run_inputs_ + prepared.run_inputs + first * runs,
+        .x = place.x + first * order.rows() * arithmetic_.element_bytes,
+        .run_inputs = place.run_inputs == nullptr ? nullptr : place.run_inputs + first * runs,
     };
-    RowMap& map = state_.rows[static_cast<std::size_t>(group.first + row)];
+    const std::int64_t input = row_map(group, row).input;
     float restore = 1.0F;
-    const float largest = prepare_row(task, order, map.input, 1.0F);
+    const float largest = prepare_row(task, order, input, 1.0F);
     if (largest >= kLargeInput) {
       // Sums of such a row could overflow where the result does not: a power of two is exact.
       restore = kLargeInput;
     } else if (largest > 0.0F && largest < 1.0F / kLargeInput) {
       restore = 1.0F / kLargeInput;
     }
-    if (restore != 1.0F) prepare_row(task, order, map.input, 1.0F / restore);
-    if (prepared.order == 0) map.restore = restore;
+    if (restore != 1.0F) prepare_row(task, order, input, 1.0F / restore);
+    return restore;
   }
 
   // Prepares factor * x of one input row, and returns the largest finite magnitude of x.
@@ -234,8 +295,10 @@ class RowGroupProduct {
   }
 
   // Runs the column blocks whose cost begins in [begin, end).
-  void multiply(std::int64_t begin, std::int64_t end) const {
+  void multiply(int part, std::int64_t begin, std::int64_t end) const {
     alignas(64) float result[kMaxTaskRows * Layout::kBlockColumns];
+    float restore[kMaxTaskRows];
+    const Segment* ready = nullptr;  // the one that `restore` is of
     auto next = std::upper_bound(state_.segments.begin(), state_.segments.end(), begin,
                                  [](std::int64_t cost, const Segment& s) { return cost < s.cost; });
     for (std::size_t i = static_cast<std::size_t>(next - state_.segments.begin()) - 1;
@@ -249,16 +312,26 @@ class RowGroupProduct {
           begin <= segment.cost ? 0 : ceil_div(begin - segment.cost, segment.block_cost);
       const std::int64_t last_block =
           std::min(module.layout.blocks(), ceil_div(end - segment.cost, segment.block_cost));
+      if (first_block >= last_block) continue;
+      const Place place = place_of_part(segment.prepared, part, begin);
+      if (ready == nullptr || ready->prepared != segment.prepared ||
+          ready->first_row != segment.first_row) {
+        for (std::int32_t r = 0; r < segment.rows; ++r) {
+          const std::int64_t row = segment.first_row + r;
+          restore[r] = prepared_by_parts_ ? prepare_row(prepared, group, place, row)
+                                          : row_map(group, row).restore;
+        }
+        ready = &segment;
+      }
       for (std::int64_t block = first_block; block < last_block; ++block) {
-        multiply_block(segment, prepared, expert, module, block, result);
-        store_block(segment, group, module, block, result);
+        multiply_block(segment, place, expert, module, block, result);
+        store_block(segment, group, module, block, restore, result);
       }
     }
   }
 
-  void multiply_block(const Segment& segment, const PreparedInput& prepared,
-                      const PackedExpert& expert, const PackedModule& module, std::int64_t block,
-                      float* result) const {
+  void multiply_block(const Segment& segment, const Place& place, const PackedExpert& expert,
+                      const PackedModule& module, std::int64_t block, float* result) const {
     const RowOrder& order = *expert.orders[static_cast<std::size_t>(module.order)];
     const Layout& layout = module.layout;
     const auto runs = static_cast<std::int32_t>(order.blocks.size());
@@ -275,10 +348,9 @@ class RowGroupProduct {
         .runs = order.blocks.data(),
         .num_runs = runs,
         .packed_rows = layout.packed_rows,
-        .x = x_ + prepared.x + segment.first_row * layout.packed_rows * arithmetic_.element_bytes,
-        .run_inputs = prepared.run_inputs < 0
-                          ? nullptr
-                          : run_inputs_ + prepared.run_inputs + segment.first_row * runs,
+        .x = place.x + segment.first_row * layout.packed_rows * arithmetic_.element_bytes,
+        .run_inputs =
+            place.run_inputs == nullptr ? nullptr : place.run_inputs + segment.first_row * runs,
         .rows = segment.rows,
         .tiles = cut(segment.rows, arithmetic_.tile_rows),
         .result = result,
@@ -288,7 +360,7 @@ class RowGroupProduct {
 
   // Adds the bias, applies the row's weight, rounds once.
   void store_block(const Segment& segment, const RowGroup& group, const PackedModule& module,
-                   std::int64_t block, float* result) const {
+                   std::int64_t block, const float* restore, float* result) const {
     const std::int64_t column = block * Layout::kBlockColumns;
     const std::int64_t columns =
         std::min<std::int64_t>(module.layout.n - column, Layout::kBlockColumns);
@@ -296,13 +368,12 @@ class RowGroupProduct {
                            ? nullptr
                            : reinterpret_cast<const float*>(packed_.data() + module.bias) + column;
     for (std::int32_t r = 0; r < segment.rows; ++r) {
-      const RowMap& map =
-          state_.rows[static_cast<std::size_t>(group.first + segment.first_row + r)];
+      const RowMap& map = row_map(group, segment.first_row + r);
       float* values = result + r * Layout::kBlockColumns;
-      if (map.restore != 1.0F) {
+      if (restore[r] != 1.0F) {
         // In double, as a step between may be out of range where the result is not.
         for (std::int64_t i = 0; i < columns; ++i) {
-          const double sum = static_cast<double>(values[i]) * static_cast<double>(map.restore) +
+          const double sum = static_cast<double>(values[i]) * static_cast<double>(restore[r]) +
                              static_cast<double>(bias == nullptr ? 0.0F : bias[i]);
           values[i] = static_cast<float>(sum * static_cast<double>(map.weight));
         }
@@ -328,11 +399,18 @@ class RowGroupProduct {
   const Arithmetic& arithmetic_;
   const ConstMatrixView& input_;
   const MatrixView& output_;
-  int threads_ = 1;
+  int threads_ = 1;  // of this call
   std::int64_t rows_ = 0;
   std::int64_t cost_ = 0;
+  // Each part of the product prepares the rows of x that it multiplies. Memory that one core writes and
+  // others read costs more than to prepare some rows twice.
+  bool prepared_by_parts_ = false;
   std::uint8_t* x_ = nullptr;
   RunInput* run_inputs_ = nullptr;
+  std::int64_t first_copy_ = 0;  // bytes of x_
+  std::int64_t copy_bytes_ = 0;
+  std::int64_t first_copied_run_input_ = 0;
+  std::int64_t copy_run_inputs_ = 0;
 };
 
 }  // namespace

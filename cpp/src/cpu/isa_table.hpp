@@ -90,6 +90,9 @@ struct Arithmetic {
   /// Returns the largest finite magnitude of the values.
   float (*prepare)(const PrepareTask&);
   void (*gemm)(const BlockTask&);
+  /// Runs the inner instructions of `gemm` on registers alone, `rounds` times as many as hide their
+  /// latency. Returns how many products of a weight and an activation that is, each with its sum.
+  std::int64_t (*saturate)(std::int64_t rounds);
 };
 
 /// One entry of the table of instruction sets.
@@ -100,14 +103,17 @@ struct IsaKernels {
 
   bool int16_by_default;  // what compute "auto" is; else float32
 
-  Arithmetic float32;
-  Arithmetic int16;
-  Arithmetic bfloat16;
-  Arithmetic int8;
+  // What follows is filled in by generic/kernels-inl.hpp and generic/integer_gemm-inl.hpp.
+  Arithmetic float32 = {};
+  Arithmetic int16 = {};
+  Arithmetic bfloat16 = {};
+  Arithmetic int8 = {};
 
-  void (*to_float)(FloatType type, const std::uint8_t* source, float* target, std::int64_t count);
-  void (*from_float)(FloatType type, const float* source, std::uint8_t* target, std::int64_t count);
-  void (*sigmoid)(const float* x, float* y, std::int64_t count);
+  void (*to_float)(FloatType type, const std::uint8_t* source, float* target,
+                   std::int64_t count) = nullptr;
+  void (*from_float)(FloatType type, const float* source, std::uint8_t* target,
+                     std::int64_t count) = nullptr;
+  void (*sigmoid)(const float* x, float* y, std::int64_t count) = nullptr;
 };
 
 }  // namespace marlinq::cpu

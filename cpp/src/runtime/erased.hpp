@@ -35,6 +35,7 @@ class AnyContext {
   virtual int threads() const = 0;
   virtual void* stream() const = 0;
   virtual std::int64_t scratch_allocations() const = 0;
+  virtual double peak_rate(const LoadOptions&) = 0;
   virtual LinearHandle load_gptq(const GptqTensors&, const GptqSpec&, const LoadOptions&) = 0;
   virtual ExpertStackHandle load_gptq_stacked(std::span<const GptqTensors>, const GptqSpec&,
                                               const LoadOptions&) = 0;
@@ -284,6 +285,14 @@ class ContextModel final : public AnyContext {
   }
   std::int64_t scratch_allocations() const override {
     return context_.scratch_allocations() + staging_.allocations();
+  }
+  double peak_rate(const LoadOptions& options) override {
+    if constexpr (requires { B::peak_rate(context_, options); }) {
+      const ContextUse use(busy_);
+      return B::peak_rate(context_, options);
+    } else {
+      return 0.0;
+    }
   }
 
   LinearHandle load_gptq(const GptqTensors& tensors, const GptqSpec& spec,

@@ -70,6 +70,9 @@ Device ContextHandle::device() const { return self_->device(); }
 int ContextHandle::threads() const { return self_->threads(); }
 void* ContextHandle::stream() const { return self_->stream(); }
 std::int64_t ContextHandle::scratch_allocations() const { return self_->scratch_allocations(); }
+double ContextHandle::peak_rate(const LoadOptions& options) const {
+  return guarded([&] { return self_->peak_rate(options); });
+}
 LinearHandle ContextHandle::load_gptq(const GptqTensors& tensors, const GptqSpec& spec,
                                       const LoadOptions& options) const {
   return guarded([&] { return self_->load_gptq(tensors, spec, options); });

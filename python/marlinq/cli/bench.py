@@ -42,9 +42,10 @@ _EXAMPLES = """\
 Times are medians of repeated bursts. Every call takes the next of several copies of the weight,
 enough of them to leave the last-level cache; --hot uses one. GB/s counts packed bytes, and "of
 memory" is its share of what reading host memory, or copying memory of a GPU, reached in the same
-run. A GPU gets float16 and a burst of calls without a wait between them, so that a kernel shorter
-than its launch takes as long as the launch, and at most 512 copies; numpy is not measured beside
-it.
+run. "of peak" is the share of GFLOP/s of what the compute type's own instructions reached on
+registers alone, which is not measured on a GPU. A GPU gets float16 and a burst of calls without a
+wait between them, so that a kernel shorter than its launch takes as long as the launch, and at most
+512 copies; numpy is not measured beside it.
 
 --moe measures whole mixture-of-experts blocks from routed tokens to combined output; --rows counts
 tokens. Each call takes the next of several random routings, and packed bytes are those of the
@@ -460,7 +461,7 @@ def _bench_moe(
 
 
 def _print(results: list[dict[str, Any]]) -> None:
-    measured = ("m", "packed", "time", "GB/s", "of memory", "GFLOP/s", "numpy", "ratio")
+    measured = ("m", "packed", "time", "GB/s", "of memory", "GFLOP/s", "of peak", "numpy", "ratio")
     numeric = ("count", "N x K", *measured)
     print_table(
         ("weight", "count", "N x K", "format", "kernel", *measured),
@@ -477,6 +478,7 @@ def _print(results: list[dict[str, Any]]) -> None:
                 f"{r['gb_per_second']:.1f}",
                 "" if r["memory_share"] is None else f"{r['memory_share']:.0%}",
                 f"{r['gflop_per_second']:.0f}",
+                "" if r["peak_share"] is None else f"{r['peak_share']:.0%}",
                 "" if r["numpy_seconds"] is None else duration(r["numpy_seconds"]),
                 "" if r["speedup"] is None else f"{r['speedup']:.2f}",
             )
@@ -511,14 +513,17 @@ def _run(options: argparse.Namespace) -> int:
                     results += _bench_case(case, options, context)
     # Weights that stay in a cache are not bound by memory.
     memory = None if options.hot else _memory_speed(context) / 1e9
+    peak = context.peak_rate(**_load_arguments(options)) / 1e9 or None
     for result in results:
         result["memory_share"] = None if memory is None else result["gb_per_second"] / memory
+        result["peak_share"] = None if peak is None else result["gflop_per_second"] / peak
     if options.json:
         print_json(
             {
                 "device": context.device,
                 "threads": context.threads,
                 "memory_gb_per_second": memory,
+                "peak_gflop_per_second": peak,
                 "results": results,
             }
         )

@@ -458,21 +458,26 @@ TEST_P(GemmTest, TinyAndHugeRows) {
   const Layer layer =
       make_layer({.k = 300, .n = 60, .group_size = 64, .zeros = Zeros::kAsymmetricV1, .seed = 12});
   const LinearPtr linear = load(layer);
-  Matrix x = random_matrix(12, 300, DType::kFloat32, 13);
-  for (std::int64_t row = 0; row < 12; ++row) {
+  constexpr std::int64_t kRows = 24;
+  Matrix x = random_matrix(kRows, 300, DType::kFloat32, 13);
+  for (std::int64_t row = 0; row < kRows; ++row) {
     const double size = row % 3 == 0 ? 1e-31 : row % 3 == 1 ? 1e33 : 1.0;
     for (std::int64_t k = 0; k < 300; ++k) x.set(row, k, x.at(row, k) * size);
   }
-  Matrix out(12, 60, DType::kFloat32);
-  linear->forward(context_, x.input(), out.view(), 12);
-  const Product expected = test::multiply(x.values(), 12, layer.dense());
-  for (std::int64_t row = 0; row < 12; ++row) {
-    std::vector<double> actual;
-    for (std::int64_t n = 0; n < 60; ++n) actual.push_back(out.at(row, n));
-    const auto first = expected.y.begin() + row * 60;
-    EXPECT_TRUE(test::within(actual, {first, first + 60},
-                             expected.energy[static_cast<std::size_t>(row)], 60, bound()))
-        << "row " << row;
+  const Product expected = test::multiply(x.values(), kRows, layer.dense());
+  for (const std::int64_t m : {std::int64_t{12}, kRows}) {
+    Matrix out(m, 60, DType::kFloat32);
+    ConstMatrixView some = x.input();
+    some.rows = m;
+    linear->forward(context_, some, out.view(), m);
+    for (std::int64_t row = 0; row < m; ++row) {
+      std::vector<double> actual;
+      for (std::int64_t n = 0; n < 60; ++n) actual.push_back(out.at(row, n));
+      const auto first = expected.y.begin() + row * 60;
+      EXPECT_TRUE(test::within(actual, {first, first + 60},
+                               expected.energy[static_cast<std::size_t>(row)], 60, bound()))
+          << "row " << row << " of " << m;
+    }
   }
 }
 

@@ -133,6 +133,17 @@ TEST_F(HandleTest, TellWhatTheyHold) {
   EXPECT_EQ(block.num_experts(), 3);
 }
 
+TEST_F(HandleTest, PeakRates) {
+  for (const Compute compute :
+       {Compute::kAuto, Compute::kFloat32, Compute::kInt16, Compute::kBFloat16, Compute::kInt8}) {
+    EXPECT_GT(cpu.peak_rate({.compute = compute}), 1e8) << to_string(compute);
+  }
+  EXPECT_GT(cpu.peak_rate({.kernel = "generic"}), 1e8);
+  expect_error(ErrorCode::kInvalidArgument, {"kernel: 'fast'", "generic"},
+               [&] { cpu.peak_rate({.kernel = "fast"}); });
+  EXPECT_EQ(null_context().peak_rate({}), 0.0);
+}
+
 TEST_F(HandleTest, CopiesShareTheWeightAndOutliveTheOriginal) {
   std::optional<ContextHandle> loader = open_context({}, {.threads = 1});
   std::optional<LinearHandle> original = loader->load_gptq(layer.tensors(), layer.spec(), kExact);

@@ -78,6 +78,9 @@ struct MARLINQ_API CpuBackend : QuantMarlinDefaults<CpuBackend> {
   static std::shared_ptr<MarlinExpertStack<CpuBackend>> load_gptq_stacked(
       Context& context, std::span<const GptqTensors> experts, const GptqSpec& spec,
       const LoadOptions& options = {});
+  /// As ContextHandle::peak_rate.
+  static double peak_rate(Context& context, const LoadOptions& options);
+
   static void pregrow_marlin_gather_scratch(Context& context, std::int64_t required_elements);
   static std::unique_ptr<MoeBlock<CpuBackend>> make_moe_block(
       Context& context, const MoeBlockParts<CpuBackend>& parts);

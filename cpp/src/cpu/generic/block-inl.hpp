@@ -26,16 +26,29 @@ MARLINQ_INLINE void unrolled(const Function& f) {
 // How far ahead codes are asked for: the memory's latency at the rate of these loops.
 constexpr std::int64_t kPrefetch = 4096;
 
-MARLINQ_INLINE F load_scales(const BlockTask& task, std::int64_t index) {
+// Chains that hide the latency of any instruction of Arithmetic::saturate, within the registers.
+constexpr int kSaturatingSums = Vec::kLanes == 16 ? 24 : 12;
+
+// Scales of kVectors vectors of columns, from element `index` on.
+template <int kVectors>
+MARLINQ_INLINE void load_scales(const BlockTask& task, std::int64_t index, F (&scale)[kVectors]) {
   switch (task.scale_type) {
     case FloatType::kF16:
-      return Vec::load_float16(task.scales + 2 * index);
+      unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
+        scale[v] = Vec::load_float16(task.scales + 2 * (index + v * Vec::kLanes));
+      });
+      return;
     case FloatType::kBF16:
-      return Vec::load_bfloat16(task.scales + 2 * index);
+      unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
+        scale[v] = Vec::load_bfloat16(task.scales + 2 * (index + v * Vec::kLanes));
+      });
+      return;
     case FloatType::kF32:
       break;
   }
-  return Vec::load_unaligned(task.scales + 4 * index);
+  unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
+    scale[v] = Vec::load_unaligned(task.scales + 4 * (index + v * Vec::kLanes));
+  });
 }
 
 // Zero points minus the middle.

@@ -57,7 +57,8 @@ struct TileSource {
 };
 
 // Adds kRuns runs of equal length, from the source's on, to a sum each. Side by side they keep the
-// multipliers busy where one row has too few chains; every sum is what it is alone.
+// multipliers busy where one row has too few chains; every sum is what it is alone. What follows these
+// runs is prefetched in its own order, so that memory sees one stream.
 template <int kBits, class Unit, int kRuns, int kRows, int kVectors>
 MARLINQ_INLINE void accumulate_codes(const TileSource<Unit>& source, int column, const float* tile,
                                      F (&sum)[kRuns][kRows][kVectors]) {
@@ -73,13 +74,19 @@ MARLINQ_INLINE void accumulate_codes(const TileSource<Unit>& source, int column,
     codes[u] = task.codes + run.first / kStep * stride + std::int64_t{4} * column;
     x[u] = tile + std::int64_t{run.first / Unit::kRowsPerDword} * kRows;
   }
+  const std::uint8_t* ahead = codes[0] + kPrefetch;
+  if constexpr (kRuns > 1) {
+    // Further than the next runs by half of them: the last of those is read as soon as the first.
+    const std::int64_t run_bytes = task.runs[source.run].count / kStep * stride;
+    ahead = codes[0] + (kRuns + kRuns / 2) * run_bytes;
+  }
   for (int row = 0; row < task.runs[source.run].count; row += kStep) {
     I words[kRuns][kVectors];
     unrolled<kRuns>([&]<int u>() __attribute__((always_inline)) {
       unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
         words[u][v] = Vec::load_words(codes[u] + 4 * Vec::kLanes * v);
         if constexpr (v * Vec::kLanes % 16 == 0) {
-          __builtin_prefetch(codes[u] + kPrefetch + 4 * Vec::kLanes * v);
+          __builtin_prefetch(ahead + u * stride + 4 * Vec::kLanes * v);
         }
       });
     });
@@ -97,6 +104,7 @@ MARLINQ_INLINE void accumulate_codes(const TileSource<Unit>& source, int column,
         });
       });
     });
+    ahead += kRuns * stride;
     unrolled<kRuns>([&]<int u>() __attribute__((always_inline)) {
       codes[u] += stride;
       x[u] += kDwords * kRows;
@@ -151,24 +159,24 @@ template <int kRows, int kVectors>
 MARLINQ_INLINE void apply_group(const BlockTask& task, int run, int column, int first_row,
                                 const F (&sum)[kRows][kVectors]) {
   const std::int64_t first = std::int64_t{task.runs[run].group} * task.columns + column;
+  F scale[kVectors];
+  load_scales(task, first, scale);
   unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
-    const std::int64_t index = first + v * Vec::kLanes;
-    const F scale = load_scales(task, index);
     float* result = task.result + first_row * kBlockColumns + column + v * Vec::kLanes;
     if (task.zeros == nullptr) {
       unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
         float* place = result + r * kBlockColumns;
-        Vec::store(place, Vec::multiply_add(scale, sum[r][v], Vec::load(place)));
+        Vec::store(place, Vec::multiply_add(scale[v], sum[r][v], Vec::load(place)));
       });
     } else {
-      const F zero = load_zeros(task, index);
+      const F zero = load_zeros(task, first + v * Vec::kLanes);
       const RunInput* inputs =
           task.run_inputs + std::int64_t{first_row} * task.num_runs + std::int64_t{run} * kRows;
       unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
         float* place = result + r * kBlockColumns;
         const F corrected =
             Vec::negative_multiply_add(zero, Vec::broadcast(inputs[r].sum), sum[r][v]);
-        Vec::store(place, Vec::multiply_add(scale, corrected, Vec::load(place)));
+        Vec::store(place, Vec::multiply_add(scale[v], corrected, Vec::load(place)));
       });
     }
   });
@@ -273,6 +281,27 @@ void gemm_floats(const BlockTask& task) {
   }
 }
 
+// As Arithmetic::saturate.
+template <class Unit>
+std::int64_t saturate_floats(std::int64_t rounds) {
+  constexpr int kSums = kSaturatingSums;
+  F sum[kSums];
+  const volatile float value = 1.0F;  // or the compiler adds without multiplying
+  const F one = Vec::broadcast(value);
+  // Equal sums would be one for the compiler.
+  unrolled<kSums>([&]<int i>()
+                      __attribute__((always_inline)) { sum[i] = Vec::broadcast(1.0F * i); });
+  for (std::int64_t round = 0; round < rounds; ++round) {
+    unrolled<kSums>([&]<int i>()
+                        __attribute__((always_inline)) { Unit::multiply_add(sum[i], one, one); });
+  }
+  alignas(64) float total[Vec::kLanes * kSums];
+  unrolled<kSums>(
+      [&]<int i>() __attribute__((always_inline)) { Vec::store(total + i * Vec::kLanes, sum[i]); });
+  __asm__ volatile("" : : "r"(total) : "memory");
+  return rounds * kSums * Vec::kLanes * Unit::kRowsPerDword;
+}
+
 // A compute type that is float32's product of what `prepare` makes of x.
 constexpr Arithmetic float32_arithmetic(float (*prepare)(const PrepareTask&), bool native) {
   return {.native = native,
@@ -280,7 +309,8 @@ constexpr Arithmetic float32_arithmetic(float (*prepare)(const PrepareTask&), bo
           .tile_rows = Float32Unit::kTileRows,
           .element_bytes = 4,
           .prepare = prepare,
-          .gemm = gemm_floats<Float32Unit>};
+          .gemm = gemm_floats<Float32Unit>,
+          .saturate = saturate_floats<Float32Unit>};
 }
 
 }  // namespace

@@ -28,30 +28,60 @@ constexpr int kQuadBytes = 4 * kHalves;
 // A tile of rows of a task.
 struct IntegerTile {
   const BlockTask& task;
+  int index;
   const std::uint8_t* x;
   const RunInput* inputs;  // [run][row]
   float* result;           // [row][32]
 };
 
+// A task's only tile prefetches the codes that follow its own at a short distance. Where there are
+// several, the first two prefetch a half each of the next block, so that memory is read while all of
+// them multiply; the others find nothing left to do.
+constexpr int kSharesOfNextBlock = 2;
+
+MARLINQ_INLINE const std::uint8_t* share_of_next_block(const IntegerTile& tile, int column) {
+  const BlockTask& task = tile.task;
+  const std::int64_t bytes = task.packed_rows * task.columns * task.code_bits / 8;
+  const int share = tile.index % kSharesOfNextBlock;
+  return task.codes + bytes +
+         bytes * (share * task.columns + column) / (kSharesOfNextBlock * task.columns);
+}
+
 // Chains of additions of one sum. For few rows each 4 packed rows of a dword have their own, so that
-// latency does not bound the rate.
+// latency does not bound the rate; the second chain takes its codes where they lie, times 16. One row is
+// bound by loads, so words are loaded once for both.
 template <int kBits, int kHalves, int kRows>
 constexpr int kChains = kBits == 4 && kRows * kHalves <= Vec::kChainedSums ? 2 : 1;
 
 template <int kRows, int kVectors, int kHalves, int kChains>
 using IntegerSums = I[kRows][kVectors][kHalves][kChains];
 
+// Where a tile reads on: runs lie one after the other.
+struct TilePlace {
+  const std::uint8_t* codes;
+  const std::uint8_t* x;
+  const std::uint8_t* ahead;  // what to prefetch next, where a task has several tiles
+  std::int64_t stride;        // bytes of codes from a dword of a column to its next
+};
+
 // One dword of codes a column: calls add.template operator()<row, vector, half, quad>(codes, x) for
-// each product of four codes with four integers.
-template <int kBits, int kRows, int kVectors, int kHalves, class Add>
-MARLINQ_INLINE void step(const std::uint8_t* codes, const std::uint8_t* x, const Add& add) {
+// each product of four codes with four integers. Then goes to the next.
+template <bool kAlone, int kBits, int kRows, int kVectors, int kHalves, int kChains, class Add>
+MARLINQ_INLINE void step(TilePlace& place, const Add& add) {
+  const std::uint8_t* codes = place.codes;
+  const std::uint8_t* x = place.x;
   I words[kVectors];
   unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
     words[v] = Vec::load_words(codes + 4 * Vec::kLanes * v);
-    if constexpr (v * Vec::kLanes % 16 == 0) {
+    if constexpr (kChains == 2 && kRows * kHalves <= 2) Vec::keep_in_register(words[v]);
+    if constexpr (kAlone && v * Vec::kLanes % 16 == 0) {
       __builtin_prefetch(codes + kPrefetch + 4 * Vec::kLanes * v);
     }
   });
+  if constexpr (!kAlone) {
+    __builtin_prefetch(place.ahead);
+    place.ahead += 4 * Vec::kLanes * kVectors / kSharesOfNextBlock;
+  }
   unrolled<8 / kBits>([&]<int quad>() __attribute__((always_inline)) {
     I weight[kVectors];
     unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
@@ -59,6 +89,8 @@ MARLINQ_INLINE void step(const std::uint8_t* codes, const std::uint8_t* x, const
         weight[v] = words[v];
       } else if constexpr (quad == 0) {
         weight[v] = Vec::low_nibbles(words[v]);
+      } else if constexpr (kChains == 2) {
+        weight[v] = Vec::high_nibbles_in_place(words[v]);
       } else {
         weight[v] = Vec::high_nibbles(words[v]);
       }
@@ -73,39 +105,38 @@ MARLINQ_INLINE void step(const std::uint8_t* codes, const std::uint8_t* x, const
       });
     });
   });
+  place.codes += place.stride;
+  place.x += 8 / kBits * kRows * kQuadBytes<kHalves>;
 }
 
 // Vec::dot adds to 32 bits. Without it, 4-bit codes add up in 16 bits for a while (Vec::dot_narrow).
 template <class V>
 concept HasDot = requires(I& sum, I codes) { V::template dot<4>(sum, codes, codes); };
 
-template <class V, int kBits, int kRows, int kVectors, int kHalves, int kChains>
-MARLINQ_INLINE void accumulate(const IntegerTile& tile, const RowBlock& run, int column,
+// Adds a run of `count` packed rows, and goes to its end.
+template <class V, bool kAlone, int kBits, int kRows, int kVectors, int kHalves, int kChains>
+MARLINQ_INLINE void accumulate(TilePlace& place, int count,
                                IntegerSums<kRows, kVectors, kHalves, kChains>& sum) {
   constexpr int kStep = 32 / kBits;
-  constexpr int kBytesOfX = kStep / 4 * kRows * kQuadBytes<kHalves>;
-  const std::int64_t stride = std::int64_t{4} * tile.task.columns;
-  const std::uint8_t* codes =
-      tile.task.codes + run.first / kStep * stride + std::int64_t{4} * column;
-  const std::uint8_t* x = tile.x + std::int64_t{run.first / kStep} * kBytesOfX;
+  TilePlace next = place;  // in registers
   if constexpr (kBits == 8 || HasDot<V>) {
-    for (int row = 0; row < run.count; row += kStep, codes += stride, x += kBytesOfX) {
-      step<kBits, kRows, kVectors, kHalves>(
-          codes, x,
+    for (int row = 0; row < count; row += kStep) {
+      step<kAlone, kBits, kRows, kVectors, kHalves, kChains>(
+          next,
           [&]<int r, int v, int h, int quad>(I weight, I value) __attribute__((always_inline)) {
             V::template dot<kBits>(sum[r][v][h][quad % kChains], weight, value);
           });
     }
   } else {
-    for (int row = 0; row < run.count;) {
-      const int end = row + V::kNarrowRows < run.count ? row + V::kNarrowRows : run.count;
+    for (int row = 0; row < count;) {
+      const int end = row + V::kNarrowRows < count ? row + V::kNarrowRows : count;
       I narrow[kRows][kVectors][kHalves];
       unrolled<kRows * kVectors * kHalves>([&]<int i>() __attribute__((always_inline)) {
         narrow[i / kHalves / kVectors][i / kHalves % kVectors][i % kHalves] = Vec::zero_words();
       });
-      for (; row < end; row += kStep, codes += stride, x += kBytesOfX) {
-        step<kBits, kRows, kVectors, kHalves>(
-            codes, x,
+      for (; row < end; row += kStep) {
+        step<kAlone, kBits, kRows, kVectors, kHalves, kChains>(
+            next,
             [&]<int r, int v, int h, int quad>(I weight, I value)
                 __attribute__((always_inline)) { V::dot_narrow(narrow[r][v][h], weight, value); });
       }
@@ -117,22 +148,21 @@ MARLINQ_INLINE void accumulate(const IntegerTile& tile, const RowBlock& run, int
       });
     }
   }
+  place = next;
 }
 
 template <int kChains>
 MARLINQ_INLINE I add_chains(const I (&sum)[kChains]) {
-  return kChains == 2 ? Vec::add_words(sum[0], sum[kChains - 1]) : sum[0];
+  return kChains == 2 ? Vec::add_words(sum[0], Vec::shift_right_4(sum[kChains - 1])) : sum[0];
 }
 
-template <int kRows, int kVectors, int kHalves, int kChains>
-MARLINQ_INLINE void apply_run(const IntegerTile& tile, int run, int column,
+template <bool kZeros, int kRows, int kVectors, int kHalves, int kChains>
+MARLINQ_INLINE void apply_run(const BlockTask& task, const RunInput* inputs, std::int64_t first,
+                              float* result,
                               const IntegerSums<kRows, kVectors, kHalves, kChains>& sum) {
-  const BlockTask& task = tile.task;
-  const RunInput* inputs = tile.inputs + std::int64_t{run} * kRows;
-  const std::int64_t first = std::int64_t{task.runs[run].group} * task.columns + column;
+  F scale[kVectors];
+  load_scales(task, first, scale);
   unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
-    const std::int64_t index = first + v * Vec::kLanes;
-    const F scale = load_scales(task, index);
     F total[kRows];
     unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
       I words = add_chains(sum[r][v][kHalves - 1]);
@@ -141,28 +171,37 @@ MARLINQ_INLINE void apply_run(const IntegerTile& tile, int run, int column,
       }
       total[r] = Vec::to_float(words);
     });
-    if (task.zeros != nullptr) {
-      const F zero = load_zeros(task, index);
+    if constexpr (kZeros) {
+      const F zero = load_zeros(task, first + v * Vec::kLanes);
       unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
         total[r] = Vec::negative_multiply_add(zero, Vec::broadcast(inputs[r].sum), total[r]);
       });
     }
     unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
-      float* place = tile.result + r * kBlockColumns + column + v * Vec::kLanes;
-      const F factor = Vec::multiply(scale, Vec::broadcast(inputs[r].scale));
+      float* place = result + r * kBlockColumns + v * Vec::kLanes;
+      const F factor = Vec::multiply(scale[v], Vec::broadcast(inputs[r].scale));
       Vec::store(place, Vec::multiply_add(total[r], factor, Vec::load(place)));
     });
   });
 }
 
-template <int kBits, int kHalves, int kRows, int kVectors>
-[[gnu::noinline]] void integer_tile(const IntegerTile& source, int column) {
+template <bool kAlone, int kBits, int kHalves, int kRows, int kVectors>
+[[gnu::noinline]] void integer_tile(const IntegerTile& tile, int column) {
   constexpr int kOwnChains = kChains<kBits, kHalves, kRows>;
-  const IntegerTile tile = source;
-  for (int run = 0; run < tile.task.num_runs; ++run) {
+  const BlockTask task = tile.task;
+  const RunInput* inputs = tile.inputs;
+  float* result = tile.result + column;
+  TilePlace place{.codes = task.codes + std::int64_t{4} * column,
+                  .x = tile.x,
+                  .ahead = share_of_next_block(tile, column),
+                  .stride = std::int64_t{4} * task.columns};
+  for (int run = 0; run < task.num_runs; ++run, inputs += kRows) {
+    // GCC keeps results in registers; where they do not fit beside the sums, they have to stay in memory.
+    constexpr int kSums = kRows * kVectors * kHalves * (HasDot<Vec> ? kOwnChains : 2);
+    if constexpr (kSums + (kRows + 1) * kVectors + 3 > Vec::kRegisters) __asm__("" : "+r"(result));
     IntegerSums<kRows, kVectors, kHalves, kOwnChains> sum;
     unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
-      const I start = Vec::broadcast_word(&tile.inputs[std::int64_t{run} * kRows + r].start);
+      const I start = Vec::broadcast_word(&inputs[r].start);
       unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
         unrolled<kHalves * kOwnChains>([&]<int i>() __attribute__((always_inline)) {
           sum[r][v][i / kOwnChains][i % kOwnChains] = Vec::zero_words();
@@ -170,33 +209,38 @@ template <int kBits, int kHalves, int kRows, int kVectors>
         sum[r][v][kHalves - 1][0] = start;
       });
     });
-    accumulate<Vec, kBits, kRows, kVectors, kHalves, kOwnChains>(tile, tile.task.runs[run], column,
-                                                                 sum);
-    apply_run<kRows, kVectors, kHalves, kOwnChains>(tile, run, column, sum);
+    accumulate<Vec, kAlone, kBits, kRows, kVectors, kHalves, kOwnChains>(place,
+                                                                         task.runs[run].count, sum);
+    const std::int64_t first = std::int64_t{task.runs[run].group} * task.columns + column;
+    if (task.zeros == nullptr) {
+      apply_run<false, kRows, kVectors, kHalves, kOwnChains>(task, inputs, first, result, sum);
+    } else {
+      apply_run<true, kRows, kVectors, kHalves, kOwnChains>(task, inputs, first, result, sum);
+    }
   }
 }
 
-template <int kHalves, int kRows, int kVectors>
+template <bool kAlone, int kHalves, int kRows, int kVectors>
 MARLINQ_INLINE void integer_tile(const IntegerTile& tile, int column) {
   if (tile.task.code_bits == 4) {
-    integer_tile<4, kHalves, kRows, kVectors>(tile, column);
+    integer_tile<kAlone, 4, kHalves, kRows, kVectors>(tile, column);
   } else {
-    integer_tile<8, kHalves, kRows, kVectors>(tile, column);
+    integer_tile<kAlone, 8, kHalves, kRows, kVectors>(tile, column);
   }
 }
 
-template <int kHalves, int kRows>
+template <bool kAlone, int kHalves, int kRows>
 void integer_columns(const IntegerTile& tile) {
   // Two vectors of columns share a broadcast of x, where there are registers for their sums.
   constexpr int kVectors = 2 * kRows * kHalves <= Vec::kIntegerSums ? 2 : 1;
   constexpr int kWide = kVectors * Vec::kLanes;
   int column = 0;
   for (; column + kWide <= tile.task.columns; column += kWide) {
-    integer_tile<kHalves, kRows, kVectors>(tile, column);
+    integer_tile<kAlone, kHalves, kRows, kVectors>(tile, column);
   }
   if constexpr (kWide > 16) {  // blocks have 16 or 32 columns
     for (; column < tile.task.columns; column += Vec::kLanes) {
-      integer_tile<kHalves, kRows, 1>(tile, column);
+      integer_tile<kAlone, kHalves, kRows, 1>(tile, column);
     }
   }
 }
@@ -209,7 +253,11 @@ void integer_rows(int rows, const IntegerTile& tile) {
       return;
     }
   }
-  integer_columns<kHalves, kRows>(tile);
+  if (tile.task.tiles.count == 1) {
+    integer_columns<true, kHalves, kRows>(tile);
+  } else {
+    integer_columns<false, kHalves, kRows>(tile);
+  }
 }
 
 // Tile after tile, each through all runs: one stream of codes, which later tiles find in the second
@@ -221,11 +269,40 @@ void gemm_integer(const BlockTask& task) {
   for (int tile = 0; tile < task.tiles.count; ++tile) {
     const int rows = rows_of_tile(task, tile);
     integer_rows<kHalves, kMostRows>(rows, {.task = task,
+                                            .index = tile,
                                             .x = task.x + first_row * task.packed_rows * kHalves,
                                             .inputs = task.run_inputs + first_row * task.num_runs,
                                             .result = task.result + first_row * kBlockColumns});
     first_row += rows;
   }
+}
+
+// As Arithmetic::saturate, for 4-bit codes.
+template <int kHalves, class V>
+std::int64_t saturate_integers(std::int64_t rounds) {
+  constexpr int kSums = kSaturatingSums;
+  I sum[kSums];
+  I codes = V::broadcast_word(&kSums);
+  unrolled<kSums>([&]<int i>() __attribute__((always_inline)) {
+    sum[i] = V::zero_words();
+    V::keep_in_register(sum[i]);
+  });
+  for (std::int64_t round = 0; round < rounds; ++round) {
+    unrolled<kSums>([&]<int i>() __attribute__((always_inline)) {
+      V::keep_in_register(codes);  // or the compiler multiplies once for all
+      if constexpr (HasDot<V>) {
+        V::template dot<4>(sum[i], codes, codes);
+      } else {
+        V::dot_narrow(sum[i], codes, codes);
+      }
+    });
+  }
+  alignas(64) float total[V::kLanes * kSums];
+  unrolled<kSums>([&]<int i>() __attribute__((always_inline)) {
+    V::store(total + i * V::kLanes, V::to_float(sum[i]));
+  });
+  __asm__ volatile("" : : "r"(total) : "memory");
+  return rounds * kSums * V::kLanes * 4 / kHalves;
 }
 
 // int16 (two halves) or int8 (one) where Vec has `dot`.
@@ -237,7 +314,15 @@ constexpr Arithmetic integer_arithmetic() {
           .tile_rows = kRows,
           .element_bytes = kHalves,
           .prepare = prepare_integers<kHalves>,
-          .gemm = gemm_integer<kHalves, kRows>};
+          .gemm = gemm_integer<kHalves, kRows>,
+          .saturate = saturate_integers<kHalves, Vec>};
+}
+
+// int16 and int8 on integers.
+constexpr IsaKernels with_integers(IsaKernels entry) {
+  entry.int16 = integer_arithmetic<2>();
+  entry.int8 = integer_arithmetic<1>();
+  return entry;
 }
 
 }  // namespace

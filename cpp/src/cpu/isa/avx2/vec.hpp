@@ -10,6 +10,7 @@ namespace marlinq::cpu::MARLINQ_CPU_ISA {
 
 struct Vec256 {
   static constexpr int kLanes = 8;
+  static constexpr int kRegisters = 16;
   // 6 rows x 2 vectors: 12 accumulators, 2 weights and a broadcast in 16 registers.
   static constexpr int kVectors = 2;
   static constexpr int kTileRows = 6;
@@ -77,9 +78,18 @@ struct Vec256 {
   }
   [[gnu::always_inline]] static inline I add_words(I a, I b) { return _mm256_add_epi32(a, b); }
   [[gnu::always_inline]] static inline I shift_left_8(I a) { return _mm256_slli_epi32(a, 8); }
+  /// GCC would load a value again for each of its uses.
+  [[gnu::always_inline]] static inline void keep_in_register(I& value) {
+    __asm__("" : "+x"(value));
+  }
+  [[gnu::always_inline]] static inline I shift_right_4(I a) { return _mm256_srai_epi32(a, 4); }
   [[gnu::always_inline]] static inline F to_float(I a) { return _mm256_cvtepi32_ps(a); }
   [[gnu::always_inline]] static inline I low_nibbles(I words) {
     return _mm256_and_si256(words, _mm256_set1_epi32(0x0F0F0F0F));
+  }
+  /// 16 times the high nibbles.
+  [[gnu::always_inline]] static inline I high_nibbles_in_place(I words) {
+    return _mm256_andnot_si256(_mm256_set1_epi32(0x0F0F0F0F), words);
   }
   [[gnu::always_inline]] static inline I high_nibbles(I words) {
     return low_nibbles(_mm256_srli_epi32(words, 4));

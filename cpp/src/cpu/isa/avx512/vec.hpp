@@ -9,17 +9,19 @@ namespace marlinq::cpu::MARLINQ_CPU_ISA {
 
 struct Vec {
   static constexpr int kLanes = 16;
+  static constexpr int kRegisters = 32;
   // 10 rows x 2 vectors: 20 accumulators of 32 registers; with 12 rows GCC moves some to the stack.
   static constexpr int kVectors = 2;
   static constexpr int kTileRows = 10;
   // Chains of 2 vectors each for one row: eight, as latency and rate of FMA ask for.
   static constexpr int kRunsOfOneRow = 4;
 
-  // 6 rows x 2 vectors x 2 halves: 24 accumulators, 4 codes, a broadcast and a mask. With one half 8 rows
-  // are quicker than the 12 that there is room for.
-  static constexpr int kIntegerSums = 24;
-  static constexpr int kInt16Rows = 6;
-  static constexpr int kInt8Rows = 8;
+  // 3 rows x 2 vectors x 2 halves, or 6 rows x 2 vectors: 12 accumulators, up to 12 results, 4 codes, a
+  // broadcast and a mask. Twice as many accumulators are no quicker, and leave the results in memory,
+  // which short groups feel.
+  static constexpr int kIntegerSums = 12;
+  static constexpr int kInt16Rows = 3;
+  static constexpr int kInt8Rows = 6;
   // Up to so many sums a vector of columns have two chains each: 16 accumulators.
   static constexpr int kChainedSums = 4;
 
@@ -83,12 +85,21 @@ struct Vec {
   }
   [[gnu::always_inline]] static inline I add_words(I a, I b) { return _mm512_add_epi32(a, b); }
   [[gnu::always_inline]] static inline I shift_left_8(I a) { return _mm512_slli_epi32(a, 8); }
+  [[gnu::always_inline]] static inline I shift_right_4(I a) { return _mm512_srai_epi32(a, 4); }
   [[gnu::always_inline]] static inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   [[gnu::always_inline]] static inline I low_nibbles(I words) {
     return _mm512_and_si512(words, _mm512_set1_epi32(0x0F0F0F0F));
   }
+  /// 16 times the high nibbles.
+  [[gnu::always_inline]] static inline I high_nibbles_in_place(I words) {
+    return _mm512_andnot_si512(_mm512_set1_epi32(0x0F0F0F0F), words);
+  }
   [[gnu::always_inline]] static inline I high_nibbles(I words) {
     return low_nibbles(_mm512_srli_epi32(words, 4));
+  }
+  /// GCC would load a value again for each of its uses.
+  [[gnu::always_inline]] static inline void keep_in_register(I& value) {
+    __asm__("" : "+v"(value));
   }
   /// sum += the four products of unsigned bytes of `codes` with signed bytes of `x`, in each word.
   /// Not the intrinsic, whose accumulators GCC 12 moves to the stack.

@@ -24,27 +24,17 @@ struct Vec : Vec256 {
 
 }  // namespace marlinq::cpu::avx_vnni
 //
-#include "cpu/generic/convert-inl.hpp"
-#include "cpu/generic/float_gemm-inl.hpp"
 #include "cpu/generic/integer_gemm-inl.hpp"
-#include "cpu/generic/prepare-inl.hpp"
-#include "cpu/generic/sigmoid-inl.hpp"
+#include "cpu/generic/kernels-inl.hpp"
 
 namespace marlinq::cpu::avx_vnni {
 
 extern const IsaKernels kKernels;
-constinit const IsaKernels kKernels = {
+constinit const IsaKernels kKernels = with_integers(with_floats({
     .name = "avx_vnni",
     .priority = 30,
     .required = kAvx2 | kFma | kF16c | kAvxVnni,
     .int16_by_default = true,
-    .float32 = float32_arithmetic(prepare_float32, true),
-    .int16 = integer_arithmetic<2>(),
-    .bfloat16 = float32_arithmetic(prepare_bfloat16<false>, false),
-    .int8 = integer_arithmetic<1>(),
-    .to_float = to_float,
-    .from_float = from_float,
-    .sigmoid = sigmoid,
-};
+}));
 
 }  // namespace marlinq::cpu::avx_vnni
