@@ -47,6 +47,11 @@ MARLINQ_INLINE const std::uint8_t* share_of_next_block(const IntegerTile& tile, 
          bytes * (share * task.columns + column) / (kSharesOfNextBlock * task.columns);
 }
 
+// How far ahead a task's only tile prefetches: several rows are bound neither by memory nor by arithmetic
+// alone, and fast memory keeps up with them only from further away.
+template <int kHalves, int kRows>
+constexpr std::int64_t kPrefetchOfTile = kRows * kHalves >= 4 ? 4 * kPrefetch : kPrefetch;
+
 // Chains of additions of one sum. For few rows each 4 packed rows of a dword have their own, so that
 // latency does not bound the rate; the second chain takes its codes where they lie, times 16. One row is
 // bound by loads, so words are loaded once for both.
@@ -75,7 +80,7 @@ MARLINQ_INLINE void step(TilePlace& place, const Add& add) {
     words[v] = Vec::load_words(codes + 4 * Vec::kLanes * v);
     if constexpr (kChains == 2 && kRows * kHalves <= 2) Vec::keep_in_register(words[v]);
     if constexpr (kAlone && v * Vec::kLanes % 16 == 0) {
-      __builtin_prefetch(codes + kPrefetch + 4 * Vec::kLanes * v);
+      __builtin_prefetch(codes + kPrefetchOfTile<kHalves, kRows> + 4 * Vec::kLanes * v);
     }
   });
   if constexpr (!kAlone) {
