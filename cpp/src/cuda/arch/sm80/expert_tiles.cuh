@@ -142,8 +142,7 @@ struct SortedTiles {
   int num_experts;
   SlotPlaces slots;
 
-  /// By all threads of a block, which meet at its end.
-  /// `threads`: NearTiles::kMost.
+  /// By all `threads` of a block, NearTiles::kMost of them, which meet at its end.
   __device__ __forceinline__ Entries bring_near(NearTiles& near, int threads) const {
     static_assert(NearTiles::kMost >= kMostSortedIds);
     constexpr int kNone = INT_MAX;  // sorts behind all experts
