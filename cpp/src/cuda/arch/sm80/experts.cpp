@@ -89,8 +89,8 @@ ExpertPlan plan_experts_with(std::size_t instance, const ExpertProblem& problem,
       most_tiles(problem, kernel.tokens) * ceil_div(w.n, kernel.features) * w.chunks;
   return {.instance = static_cast<std::int32_t>(instance),
           .tokens = kernel.tokens,
-          .blocks = static_cast<std::int32_t>(std::clamp<std::int64_t>(
-              work, 1, std::int64_t{together} * limits.multiprocessors)),
+          .blocks = static_cast<std::int32_t>(
+              std::clamp<std::int64_t>(work, 1, std::int64_t{together} * limits.multiprocessors)),
           .shared_bytes = shared,
           .may_cut = invariance != BatchInvariance::kRequired,
           .dependent_launch = limits.capability >= 90};
