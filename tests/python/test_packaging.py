@@ -162,7 +162,9 @@ def test_a_build_with_cuda_lists_it_without_a_device() -> None:
         pytest.skip(f"marlinq was built {found['build']}")
     assert cuda[0]["devices"] == []
     assert cuda[0]["hardware"].startswith("none")
-    assert [kernel["usable"] for kernel in cuda[0]["kernels"]] == [False]
+    usable = {kernel["name"]: kernel["usable"] for kernel in cuda[0]["kernels"]}
+    assert "sm80" in usable
+    assert not any(usable.values())
     script = (
         "import marlinq\n"
         "try:\n"
