@@ -1,14 +1,43 @@
-// How the kernels over experts begin to fill their rings.
+// How the kernels over experts fill their rings: where the weights lie, and the first stages.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/arch/sm80/expert_tiles.cuh"
+#include "cuda/arch/sm80/layout.hpp"
 #include "cuda/arch/sm80/tile_loop.cuh"
 #include "cuda/ptx/copy.cuh"
 #include "cuda/ptx/launch.cuh"
 
 namespace marlinq::cuda::sm80 {
+
+/// Where the strips of a warp lie in an expert's codes: two of the lower or of all features, and two more.
+struct WarpStrips {
+  int lower;  // the first of each two
+  int upper;
+
+  /// With an activation, the same two of both halves; past the last there is nothing to store, and the
+  /// last are read again.
+  __device__ __forceinline__ WarpStrips(int block, int features, bool activates) {
+    constexpr int kStrips = Layout::kBlockStrips;
+    const int strips = (features + Layout::kBlockFeatures - 1) / Layout::kBlockFeatures * kStrips;
+    const int half = features / (2 * Layout::kStripFeatures);
+    lower = activates ? min(block * 2, half - 2) : min(block * kStrips, strips - kStrips);
+    upper = activates ? lower + half : lower + 2;
+  }
+};
+
+/// In pieces of 16 bytes, from the codes of the weight.
+template <class S>
+__device__ __forceinline__ int strip_codes(int strip, int chunks, int chunk) {
+  constexpr int kStrips = Layout::kBlockStrips;
+  return ((strip / kStrips * chunks + chunk) * kStrips + strip % kStrips) * (S::kStripBytes / 16);
+}
+/// The same, from its first group record.
+__device__ __forceinline__ int strip_records(int strip, int groups, int record_pieces) {
+  constexpr int kStrips = Layout::kBlockStrips;
+  return (strip / kStrips * groups * kStrips + strip % kStrips) * record_pieces;
+}
 
 /// Self offers what TileLoop asks for, and for its first segment
 ///   find_weights(): where they are

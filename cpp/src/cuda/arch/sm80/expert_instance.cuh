@@ -61,9 +61,6 @@ void launch_expert_kernel(const ExpertProblem& problem, const ExpertPlan& plan,
   allow_shared_memory(kKernel, devices_done);
   const GemmProblem& matrix = problem.matrix;
   const WeightView& w = matrix.weight;
-  const bool pairs = matrix.y_type == matrix.x_type && w.n % 2 == 0 &&
-                     reinterpret_cast<std::uintptr_t>(matrix.y) % 4 == 0 &&
-                     matrix.y_stride % 2 == 0;
   launch_kernel(kKernel, dim3(static_cast<unsigned>(plan.blocks)), S::kThreads, plan.shared_bytes,
                 plan.dependent_launch, stream,
                 ExpertParams<Rows>{.problem = matrix,
@@ -85,7 +82,7 @@ void launch_expert_kernel(const ExpertProblem& problem, const ExpertPlan& plan,
                                    .may_cut = plan.may_cut,
                                    .share = plan.share,
                                    .settled = !problem.dispatches.empty() || problem.tiles.settled,
-                                   .pairs = pairs});
+                                   .pairs = stores_together(matrix, 2)});
 }
 
 template <class S>
@@ -98,7 +95,6 @@ constexpr ExpertInstance instance_of(std::size_t table_bytes,
           .slice_bytes = S::kSliceBytes,
           .stages = S::kStages,
           .table_bytes = static_cast<std::int32_t>(table_bytes),
-          .promotes = S::kPromotes,
           .launch = launch};
 }
 

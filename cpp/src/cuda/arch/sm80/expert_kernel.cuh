@@ -15,7 +15,6 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
-#include <type_traits>
 
 #include "cuda/arch/sm80/expert_fill.cuh"
 #include "cuda/arch/sm80/expert_output.cuh"
@@ -28,7 +27,8 @@
 
 namespace marlinq::cuda::sm80 {
 
-/// The same in shared memory: lists whole, and where those in the kernel's parameters are.
+/// The tiles of a kernel, for use from shared memory: lists are copied there, tiles in the kernel's
+/// parameters are pointed at.
 template <class Rows>
 class NearRows {
  public:

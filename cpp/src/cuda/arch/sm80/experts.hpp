@@ -21,7 +21,6 @@ struct ExpertInstance {
   std::int32_t slice_bytes;      // of shared memory, without records
   std::int32_t stages;
   std::int32_t table_bytes;
-  bool promotes;  // scales need not divide
   void (*launch)(const ExpertProblem&, const ExpertPlan&, const DeviceLimits&, const SplitScratch&,
                  cudaStream_t);
 };

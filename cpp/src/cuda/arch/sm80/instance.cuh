@@ -41,9 +41,6 @@ constexpr Instance tile_instance(const TileCost& cost) {
             static std::atomic<std::uint64_t> devices_done{0};
             allow_shared_memory(tile_gemm<S>, devices_done);
             const WeightView& w = problem.weight;
-            const bool pairs = problem.y_type == problem.x_type && w.n % 2 == 0 &&
-                               reinterpret_cast<std::uintptr_t>(problem.y) % 4 == 0 &&
-                               (problem.m == 1 || problem.y_stride % 2 == 0);
             const TileSchedule& schedule = plan.schedule;
             const int feature_tiles = (w.n + S::kFeatures - 1) / S::kFeatures;
             const int token_tiles = (problem.m + S::kTokens - 1) / S::kTokens;
@@ -61,7 +58,7 @@ constexpr Instance tile_instance(const TileCost& cost) {
                     .band = Divider(feature_tiles * schedule.token_band),
                     .band_widths = {Divider(schedule.token_band), Divider(std::max(last_band, 1))},
                     .slice_bytes = slice_bytes(w, S::kSliceBytes, S::kFeatures),
-                    .pairs = pairs},
+                    .pairs = stores_together(problem, 2)},
                 plan, stream);
           }};
 }

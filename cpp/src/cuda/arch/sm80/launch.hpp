@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -58,6 +59,21 @@ GemmPlan strip_plan(const GemmProblem& problem, std::int32_t instance, std::int3
 /// waves. shared_bytes tells whether it fits.
 GemmPlan tile_plan(const GemmProblem& problem, std::int32_t instance, std::int32_t blocks,
                    std::int32_t tail_blocks);
+
+/// The launches of a plan, one for each slice of GemmPlan::tokens rows of x.
+template <class Kernel>
+void launch_slices(const Kernel& kernel, const GemmProblem& problem, const GemmPlan& plan,
+                   const SplitScratch& scratch, void* stream) {
+  constexpr std::int64_t kXSize = 2;
+  const std::int64_t y_size = problem.y_type == FloatType::kF32 ? 4 : 2;
+  for (std::int64_t first = 0; first < problem.m; first += plan.tokens) {
+    GemmProblem part = problem;
+    part.x = static_cast<const unsigned char*>(problem.x) + first * problem.x_stride * kXSize;
+    part.y = static_cast<unsigned char*>(problem.y) + first * problem.y_stride * y_size;
+    part.m = static_cast<std::int32_t>(std::min<std::int64_t>(plan.tokens, problem.m - first));
+    kernel.launch(part, plan, scratch, static_cast<cudaStream_t>(stream));
+  }
+}
 
 /// As ArchKernels::plan.
 GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvariance invariance);

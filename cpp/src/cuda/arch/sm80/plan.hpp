@@ -1,4 +1,4 @@
-// How much shared memory the kernels need, the same for a plan and for its launch.
+// What plans and launches share: how much shared memory the kernels need, how outputs may be stored.
 #pragma once
 
 #include <algorithm>
@@ -29,6 +29,13 @@ inline std::int32_t slice_bytes(const WeightView& w, std::int32_t without_record
   const std::int64_t records =
       std::int64_t{features / Layout::kStripFeatures} * w.groups_per_chunk * w.record_bytes;
   return static_cast<std::int32_t>(round_up(without_records + records, kStageAlignment));
+}
+
+/// Whether `elements` outputs in a row may be stored at once, of whatever rows where m is not 1.
+inline bool stores_together(const GemmProblem& problem, std::int32_t elements) {
+  return problem.y_type == problem.x_type && problem.weight.n % elements == 0 &&
+         reinterpret_cast<std::uintptr_t>(problem.y) % (2 * elements) == 0 &&
+         (problem.m == 1 || problem.y_stride % elements == 0);
 }
 
 inline std::int32_t strip_count(const WeightView& w) {

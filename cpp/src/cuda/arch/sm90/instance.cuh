@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/integers.hpp"
+#include "cuda/arch/sm80/plan.hpp"
 #include "cuda/arch/sm90/launch.hpp"
 #include "cuda/arch/sm90/strip_kernel.cuh"
 #include "cuda/arch/sm90/tile_kernel.cuh"
@@ -14,13 +15,6 @@
 #include "cuda/tensor_map.hpp"
 
 namespace marlinq::cuda::sm90 {
-
-/// Whether `elements` outputs in a row may be stored at once.
-inline bool stores_together(const GemmProblem& problem, int elements) {
-  return problem.y_type == problem.x_type && problem.weight.n % elements == 0 &&
-         reinterpret_cast<std::uintptr_t>(problem.y) % (2 * elements) == 0 &&
-         (problem.m == 1 || problem.y_stride % elements == 0);
-}
 
 inline TensorMap map_x(const GemmProblem& problem, int box_rows) {
   return tensor_map(problem.x, problem.x_type, problem.x_columns, problem.m, problem.x_stride,
@@ -72,7 +66,7 @@ constexpr Instance strip_instance() {
                             .part_shift = part_shift,
                             .item_groups = std::max(S::kItemSteps / group_steps, 1),
                             .sub_steps = std::min(group_steps, S::kItemSteps),
-                            .pairs = stores_together(problem, 2),
+                            .pairs = sm80::stores_together(problem, 2),
                             .x_map = kStreamsX ? map_x(problem, S::kTokens) : TensorMap{}});
           }};
 }
@@ -118,7 +112,7 @@ constexpr Instance tile_instance(const TileCost& cost) {
                     .slab_groups = slab_groups(w),
                     .group_slabs =
                         slab_groups(w) > 1 ? 1 : 1 << std::min(w.step_shift - kSlabStepShift, 24),
-                    .pairs = stores_together(problem, 8)});
+                    .pairs = sm80::stores_together(problem, 8)});
           }};
 }
 

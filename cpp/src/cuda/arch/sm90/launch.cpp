@@ -251,15 +251,7 @@ void launch(const GemmProblem& problem, const GemmPlan& plan, const SplitScratch
     return;
   }
   const Instance& kernel = instance_of(problem, plan.instance - kFirstInstance);
-  constexpr std::int64_t kXSize = 2;
-  const std::int64_t y_size = problem.y_type == FloatType::kF32 ? 4 : 2;
-  for (std::int64_t first = 0; first < problem.m; first += plan.tokens) {
-    GemmProblem part = problem;
-    part.x = static_cast<const unsigned char*>(problem.x) + first * problem.x_stride * kXSize;
-    part.y = static_cast<unsigned char*>(problem.y) + first * problem.y_stride * y_size;
-    part.m = static_cast<std::int32_t>(std::min<std::int64_t>(plan.tokens, problem.m - first));
-    kernel.launch(part, plan, scratch, static_cast<cudaStream_t>(stream));
-  }
+  sm80::launch_slices(kernel, problem, plan, scratch, stream);
 }
 
 namespace {
