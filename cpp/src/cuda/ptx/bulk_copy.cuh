@@ -1,4 +1,4 @@
-// Bulk copies from global to shared memory, which complete on an mbarrier; compute capability 9.0.
+// Bulk copies from global to shared memory, which complete on an mbarrier, and back; compute capability 9.0.
 #pragma once
 
 #include <cstdint>
@@ -42,6 +42,30 @@ __device__ __forceinline__ void tensor_copy(uint32_t target, const TensorMap& ma
       "%3}], [%4];" ::"r"(target),
       "l"(&map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
+}
+
+/// Writes the box of a map that begins at (column, row), what of it lies inside of the matrix. Shared memory
+/// that threads have written needs fence_for_bulk_copies() by them before.
+__device__ __forceinline__ void tensor_store(const TensorMap& map, int column, int row,
+                                             uint32_t source) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map),
+      "r"(column), "r"(row), "r"(source)
+      : "memory");
+}
+
+__device__ __forceinline__ void fence_for_bulk_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/// The stores of this thread since the last commit become a group.
+__device__ __forceinline__ void commit_stores() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+/// Until the stores of this thread have read shared memory.
+__device__ __forceinline__ void wait_for_stores_to_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
 __device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {

@@ -21,6 +21,11 @@ inline TensorMap map_x(const GemmProblem& problem, int box_rows) {
                     box_rows);
 }
 
+inline TensorMap map_y(const GemmProblem& problem, int box_rows) {
+  return tensor_map(problem.y, problem.y_type, problem.weight.n, problem.m, problem.y_stride,
+                    box_rows);
+}
+
 /// A strip kernel of the shape StripShape<T, kBits, token tiles, streams x, strips at a time>.
 template <class T, int kBits, int kTokenTiles, bool kStreamsX>
 constexpr Instance strip_instance() {
@@ -95,11 +100,13 @@ constexpr Instance tile_instance(const TileCost& cost) {
             const auto feature_tiles = static_cast<int>(ceil_div(w.n, S::kFeatures));
             const auto token_tiles = static_cast<int>(ceil_div(problem.m, S::kTokens));
             const int last_band = token_tiles % schedule.token_band;
+            const bool boxes = sm80::stores_together(problem, 8);
             launch_kernel(
                 tile_gemm<S>, dim3(static_cast<unsigned>(plan.blocks)), S::kThreads,
                 plan.shared_bytes, plan.dependent_launch, stream,
                 TileParams{
                     .x_map = map_x(problem, S::kTokens),
+                    .y_map = boxes ? map_y(problem, S::kOutputTokens) : TensorMap{},
                     .problem = problem,
                     .scratch = scratch,
                     .schedule = schedule,
@@ -112,7 +119,7 @@ constexpr Instance tile_instance(const TileCost& cost) {
                     .slab_groups = slab_groups(w),
                     .group_slabs =
                         slab_groups(w) > 1 ? 1 : 1 << std::min(w.step_shift - kSlabStepShift, 24),
-                    .pairs = sm80::stores_together(problem, 8)});
+                    .boxes = boxes});
           }};
 }
 

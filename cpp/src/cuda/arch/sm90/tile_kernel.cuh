@@ -59,8 +59,9 @@ struct TileShape {
   static constexpr int kXTileBytes = kTokens * sm80::kXRowBytes;  // of a chunk
   static constexpr int kXBytes = kSlabChunks * kXTileBytes;
   static constexpr int kStageBytes = kXBytes + kBlocks * kSlabBytes;  // without records
-  static constexpr int kOutputTokens = kTokens < 64 ? kTokens : 64;   // that are stored at a time
-  static constexpr int kGroupOutputBytes = kOutputTokens * Layout::kBlockFeatures * 2;
+  static constexpr int kOutputTokens = kTokens < 64 ? kTokens : 64;   // of a box
+  static constexpr int kBoxBytes = kOutputTokens * Layout::kBlockFeatures * 2;
+  static constexpr int kGroupOutputBytes = kGroupBlocks * (kTokens / kOutputTokens) * kBoxBytes;
   static constexpr int kOutputBytes = kGroups * kGroupOutputBytes;
   static constexpr int kSums = kTokens / 2;  // of a thread and packed block
   static constexpr int kTileFloats = kFeatures * kTokens;
@@ -71,6 +72,7 @@ struct TileShape {
 
 struct TileParams {
   TensorMap x_map;
+  TensorMap y_map;  // where outputs are stored in boxes
   GemmProblem problem;
   SplitScratch scratch;
   TileSchedule schedule;
@@ -82,7 +84,7 @@ struct TileParams {
   int slabs;        // along K
   int slab_groups;  // groups of a slab, 1 or 2
   int group_slabs;  // slabs of a group, a power of two
-  bool pairs;       // outputs are of type T, and may be stored 16 bytes at a time
+  bool boxes;       // outputs are of type T, and may be stored 16 bytes at a time
 };
 
 /// A part of a tile: slabs begin to end - 1.
@@ -285,6 +287,7 @@ class TileMultiply {
       waited = true;
       finish(part);
     }
+    if (stores()) ptx::wait_for_stores_to_read();
   }
 
  private:
@@ -471,19 +474,23 @@ class TileMultiply {
   // 8 j + 2t + 1.
   __device__ __forceinline__ void store(const TilePart& part) {
     const int token = part.token_tile * S::kTokens;
+    const int first_block = part.feature_tile * S::kBlocks + group_ * S::kGroupBlocks;
+    if (params_.boxes) {
+      if (stores()) ptx::wait_for_stores_to_read();
+      meet_group();
+    }
 #pragma unroll
     for (int b = 0; b < S::kGroupBlocks; ++b) {
-      const int block =
-          (part.feature_tile * S::kBlocks + group_ * S::kGroupBlocks + b) * Layout::kBlockFeatures;
-      const int feature = block + warp_ * Layout::kStripFeatures + lane_ / 4;
+      const int feature =
+          (first_block + b) * Layout::kBlockFeatures + warp_ * Layout::kStripFeatures + lane_ / 4;
       if (w_.bias != nullptr) {
         const float low = feature < w_.n ? __ldg(w_.bias + feature) : 0.0f;
         const float high = feature + 8 < w_.n ? __ldg(w_.bias + feature + 8) : 0.0f;
 #pragma unroll
         for (int i = 0; i < S::kSums; ++i) sum_[b][i] += i / 2 % 2 == 0 ? low : high;
       }
-      if (params_.pairs) {
-        store_rows(b, token, block);
+      if (params_.boxes) {
+        turn(b);
       } else if (p_.y_type == FloatType::kF32) {
         store_singles<float>(b, token, feature);
       } else if (p_.y_type == FloatType::kF16) {
@@ -492,38 +499,41 @@ class TileMultiply {
         store_singles<__nv_bfloat16>(b, token, feature);
       }
     }
-  }
-
-  // Through shared memory, so that a row of 64 features is written at once.
-  __device__ __forceinline__ void store_rows(int b, int first_token, int first_feature) const {
-    const uint32_t rows = ring_.output() + group_ * S::kGroupOutputBytes;
-    const int thread = threadIdx.x % 128;
-    const int piece = thread % 8;
-    const bool inside = first_feature + piece * 8 < w_.n;
-    T* const y = static_cast<T*>(p_.y) + first_feature + piece * 8;
-#pragma unroll
-    for (int begin = 0; begin < S::kTokens; begin += S::kOutputTokens) {
-      meet_group();  // the rows before have been read
-#pragma unroll
-      for (int j = begin / 8; j < (begin + S::kOutputTokens) / 8; j += 2) {
-        const uint32_t turned[4] = {sm80::round_pair<T>(sum_[b][4 * j], sum_[b][4 * j + 1]),
-                                    sm80::round_pair<T>(sum_[b][4 * j + 2], sum_[b][4 * j + 3]),
-                                    sm80::round_pair<T>(sum_[b][4 * j + 4], sum_[b][4 * j + 5]),
-                                    sm80::round_pair<T>(sum_[b][4 * j + 6], sum_[b][4 * j + 7])};
-        ptx::stmatrix_x4_transposed(
-            rows + sm80::x_piece_place(8 * (j + lane_ / 16) - begin + lane_ % 8,
-                                       2 * warp_ + lane_ / 8 % 2),
-            turned);
-      }
-      meet_group();
-#pragma unroll 4
-      for (int row = thread / 8; row < S::kOutputTokens; row += 16) {
-        const int token = first_token + begin + row;
-        if (inside && token < p_.m) {
-          *reinterpret_cast<uint4*>(y + token * p_.y_stride) =
-              ptx::load_shared_16(rows + sm80::x_piece_place(row, piece));
+    if (!params_.boxes) return;
+    ptx::fence_for_bulk_copies();
+    meet_group();
+    if (stores()) {
+      for (int b = 0; b < S::kGroupBlocks; ++b) {
+        for (int begin = 0; begin < S::kTokens; begin += S::kOutputTokens) {
+          ptx::tensor_store(params_.y_map, (first_block + b) * Layout::kBlockFeatures,
+                            token + begin, box(b, begin / S::kOutputTokens));
         }
       }
+      ptx::commit_stores();
+    }
+  }
+
+  /// The thread of the warpgroup that stores its boxes.
+  __device__ __forceinline__ bool stores() const { return threadIdx.x % 128 == 0; }
+
+  __device__ __forceinline__ uint32_t box(int b, int piece) const {
+    return ring_.output() + group_ * S::kGroupOutputBytes +
+           (b * (S::kTokens / S::kOutputTokens) + piece) * S::kBoxBytes;
+  }
+
+  // Into boxes, a token a row.
+  __device__ __forceinline__ void turn(int b) const {
+#pragma unroll
+    for (int j = 0; j < S::kTokens / 8; j += 2) {
+      const int row = 8 * (j + lane_ / 16) + lane_ % 8;
+      const uint32_t turned[4] = {sm80::round_pair<T>(sum_[b][4 * j], sum_[b][4 * j + 1]),
+                                  sm80::round_pair<T>(sum_[b][4 * j + 2], sum_[b][4 * j + 3]),
+                                  sm80::round_pair<T>(sum_[b][4 * j + 4], sum_[b][4 * j + 5]),
+                                  sm80::round_pair<T>(sum_[b][4 * j + 6], sum_[b][4 * j + 7])};
+      ptx::stmatrix_x4_transposed(
+          box(b, 8 * j / S::kOutputTokens) +
+              sm80::x_piece_place(row % S::kOutputTokens, 2 * warp_ + lane_ / 8 % 2),
+          turned);
     }
   }
 
