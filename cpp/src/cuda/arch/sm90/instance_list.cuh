@@ -18,7 +18,8 @@ struct TileCosts {
   static constexpr TileCost k128x64{0.40, 0.592, 0.83, 0.85, 0.05, 0.032, 0.44};
   static constexpr TileCost k256x64{0.00, 1.014, 2.15, 0.61, 0.28, 0.032, 0.37};
   static constexpr TileCost k128x128{0.00, 0.804, 2.21, 1.30, 0.00, 0.038, 0.80};
-  static constexpr TileCost k256x128{0.00, 1.467, 5.95, 1.85, 0.77, 0.037, 1.16};
+  static constexpr TileCost k256x128{3.50, 1.467, 1.60, 2.85, 0.77, 0.037, 2.16};
+  static constexpr TileCost k128x256{2.00, 1.365, 1.83, 4.00, 1.20, 0.010, 3.20};
 };
 
 template <class T, int kBits>
@@ -38,6 +39,7 @@ constexpr std::array<Instance, kInstanceCount> instance_list() {
       tile_instance<T, kBits, 4, 1, 64>(Costs::k256x64),
       tile_instance<T, kBits, 2, 1, 128>(Costs::k128x128),
       tile_instance<T, kBits, 2, 2, 128>(Costs::k256x128),
+      tile_instance<T, kBits, 2, 1, 256>(Costs::k128x256),
   };
 }
 
