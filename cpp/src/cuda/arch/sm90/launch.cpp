@@ -143,7 +143,12 @@ GemmPlan plan_strips(const GemmProblem& problem, std::int32_t token_tiles,
   const auto rings_of = [&](std::int32_t stages, std::int32_t early) {
     choice.stages = stages;
     choice.early_stages = early;
-    return strip_plan(problem, strip_index(token_tiles, streams_x), choice);
+    GemmPlan plan = strip_plan(problem, strip_index(token_tiles, streams_x), choice);
+    // Where a multiprocessor has no block of this kernel or of the one before, it would get two.
+    if (plan.blocks < limits.multiprocessors) {
+      plan.shared_bytes = std::max(plan.shared_bytes, limits.multiprocessor_shared_bytes / 2);
+    }
+    return plan;
   };
   if (is_small) {
     // All of the layer is in the rings before the kernel before has ended, beside which a block has room
