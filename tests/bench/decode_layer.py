@@ -1,9 +1,9 @@
 """Times the linear layers of a decoder layer one after the other, as a server runs them.
 
 Each product reads the first columns of the output before it, in a CUDA graph that goes round
-several decoder layers, so that weights come from memory. Prints for each number of rows the time of a
-decoder layer, what its products take alone, and how long reading its weights would take at the rate
-of a kernel that only reads, in the same run.
+several decoder layers, so that weights come from memory. Prints for each number of rows the time
+of a decoder layer, what its products take alone, and how long reading its weights would take at the
+rate of a kernel that only reads, in the same run.
 
 Needs torch for CUDA. Usage: decode_layer.py [fp16 | bf16] [rows ...]
 """
