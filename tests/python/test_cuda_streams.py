@@ -161,6 +161,35 @@ def test_a_row_does_not_depend_on_its_batch(m: int, act_order: bool) -> None:
             assert torch.equal(part, whole[first : first + rows]), (dtype, first, rows)
 
 
+@pytest.mark.parametrize(
+    ("n", "k", "bits", "group_size"),
+    [(4096, 4096, 4, 128), (6144, 1088, 4, 64), (28672, 512, 8, -1), (1000, 2048, 4, 128)],
+)
+def test_rows_of_large_layers_do_not_depend_on_their_batch(
+    n: int, k: int, bits: int, group_size: int
+) -> None:
+    """Tiles of every size, of which a block has many."""
+    layer = DeviceLayer(n, k, bits=bits, group_size=group_size, seed=n)
+    linear = layer.load(batch_invariant=True)
+    for dtype in TYPES:
+        x = normal(1500, k, dtype, seed=k)
+        whole = linear(x)
+        reference(layer, x).check(whole)
+        for first, rows in [
+            (0, 1),
+            (77, 8),
+            (5, 32),
+            (1400, 33),
+            (9, 64),
+            (64, 100),
+            (3, 129),
+            (200, 300),
+            (0, 700),
+        ]:
+            part = linear(x[first : first + rows])
+            assert torch.equal(part, whole[first : first + rows]), (dtype, first, rows)
+
+
 # --- graphs ---
 
 

@@ -143,6 +143,8 @@ struct TileSchedule {
   std::int32_t tail_tiles = 0;
   std::int32_t tail_blocks = 0;
   std::int32_t token_band = 1;  // token tiles that are walked through before the next feature tile
+  /// Where not 0, every tile is cut along K into so many parts, which blocks next to each other have.
+  std::int32_t parts = 0;
 };
 
 /// How a problem is run; the pure result of plan().

@@ -102,16 +102,48 @@ TEST(Sm90PlanTest, FitsAndCovers) {
   }
 }
 
+TEST(Sm90PlanTest, CutsTilesOfInvariantLayersInOneWay) {
+  constexpr std::int32_t kGroups64 = 2;
+  for (const std::int32_t multiprocessors : {132, 114, 78}) {
+    const DeviceLimits limits = hopper(multiprocessors);
+    for (const std::int32_t bits : {4, 8}) {
+      for (const std::int32_t n : {1, 100, 1408, 4096, 6144, 28672}) {
+        for (const std::int32_t k : {60, 192, 704, 4096, 28672}) {
+          std::int32_t parts = 0;  // for m of 1
+          for (const std::int32_t m : {1, 8, 33, 64, 100, 257, 8192}) {
+            const GemmProblem problem = problem_of(n, k, m, bits, kGroups64);
+            const GemmPlan plan = sm90::plan(problem, limits, BatchInvariance::kRequired);
+            ASSERT_FALSE(is_of_sm80(plan));
+            ASSERT_EQ(plan.kind, KernelKind::kTile);
+            ASSERT_LE(plan.shared_bytes, sm80::usable_shared(limits));
+            const TileSchedule& schedule = plan.schedule;
+            ASSERT_GE(schedule.parts, 1);
+            ASSERT_LE(schedule.parts, ceil_div(problem.weight.chunks, 2));
+            ASSERT_EQ(schedule.whole_tiles + schedule.tail_tiles, 0);
+            ASSERT_GE(plan.blocks, 1);
+            ASSERT_LE(plan.blocks, limits.multiprocessors);
+            ASSERT_EQ(plan.blocks % schedule.parts, 0);
+            if (m == 1) parts = schedule.parts;
+            ASSERT_EQ(schedule.parts, parts) << n << " x " << k << ", m " << m;
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(Sm90PlanTest, TakesTheKernelsOfSm80WhereItHasNone) {
   const DeviceLimits limits = hopper(132);
   constexpr std::int32_t kGroups128 = 3;
+  constexpr std::int32_t kGroups32 = 1;
   const auto is_older = [&](const GemmProblem& problem, BatchInvariance invariance) {
     return is_of_sm80(sm90::plan(problem, limits, invariance));
   };
   for (const std::int32_t m : {1, 16, 24, 64, 512}) {
     const GemmProblem problem = problem_of(4096, 4096, m, 4, kGroups128);
     EXPECT_FALSE(is_older(problem, BatchInvariance::kNotRequired)) << m;
-    EXPECT_TRUE(is_older(problem, BatchInvariance::kRequired)) << m;
+    EXPECT_FALSE(is_older(problem, BatchInvariance::kRequired)) << m;
+    EXPECT_TRUE(is_older(problem_of(4096, 4096, m, 4, kGroups32), BatchInvariance::kRequired)) << m;
     EXPECT_TRUE(is_older(problem_of(4096, 4096, m, 4, kIrregular), BatchInvariance::kNotRequired))
         << m;
   }

@@ -93,6 +93,19 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceL
           .dependent_launch = true};
 }
 
+GemmPlan cut_tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceLimits& limits,
+                       std::int32_t parts) {
+  GemmPlan plan = tile_plan(problem, index, limits, 1);
+  const TileSchedule& shared = plan.schedule;
+  const std::int64_t tiles =
+      std::int64_t{shared.whole_tiles} * limits.multiprocessors + shared.tail_tiles;
+  // A multiple of the parts, so that those of a tile are in one wave.
+  plan.blocks = static_cast<std::int32_t>(std::min<std::int64_t>(
+      limits.multiprocessors - limits.multiprocessors % parts, tiles * parts));
+  plan.schedule = {.token_band = shared.token_band, .parts = parts};
+  return plan;
+}
+
 namespace {
 
 bool fits(const GemmPlan& plan, const DeviceLimits& limits) {
@@ -215,15 +228,69 @@ GemmPlan plan_tiles(const GemmProblem& problem, const DeviceLimits& limits, doub
   return best;
 }
 
+// The parts of every tile, for all m: the time of a tile of 128 features by as many blocks as there are,
+// and 6% more for each further part, which has to be handed over.
+std::int32_t invariant_parts(const WeightView& w, const DeviceLimits& limits) {
+  const std::int64_t tiles = ceil_div(w.n, 2 * sm80::Layout::kBlockFeatures);
+  const std::int64_t slabs = ceil_div(w.chunks, kSlabChunks);
+  constexpr std::int32_t kMostParts = 4;
+  constexpr double kPart = 0.06;
+  std::int32_t best = 1;
+  double least = std::numeric_limits<double>::infinity();
+  for (std::int32_t parts = 1; parts <= kMostParts && parts <= std::max<std::int64_t>(slabs / 2, 1);
+       ++parts) {
+    const double time = static_cast<double>(ceil_div(tiles * parts, limits.multiprocessors)) /
+                        parts * (1 + kPart * (parts - 1));
+    if (time < least) {
+      least = time;
+      best = parts;
+    }
+  }
+  return best;
+}
+
+// Every tile is cut in the same way whatever m is, and wgmma adds up alike whatever its number of tokens.
+GemmPlan plan_invariant_tiles(const GemmProblem& problem, const DeviceLimits& limits) {
+  const std::span<const Instance> all = instances(problem.x_type, problem.weight.code_bits);
+  const std::int64_t slabs = ceil_div(problem.weight.chunks, kSlabChunks);
+  const std::int32_t parts = invariant_parts(problem.weight, limits);
+  GemmPlan best;
+  best.shared_bytes = INT32_MAX;
+  double least = std::numeric_limits<double>::infinity();
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    if (all[i].kind != KernelKind::kTile) continue;
+    const GemmPlan plan = cut_tile_plan(problem, static_cast<std::int32_t>(i), limits, parts);
+    const std::int64_t tiles =
+        ceil_div(problem.weight.n, all[i].blocks * sm80::Layout::kBlockFeatures) *
+        ceil_div(problem.m, all[i].tokens);
+    const TileCost& cost = all[i].cost;
+    const double hand_over = parts > 1 ? cost.cut + cost.part * (parts - 1) : 0;
+    const double time = cost.start + static_cast<double>(ceil_div(tiles * parts, plan.blocks)) *
+                                         (static_cast<double>(ceil_div(slabs, parts)) * cost.slab +
+                                          cost.tile + hand_over);
+    if (fits(plan, limits) && time < least) {
+      least = time;
+      best = plan;
+    }
+  }
+  return best;
+}
+
 }  // namespace
 
 GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvariance invariance) {
   const WeightView& w = problem.weight;
   constexpr std::int32_t kTileShift = 2;  // groups of whole chunks
-  // K is divided in one way for all m by kernels of sm80 alone, which also take groups of any rows.
-  if (invariance == BatchInvariance::kRequired || w.step_shift < 0)
-    return sm80::plan(problem, limits, invariance);
+  // Groups of any rows are for the kernels of sm80.
+  if (w.step_shift < 0) return sm80::plan(problem, limits, invariance);
   const bool has_tiles = w.scales_divide && w.step_shift >= kTileShift;
+  if (invariance == BatchInvariance::kRequired) {
+    if (has_tiles && problem.m > 0) {
+      const GemmPlan plan = plan_invariant_tiles(problem, limits);
+      if (fits(plan, limits)) return plan;
+    }
+    return sm80::plan(problem, limits, invariance);
+  }
   const auto token_tiles = static_cast<std::int32_t>(ceil_div(std::max(problem.m, 1), 8));
   constexpr std::int32_t kMostTokenTiles = 4;  // of strips, where there are tiles too
   GemmPlan best;

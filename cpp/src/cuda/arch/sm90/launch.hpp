@@ -57,6 +57,10 @@ GemmPlan strip_plan(const GemmProblem& problem, std::int32_t index, const StripC
 GemmPlan tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceLimits& limits,
                    std::int32_t tail_blocks);
 
+/// A plan of a tile kernel that cuts every tile into `parts`.
+GemmPlan cut_tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceLimits& limits,
+                       std::int32_t parts);
+
 /// As ArchKernels::plan.
 GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvariance invariance);
 

@@ -7,7 +7,8 @@
 // when a group begins they are multiplied by the quotient of the old scale and the new one.
 //
 // Tiles are shared among the blocks as TileSchedule says. A tile that is cut belongs to the block with its
-// last chunks; the others leave their sums in global memory and raise a flag.
+// last chunks; the others leave their sums in global memory and raise a flag. Where all tiles are cut, a
+// block waits for its sums to have been read before it leaves those of another tile.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -38,6 +39,7 @@
 namespace marlinq::cuda::sm90 {
 
 using sm80::Divider;
+using sm80::EvenShare;
 using sm80::GroupValues;
 using sm80::Layout;
 using sm80::TileCuts;
@@ -77,6 +79,10 @@ struct TileParams {
   SplitScratch scratch;
   TileSchedule schedule;
   TileCuts tail;
+  // Where every tile is cut: all the parts, those of a tile, and their slabs.
+  int all_parts;
+  Divider parts;
+  EvenShare part_slabs;
   int token_tiles;
   Divider band;            // by the tiles of a band of token tiles
   Divider band_widths[2];  // by the token tiles of a band; of the last band
@@ -106,6 +112,16 @@ class TileWalk {
   __device__ __forceinline__ bool next(TilePart& part) {
     const TileSchedule& schedule = params_.schedule;
     int tile = step_ * gridDim.x + blockIdx.x;
+    if (schedule.parts > 0) {
+      if (tile >= params_.all_parts) return false;
+      ++step_;
+      const int number = tile;
+      tile = params_.parts.divide(number);
+      part.begin = params_.part_slabs.begin(number - tile * schedule.parts);
+      part.end = params_.part_slabs.begin(number - tile * schedule.parts + 1);
+      find(tile, part);
+      return true;
+    }
     part.begin = 0;
     part.end = slabs_;
     if (step_ >= schedule.whole_tiles) {
@@ -121,18 +137,22 @@ class TileWalk {
       part.end = min(last - tile_first, slabs_);
     }
     ++step_;
-    const int band = params_.band.divide(tile);
-    const int band_first = band * schedule.token_band;
-    const int left = params_.token_tiles - band_first;
-    const int within = tile - band * params_.band.divisor;
-    const bool whole = left >= schedule.token_band;
-    part.feature_tile = params_.band_widths[whole ? 0 : 1].divide(within);
-    part.token_tile =
-        band_first + within - part.feature_tile * (whole ? schedule.token_band : left);
+    find(tile, part);
     return true;
   }
 
  private:
+  __device__ __forceinline__ void find(int tile, TilePart& part) const {
+    const int token_band = params_.schedule.token_band;
+    const int band = params_.band.divide(tile);
+    const int band_first = band * token_band;
+    const int left = params_.token_tiles - band_first;
+    const int within = tile - band * params_.band.divisor;
+    const bool whole = left >= token_band;
+    part.feature_tile = params_.band_widths[whole ? 0 : 1].divide(within);
+    part.token_tile = band_first + within - part.feature_tile * (whole ? token_band : left);
+  }
+
   const TileParams& params_;
   int slabs_;
   int step_ = 0;
@@ -420,7 +440,7 @@ class TileMultiply {
       leave_part();
       return;
     }
-    if (part.begin > 0) add_parts(params_.tail.block_of(part.tail_tile * params_.slabs));
+    if (part.begin > 0) add_parts(first_block(part));
     store(part);
   }
 
@@ -429,7 +449,18 @@ class TileMultiply {
            static_cast<int64_t>(block) * (S::kTileFloats / 4) + threadIdx.x;
   }
 
+  /// The block with the first slabs of a tile.
+  __device__ __forceinline__ int first_block(const TilePart& part) const {
+    const int parts = params_.schedule.parts;
+    return parts > 0 ? blockIdx.x - (parts - 1)
+                     : params_.tail.block_of(part.tail_tile * params_.slabs);
+  }
+
   __device__ __forceinline__ void leave_part() const {
+    if (params_.schedule.parts > 0) {
+      if (threadIdx.x == 0) ptx::wait_for_flag(params_.scratch.flags + blockIdx.x, false);
+      meet_all();
+    }
     float4* const place = part_of_block(blockIdx.x);
 #pragma unroll
     for (int b = 0; b < S::kGroupBlocks; ++b) {
@@ -450,7 +481,7 @@ class TileMultiply {
     const int last = static_cast<int>(blockIdx.x) - 1;
     for (int block = last - static_cast<int>(threadIdx.x); block >= first_block;
          block -= S::kMultiplyThreads) {
-      ptx::take_flag(params_.scratch.flags + block);
+      ptx::wait_for_flag(params_.scratch.flags + block, true);
     }
     meet_all();
 #pragma unroll 1
@@ -467,6 +498,11 @@ class TileMultiply {
           sum_[b][4 * i + 3] += value.w;
         }
       }
+    }
+    meet_all();
+    for (int block = last - static_cast<int>(threadIdx.x); block >= first_block;
+         block -= S::kMultiplyThreads) {
+      ptx::lower_flag(params_.scratch.flags + block);
     }
   }
 
