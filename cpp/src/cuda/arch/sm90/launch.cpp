@@ -177,6 +177,10 @@ GemmPlan plan_strips(const GemmProblem& problem, std::int32_t token_tiles,
     }
   }
   // More that is asked for before x would only delay it.
+  if (token_tiles == 1) {
+    const GemmPlan plan = rings_of(3, 2);
+    if (fits(plan, limits)) return plan;
+  }
   return rings_of(2, 1);
 }
 
