@@ -48,8 +48,9 @@ std::vector<NamedPlan> every_plan(const GemmProblem& problem, const DeviceLimits
       add_strips(problem, limits, i, plans);
       continue;
     }
-    if (problem.m <= kernel.tokens / 4 || (kernel.tokens <= 64 && problem.m > 8 * kernel.tokens))
-      continue;
+    const int padded = (problem.m + kernel.tokens - 1) / kernel.tokens * kernel.tokens;
+    if (padded >= problem.m + 64 || (kernel.tokens > 32 && 2 * padded > 3 * problem.m)) continue;
+    if (problem.m > (kernel.tokens < 96 ? 4 : 64) * kernel.tokens) continue;
     const int sms = limits.multiprocessors;
     const int left = sm90::tile_plan(problem, i, limits, 1).schedule.tail_tiles;
     std::vector<int> tails = {left};

@@ -27,6 +27,11 @@ struct GroupValues {
 
   /// From the records of the strips in shared memory, one after the other.
   __device__ __forceinline__ void load(uint32_t records, const WeightView& w) {
+    load_scales(records, w);
+    load_zeros(records, w);
+  }
+
+  __device__ __forceinline__ void load_scales(uint32_t records, const WeightView& w) {
     const uint32_t first =
         records + threadIdx.x % 32 / 4 * (w.scale_type == FloatType::kF32 ? 8 : 4);
     const int step = w.record_bytes;
@@ -52,6 +57,10 @@ struct GroupValues {
         scale[s][1] = __uint_as_float(ptx::load_shared_4(first + s * step + 4));
       }
     }
+  }
+
+  __device__ __forceinline__ void load_zeros(uint32_t records, const WeightView& w) {
+    const int step = w.record_bytes;
     if (w.has_zeros) {
       // After 16 scales, which are all of the record but its last 16 bytes.
       const uint32_t zeros = records + step - 16 + threadIdx.x % 32 / 4 * 2;

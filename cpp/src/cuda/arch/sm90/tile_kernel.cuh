@@ -2,9 +2,9 @@
 //
 // A block has a tile of features x tokens: warpgroups that multiply, each with one or two packed blocks of
 // 64 features, and warps that fill a ring with x (boxes of the tensor map), codes and group records, a slab
-// of two chunks a stage. A warpgroup decodes the codes of one of its packed blocks while
-// the products of the other run. There is one set of sums, in units of the scale of the current group:
-// when a group begins they are multiplied by the quotient of the old scale and the new one.
+// of two chunks a stage. A warpgroup decodes the next codes while its products run. There is one set of
+// sums, in units of the scale of the current group: when a group begins they are multiplied by the
+// quotient of the old scale and the new one.
 //
 // Tiles are shared among the blocks as TileSchedule says. A tile that is cut belongs to the block with its
 // last chunks; the others leave their sums in global memory and raise a flag. Where all tiles are cut, a
@@ -60,16 +60,20 @@ struct TileShape {
   static constexpr int kSlabBytes = kSlabChunks * kChunkBytes;
   static constexpr int kXTileBytes = kTokens * sm80::kXRowBytes;  // of a chunk
   static constexpr int kXBytes = kSlabChunks * kXTileBytes;
-  static constexpr int kStageBytes = kXBytes + kBlocks * kSlabBytes;  // without records
-  static constexpr int kOutputTokens = kTokens < 64 ? kTokens : 64;   // of a box
+  static constexpr int kStageBytes = kXBytes + kBlocks * kSlabBytes;      // without records
+  static constexpr int kOutputTokens = kTokens % 64 == 0 ? 64 : kTokens;  // of a box
   static constexpr int kBoxBytes = kOutputTokens * Layout::kBlockFeatures * 2;
   static constexpr int kGroupOutputBytes = kGroupBlocks * (kTokens / kOutputTokens) * kBoxBytes;
   static constexpr int kOutputBytes = kGroups * kGroupOutputBytes;
   static constexpr int kSums = kTokens / 2;  // of a thread and packed block
   static constexpr int kTileFloats = kFeatures * kTokens;
+  // Parts of a tile that a thread reads at a time.
+  static constexpr int kPartsTogether = kGroupBlocks * kSums <= 32   ? 3
+                                        : kGroupBlocks * kSums <= 64 ? 2
+                                                                     : 1;
   // Registers move from the warpgroup that fills to the others.
-  static constexpr int kFillRegisters = kGroups == 2 ? 40 : 32;
-  static constexpr int kMultiplyRegisters = kGroups == 2 ? 232 : 112;
+  static constexpr int kFillRegisters = 40;
+  static constexpr int kMultiplyRegisters = 232;
 };
 
 struct TileParams {
@@ -182,9 +186,13 @@ class TileRing {
   }
   __device__ __forceinline__ uint32_t output() const { return output_; }
   __device__ __forceinline__ int record_bytes() const { return record_bytes_; }
+  __device__ __forceinline__ int slab_record_bytes() const { return slab_record_bytes_; }
   __device__ __forceinline__ uint32_t filled(int stage) const { return barriers_ + stage * 8; }
   __device__ __forceinline__ uint32_t emptied(int stage) const {
     return barriers_ + (stages_ + stage) * 8;
+  }
+  __device__ __forceinline__ uint32_t x_filled(int stage) const {
+    return barriers_ + (2 * stages_ + stage) * 8;
   }
 
   __device__ __forceinline__ int stage() const { return stage_; }
@@ -236,23 +244,30 @@ class TileFill {
 #pragma unroll 1
       for (int slab = part.begin; slab < part.end; ++slab) {
         const bool starts = slab == part.begin || (slab & (params_.group_slabs - 1)) == 0;
-        const uint32_t barrier = ring_.filled(ring_.stage());
-        const int records = starts ? record_bytes(slab) : 0;
+        const uint32_t barrier =
+            kRole == FillRole::kX ? ring_.x_filled(ring_.stage()) : ring_.filled(ring_.stage());
         // Also where there is nothing to copy: parity tells apart neighbouring phases only.
         ptx::barrier_wait(ring_.emptied(ring_.stage()), ring_.parity() ^ 1);
         if constexpr (kRole == FillRole::kCodes) {
           // Beside an odd last chunk are codes of before, which meet zeros.
           const int bytes = min(kSlabChunks, w_.chunks - slab * kSlabChunks) * S::kChunkBytes;
-          if (lane_ == 0) ptx::barrier_expect(barrier, S::kXBytes + S::kBlocks * (bytes + records));
-          if (lane_ < S::kBlocks) ptx::bulk_copy(ring_.codes(lane_), codes, bytes, barrier, policy);
+          if (lane_ < S::kBlocks) {
+            ptx::barrier_expect(barrier, bytes);
+            ptx::bulk_copy(ring_.codes(lane_), codes, bytes, barrier, policy);
+          }
           codes += S::kSlabBytes;
         } else if constexpr (kRole == FillRole::kRecords) {
-          if (starts && lane_ < S::kBlocks) {
-            ptx::bulk_copy(ring_.records(lane_),
-                           groups + static_cast<int64_t>(group(slab)) * ring_.record_bytes(),
-                           records, barrier);
+          if (lane_ < S::kBlocks) {
+            const int bytes = starts ? record_bytes(slab) : 0;
+            ptx::barrier_expect(barrier, bytes);
+            if (starts) {
+              ptx::bulk_copy(ring_.records(lane_),
+                             groups + static_cast<int64_t>(group(slab)) * ring_.record_bytes(),
+                             bytes, barrier);
+            }
           }
         } else if (lane_ < kSlabChunks) {
+          ptx::barrier_expect(barrier, S::kXTileBytes);
           ptx::tensor_copy(ring_.x() + lane_ * S::kXTileBytes, params_.x_map,
                            (slab * kSlabChunks + lane_) * Layout::kChunkRows,
                            part.token_tile * S::kTokens, barrier);
@@ -288,6 +303,16 @@ class TileMultiply {
     group_ = threadIdx.x / 128;
     warp_ = threadIdx.x / 32 % 4;
     lane_ = threadIdx.x % 32;
+    const int block = group_ * S::kGroupBlocks;
+    x_operand_ = ptx::wgmma_operand_low(ring.x());
+    codes_place_ = ring.codes(block) + warp_ * S::kStripBytes + lane_ * 16;
+    records_place_ = ring.records(block) + warp_ * w_.record_bytes;
+    scale_place_ = lane_ / 4 * 4;
+    has_zeros_ = w_.has_zeros;
+    // Not worked out anew for each slab.
+    ptx::keep_in_place(codes_place_);
+    ptx::keep_in_place(records_place_);
+    ptx::keep_in_place(scale_place_);
   }
 
   __device__ __forceinline__ void run() {
@@ -296,8 +321,6 @@ class TileMultiply {
 #pragma unroll
     for (int b = 0; b < S::kGroupBlocks; ++b) {
       values_[b].set_middle(w_);
-#pragma unroll
-      for (int i = 0; i < S::kSums; ++i) sum_[b][i] = 0.0f;
     }
     bool waited = false;
     while (walk.next(part)) {
@@ -311,65 +334,98 @@ class TileMultiply {
   }
 
  private:
-  // Between groups of scales no product of the warpgroup is under way, which the others make use of.
   __device__ __forceinline__ void multiply(const TilePart& part) {
 #pragma unroll
     for (int b = 0; b < S::kGroupBlocks; ++b) {
-      values_[b].scale[0][0] = values_[b].scale[0][1] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < S::kSums; ++i) sum_[b][i] = 0.0f;
+      ptx::keep_in_place(sum_[b]);
     }
+    const bool half_scales = w_.scale_type == FloatType::kF16;
     if (params_.slab_groups == 1) {
-      multiply_slabs(part);
+      half_scales ? multiply_slabs<1, true>(part) : multiply_slabs<1, false>(part);
     } else {
-      multiply_half_slabs(part);
+      half_scales ? multiply_slabs<2, true>(part) : multiply_slabs<2, false>(part);
     }
   }
 
-  __device__ __forceinline__ void multiply_slabs(const TilePart& part) {
-    int slab = part.begin;
-#pragma unroll 1
-    do {
-      ptx::barrier_wait(ring_.filled(ring_.stage()), ring_.parity());
-      if (slab == part.begin || (slab & (params_.group_slabs - 1)) == 0) {
-#pragma unroll
-        for (int b = 0; b < S::kGroupBlocks; ++b) change_group(b, 0);
-      }
-      const uint64_t x = ptx::wgmma_operand(ring_.x());
-#pragma unroll
-      for (int b = 0; b < S::kGroupBlocks; ++b) {
-        decode_chunk(b, 0);
-        decode_chunk(b, 1);
-        ptx::wgmma_fence();
-        multiply_chunk(b, 0, x, slab > part.begin);
-        multiply_chunk(b, 1, x, true);
-        ptx::wgmma_commit();
-      }
-      finish_products();
-    } while (++slab < part.end);
-  }
+  // A unit is the rows of a slab that have one group. Its products are begun in batches: of a chunk where
+  // the warpgroup has one packed block, else of a packed block. While those of a batch run, the codes of the
+  // next are decoded.
+  template <int kUnits_>
+  struct Batches {
+    static constexpr int kUnits = kUnits_;
+    static constexpr int kCount = S::kGroupBlocks == 1 ? kSlabChunks : S::kGroupBlocks * kUnits;
+    static constexpr int kOfUnit = kCount / kUnits;
+    static constexpr int kChunks = S::kGroupBlocks * kSlabChunks / kCount;
+    static constexpr int block(int i) { return S::kGroupBlocks == 1 ? 0 : i % S::kGroupBlocks; }
+    static constexpr int chunk(int i) { return S::kGroupBlocks == 1 ? i : i / S::kGroupBlocks; }
+    static constexpr bool begins_unit(int i) { return i % kOfUnit == 0; }
+  };
 
-  // Each chunk has a group of its own.
-  __device__ __forceinline__ void multiply_half_slabs(const TilePart& part) {
+  template <int kUnits, bool kHalfScales>
+  __device__ __forceinline__ void multiply_slabs(const TilePart& part) {
+    using B = Batches<kUnits>;
+    const int stages = params_.stages;
+    ptx::barrier_wait(ring_.filled(stage_), parity_);
+    load_codes<B>(0, stage_);
+    load_scales<kHalfScales>(0, stage_);
+    change_zeros(0, stage_, true);
+    decode_batch<B>(0);
+#pragma unroll
+    for (int b = 0; b < S::kGroupBlocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        values_[b].scale[0][i] = new_scale_[b][i];
+        quotient_[b][i] = 1.0f;
+      }
+    }
+    ptx::barrier_wait(ring_.x_filled(stage_), parity_);
     int slab = part.begin;
 #pragma unroll 1
     do {
-      ptx::barrier_wait(ring_.filled(ring_.stage()), ring_.parity());
-      const uint64_t x = ptx::wgmma_operand(ring_.x());
+      // After the last slab comes that slab once more, for nothing.
+      const bool more = slab + 1 < part.end;
+      const int after = stage_ + 1 < stages ? stage_ + 1 : 0;
+      const uint32_t parity_after = parity_ ^ (after == 0 ? 1 : 0);
+      const int next = more ? after : stage_;
+      // The same in all lanes, as the compiler sees from this.
+      const uint32_t x = __shfl_sync(0xffffffffu, x_operand_ + stage_ * (S::kStageBytes / 16), 0);
 #pragma unroll
-      for (int chunk = 0; chunk < kSlabChunks; ++chunk) {
+      for (int i = 0; i < B::kCount; ++i) {
+        if (B::begins_unit(i)) rescale();
+        ptx::wgmma_fence();
 #pragma unroll
-        for (int b = 0; b < S::kGroupBlocks; ++b) {
-          if (slab * kSlabChunks + chunk < w_.num_groups) change_group(b, chunk);
+        for (int chunk = 0; chunk < B::kChunks; ++chunk) {
+          multiply_chunk(B::block(i), B::chunk(i) + chunk, x);
         }
-#pragma unroll
-        for (int b = 0; b < S::kGroupBlocks; ++b) {
-          decode_chunk(b, chunk);
-          ptx::wgmma_fence();
-          multiply_chunk(b, chunk, x, slab > part.begin || chunk > 0);
-          ptx::wgmma_commit();
+        ptx::wgmma_commit();
+        const bool last = i + 1 == B::kCount;
+        const int following = last ? 0 : i + 1;
+        const int unit = following / B::kOfUnit;
+        const int stage = last ? next : stage_;
+        if (last) ptx::barrier_wait(ring_.filled(next), more ? parity_after : parity_);
+        const bool starts = last ? more && ((slab + 1) & (params_.group_slabs - 1)) == 0
+                                 : kUnits == 2 && slab * kSlabChunks + unit < w_.num_groups;
+        load_codes<B>(following, stage);
+        if (B::begins_unit(following)) {
+          load_scales<kHalfScales>(unit, stage);
+          change_zeros(unit, stage, starts);
         }
-        if (chunk == 0) wait_for_products();
+        // Its registers are free: in other units all products before have been waited for.
+        if (kUnits == 1 && following == 0) ptx::wgmma_wait<1>();
+        decode_batch<B>(following);
+        if (B::begins_unit(following)) {
+          change_scales(starts);
+          // The wait for x also keeps the assembler from moving the decoding behind the one for products.
+          ptx::barrier_wait(ring_.x_filled(stage), last && more ? parity_after : parity_);
+          wait_for_products();
+        }
       }
-      finish_products();
+      __syncwarp();  // all lanes have read the codes
+      if (lane_ == 0) ptx::barrier_arrive(ring_.emptied(stage_));
+      stage_ = after;
+      parity_ = parity_after;
     } while (++slab < part.end);
   }
 
@@ -379,48 +435,95 @@ class TileMultiply {
     for (int b = 0; b < S::kGroupBlocks; ++b) ptx::keep_in_place(sum_[b]);
   }
 
-  // And gives back the stage.
-  __device__ __forceinline__ void finish_products() {
-    wait_for_products();
-    __syncwarp();  // all lanes have read the codes
-    if (lane_ == 0) ptx::barrier_arrive(ring_.emptied(ring_.stage()));
-    ring_.advance();
+  __device__ __forceinline__ uint32_t records(int b, int group, int stage) const {
+    return records_place_ + (stage * S::kBlocks + b) * ring_.slab_record_bytes() +
+           group * ring_.record_bytes();
   }
 
-  __device__ __forceinline__ void change_group(int b, int group) {
-    const uint32_t records = ring_.records(group_ * S::kGroupBlocks + b) +
-                             group * ring_.record_bytes() + warp_ * w_.record_bytes;
-    float quotient[1][2];
-    values_[b].change(records, w_, quotient);
+  template <bool kHalfScales>
+  __device__ __forceinline__ void load_scales(int group, int stage) {
 #pragma unroll
-    for (int i = 0; i < S::kSums; ++i) sum_[b][i] = __fmul_rn(sum_[b][i], quotient[0][i / 2 % 2]);
-  }
-
-  __device__ __forceinline__ void decode_chunk(int b, int chunk) {
-    constexpr int kStepWords = S::kBits / 4;
-    const uint32_t codes = ring_.codes(group_ * S::kGroupBlocks + b) + chunk * S::kChunkBytes +
-                           warp_ * S::kStripBytes + lane_ * 16;
-    uint32_t words[4 * kStepWords];
-#pragma unroll
-    for (int i = 0; i < kStepWords; ++i) {
-      const uint4 q = ptx::load_shared_16(codes + i * 512);
-      words[4 * i] = q.x;
-      words[4 * i + 1] = q.y;
-      words[4 * i + 2] = q.z;
-      words[4 * i + 3] = q.w;
-    }
-#pragma unroll
-    for (int step = 0; step < Layout::kChunkSteps; ++step) {
-      decode(fragment_[b][chunk * Layout::kChunkSteps + step], &words[step * kStepWords],
-             values_[b].zero[0], T());
+    for (int b = 0; b < S::kGroupBlocks; ++b) {
+      if (kHalfScales) {
+        const uint32_t pair = ptx::load_shared_4(records(b, group, stage) + scale_place_);
+        const float2 wide = __half22float2(reinterpret_cast<const __half2&>(pair));
+        new_scale_[b][0] = wide.x;
+        new_scale_[b][1] = wide.y;
+      } else {
+        GroupValues<T, S::kBits, 1> values;
+        values.load_scales(records(b, group, stage), w_);
+        new_scale_[b][0] = values.scale[0][0];
+        new_scale_[b][1] = values.scale[0][1];
+      }
     }
   }
 
-  __device__ __forceinline__ void multiply_chunk(int b, int chunk, uint64_t x, bool adds) {
+  __device__ __forceinline__ void change_zeros(int group, int stage, bool starts) {
+    if (!starts || !has_zeros_) return;
+#pragma unroll
+    for (int b = 0; b < S::kGroupBlocks; ++b) values_[b].load_zeros(records(b, group, stage), w_);
+  }
+
+  __device__ __forceinline__ void change_scales(bool starts) {
+#pragma unroll
+    for (int b = 0; b < S::kGroupBlocks; ++b) quotient_[b][0] = quotient_[b][1] = 1.0f;
+    if (!starts) return;
+#pragma unroll
+    for (int b = 0; b < S::kGroupBlocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        quotient_[b][i] = ptx::divide_roughly(values_[b].scale[0][i], new_scale_[b][i]);
+        values_[b].scale[0][i] = new_scale_[b][i];
+      }
+    }
+  }
+
+  // No product is under way.
+  __device__ __forceinline__ void rescale() {
+#pragma unroll
+    for (int b = 0; b < S::kGroupBlocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < S::kSums; ++i) {
+        sum_[b][i] = __fmul_rn(sum_[b][i], quotient_[b][i / 2 % 2]);
+      }
+      ptx::keep_in_place(sum_[b]);
+    }
+  }
+
+  template <class B>
+  __device__ __forceinline__ void load_codes(int i, int stage) {
+    const uint32_t codes = codes_place_ + stage * S::kStageBytes + B::block(i) * S::kSlabBytes +
+                           B::chunk(i) * S::kChunkBytes;
+#pragma unroll
+    for (int chunk = 0; chunk < B::kChunks; ++chunk) {
+#pragma unroll
+      for (int j = 0; j < kStepWords; ++j) {
+        const uint4 q = ptx::load_shared_16(codes + chunk * S::kChunkBytes + j * 512);
+        uint32_t* const words = &words_[(chunk * kStepWords + j) * 4];
+        words[0] = q.x;
+        words[1] = q.y;
+        words[2] = q.z;
+        words[3] = q.w;
+      }
+    }
+  }
+
+  template <class B>
+  __device__ __forceinline__ void decode_batch(int i) {
+    const int b = B::block(i);
+#pragma unroll
+    for (int step = 0; step < B::kChunks * Layout::kChunkSteps; ++step) {
+      auto& fragment = fragment_[b][B::chunk(i) * Layout::kChunkSteps + step];
+      decode(fragment, &words_[step * kStepWords], values_[b].zero[0], T());
+      ptx::keep_in_place(fragment);
+    }
+  }
+
+  __device__ __forceinline__ void multiply_chunk(int b, int chunk, uint32_t x) {
 #pragma unroll
     for (int step = 0; step < Layout::kChunkSteps; ++step) {
       ptx::wgmma_k16<T>(sum_[b], fragment_[b][chunk * Layout::kChunkSteps + step],
-                        x + (chunk * S::kXTileBytes + step * 32) / 16, adds || step > 0);
+                        ptx::wgmma_operand_of(x + (chunk * S::kXTileBytes + step * 32) / 16));
     }
   }
 
@@ -477,32 +580,51 @@ class TileMultiply {
 
   // The nearest first. They have started before this block, since blocks start in the order of their
   // numbers, and work on this tile before all others of their tail.
-  __device__ __forceinline__ void add_parts(int first_block) {
+  __device__ __forceinline__ void add_parts(int first) {
     const int last = static_cast<int>(blockIdx.x) - 1;
-    for (int block = last - static_cast<int>(threadIdx.x); block >= first_block;
+    for (int block = last - static_cast<int>(threadIdx.x); block >= first;
          block -= S::kMultiplyThreads) {
       ptx::wait_for_flag(params_.scratch.flags + block, true);
     }
     meet_all();
+    int block = last;
+    if constexpr (S::kPartsTogether > 1) {
 #pragma unroll 1
-    for (int block = last; block >= first_block; --block) {
-      const float4* const place = part_of_block(block);
-#pragma unroll
-      for (int b = 0; b < S::kGroupBlocks; ++b) {
-#pragma unroll
-        for (int i = 0; i < S::kSums / 4; ++i) {
-          const float4 value = __ldcg(place + (b * (S::kSums / 4) + i) * S::kMultiplyThreads);
-          sum_[b][4 * i] += value.x;
-          sum_[b][4 * i + 1] += value.y;
-          sum_[b][4 * i + 2] += value.z;
-          sum_[b][4 * i + 3] += value.w;
-        }
+      for (; block - S::kPartsTogether >= first - 1; block -= S::kPartsTogether) {
+        add_some_parts<S::kPartsTogether>(block);
       }
     }
+#pragma unroll 1
+    for (; block >= first; --block) add_some_parts<1>(block);
     meet_all();
-    for (int block = last - static_cast<int>(threadIdx.x); block >= first_block;
+    for (block = last - static_cast<int>(threadIdx.x); block >= first;
          block -= S::kMultiplyThreads) {
       ptx::lower_flag(params_.scratch.flags + block);
+    }
+  }
+
+  // On their way together; in the sums one after the other.
+  template <int kParts>
+  __device__ __forceinline__ void add_some_parts(int last) {
+    float4 values[kParts][S::kGroupBlocks * S::kSums / 4];
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const float4* const place = part_of_block(last - part);
+#pragma unroll
+      for (int i = 0; i < S::kGroupBlocks * S::kSums / 4; ++i) {
+        values[part][i] = __ldcg(place + i * S::kMultiplyThreads);
+      }
+    }
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+      for (int i = 0; i < S::kGroupBlocks * S::kSums / 4; ++i) {
+        float* const sums = &sum_[i / (S::kSums / 4)][i % (S::kSums / 4) * 4];
+        sums[0] += values[part][i].x;
+        sums[1] += values[part][i].y;
+        sums[2] += values[part][i].z;
+        sums[3] += values[part][i].w;
+      }
     }
   }
 
@@ -591,7 +713,16 @@ class TileMultiply {
   const WeightView& w_;
   TileRing<S> ring_;
   int group_, warp_, lane_;
+  int stage_ = 0;
+  uint32_t parity_ = 0;
+  uint32_t x_operand_, codes_place_, records_place_;  // in the first stage
+  uint32_t scale_place_;                              // in a record
+  bool has_zeros_;
+  static constexpr int kStepWords = S::kBits / 4;
+  uint32_t words_[(S::kGroupBlocks == 1 ? 1 : kSlabChunks) * Layout::kChunkSteps * kStepWords];
   GroupValues<T, S::kBits, 1> values_[S::kGroupBlocks];
+  float new_scale_[S::kGroupBlocks][2];
+  float quotient_[S::kGroupBlocks][2];  // what sums are multiplied by when the next unit begins
   uint32_t fragment_[S::kGroupBlocks][kSlabSteps][4];
   float sum_[S::kGroupBlocks][S::kSums];
 };
@@ -603,7 +734,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const TileRing<S> ring(params, shared);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < ring.stages(); ++stage) {
-      ptx::barrier_init(ring.filled(stage), 1);
+      ptx::barrier_init(ring.filled(stage), 2 * S::kBlocks);
+      ptx::barrier_init(ring.x_filled(stage), kSlabChunks);
       ptx::barrier_init(ring.emptied(stage), S::kMultiplyThreads / 32);
     }
     ptx::barrier_init_fence();

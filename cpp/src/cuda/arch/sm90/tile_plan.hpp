@@ -18,9 +18,9 @@ constexpr std::int32_t slab_groups(const WeightView& w) noexcept {
   return kSlabSteps >> w.step_shift > 1 ? kSlabSteps >> w.step_shift : 1;
 }
 
-/// What a stage takes beside x and codes: records and two barriers.
+/// What a stage takes beside x and codes: records and three barriers.
 constexpr std::int32_t stage_rest(const WeightView& w, std::int32_t blocks) noexcept {
-  constexpr std::int32_t kBarrierBytes = 16;
+  constexpr std::int32_t kBarrierBytes = 24;
   return blocks * slab_groups(w) * sm80::Layout::kBlockStrips * w.record_bytes + kBarrierBytes;
 }
 
