@@ -308,7 +308,7 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
     double cost = 0;
     best = plan_tiles(problem, limits, cost);
     // In us: the start, and 4 KB of codes for each block.
-    constexpr double kStart = 4.0;
+    constexpr double kStart = 4.6;
     constexpr double kItem = 0.245;
     const double items =
         static_cast<double>(w.n) * w.chunks * w.code_bits / 512 / limits.multiprocessors;
