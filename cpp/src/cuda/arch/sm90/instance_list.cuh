@@ -18,6 +18,7 @@ struct TileCosts {
   static constexpr TileCost k128x64{0.08, 0.510, 1.97, 0.40, 0.29, 0.019, 0.86};
   static constexpr TileCost k128x96{0.00, 0.637, 0.95, 1.76, 0.00, 0.035, 0.23};
   static constexpr TileCost k128x128{0.00, 0.713, 1.39, 1.78, 0.00, 0.041, 0.86};
+  static constexpr TileCost k192x128{0.00, 1.026, 2.86, 0.00, 0.25, 0.048, 1.73};
   static constexpr TileCost k256x32{0.81, 0.661, 0.00, 1.67, 0.52, 0.018, 0.91};
   static constexpr TileCost k256x48{1.01, 0.722, 1.61, 1.04, 0.38, 0.028, 1.54};
   static constexpr TileCost k256x64{0.00, 0.821, 3.25, 1.16, 0.48, 0.032, 1.18};
@@ -44,6 +45,7 @@ constexpr std::array<Instance, kInstanceCount> instance_list() {
       tile_instance<T, kBits, 2, 1, 64>(Costs::k128x64),
       tile_instance<T, kBits, 2, 1, 96>(Costs::k128x96),
       tile_instance<T, kBits, 2, 1, 128>(Costs::k128x128),
+      tile_instance<T, kBits, 3, 1, 128>(Costs::k192x128),
       tile_instance<T, kBits, 2, 2, 32>(Costs::k256x32),
       tile_instance<T, kBits, 2, 2, 48>(Costs::k256x48),
       tile_instance<T, kBits, 2, 2, 64>(Costs::k256x64),

@@ -73,7 +73,7 @@ struct TileShape {
                                                                      : 1;
   // Registers move from the warpgroup that fills to the others.
   static constexpr int kFillRegisters = 40;
-  static constexpr int kMultiplyRegisters = 232;
+  static constexpr int kMultiplyRegisters = kGroups == 2 ? 232 : 152;
 };
 
 struct TileParams {
