@@ -74,8 +74,8 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceL
       std::max(sm80::usable_shared(limits) - kernel.output_bytes, 0) / stage;
   const auto waves = static_cast<std::int32_t>(tiles / blocks);
   const auto left = static_cast<std::int32_t>(tiles % blocks);
-  // Tiles that are walked through together should share what they read.
-  constexpr std::int32_t kTokenBand = 8;
+  // Tiles that are walked through together should share what they read: about as many bytes of x as of codes.
+  constexpr std::int32_t kBandTokens = 1024;
   return {.kind = KernelKind::kTile,
           .instance = kFirstInstance + index,
           .blocks = waves > 0 ? blocks : tail_blocks,
@@ -86,7 +86,7 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceL
           .schedule = {.whole_tiles = waves,
                        .tail_tiles = left,
                        .tail_blocks = left > 0 ? tail_blocks : 0,
-                       .token_band = kTokenBand},
+                       .token_band = std::max(kBandTokens / kernel.tokens, 1)},
           .stages = stages,
           .early_stages = stages,
           .share_halves = 1,

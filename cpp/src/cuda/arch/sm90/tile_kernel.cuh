@@ -253,7 +253,11 @@ class TileFill {
           const int bytes = min(kSlabChunks, w_.chunks - slab * kSlabChunks) * S::kChunkBytes;
           if (lane_ < S::kBlocks) {
             ptx::barrier_expect(barrier, bytes);
-            ptx::bulk_copy(ring_.codes(lane_), codes, bytes, barrier, policy);
+            if (params_.token_tiles > 1) {
+              ptx::bulk_copy(ring_.codes(lane_), codes, bytes, barrier);
+            } else {
+              ptx::bulk_copy(ring_.codes(lane_), codes, bytes, barrier, policy);
+            }
           }
           codes += S::kSlabBytes;
         } else if constexpr (kRole == FillRole::kRecords) {
