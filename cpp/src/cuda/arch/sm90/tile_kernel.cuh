@@ -347,9 +347,18 @@ class TileMultiply {
     }
     const bool half_scales = w_.scale_type == FloatType::kF16;
     if (params_.slab_groups == 1) {
-      half_scales ? multiply_slabs<1, true>(part) : multiply_slabs<1, false>(part);
+      half_scales ? multiply_units<1, true>(part) : multiply_units<1, false>(part);
     } else {
-      half_scales ? multiply_slabs<2, true>(part) : multiply_slabs<2, false>(part);
+      half_scales ? multiply_units<2, true>(part) : multiply_units<2, false>(part);
+    }
+  }
+
+  template <int kUnits, bool kHalfScales>
+  __device__ __forceinline__ void multiply_units(const TilePart& part) {
+    if constexpr (S::kTokens > 128) {
+      multiply_in_turn<kUnits, kHalfScales>(part);
+    } else {
+      multiply_slabs<kUnits, kHalfScales>(part);
     }
   }
 
@@ -376,14 +385,7 @@ class TileMultiply {
     load_scales<kHalfScales>(0, stage_);
     change_zeros(0, stage_, true);
     decode_batch<B>(0);
-#pragma unroll
-    for (int b = 0; b < S::kGroupBlocks; ++b) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        values_[b].scale[0][i] = new_scale_[b][i];
-        quotient_[b][i] = 1.0f;
-      }
-    }
+    set_scales();
     ptx::barrier_wait(ring_.x_filled(stage_), parity_);
     int slab = part.begin;
 #pragma unroll 1
@@ -393,8 +395,7 @@ class TileMultiply {
       const int after = stage_ + 1 < stages ? stage_ + 1 : 0;
       const uint32_t parity_after = parity_ ^ (after == 0 ? 1 : 0);
       const int next = more ? after : stage_;
-      // The same in all lanes, as the compiler sees from this.
-      const uint32_t x = __shfl_sync(0xffffffffu, x_operand_ + stage_ * (S::kStageBytes / 16), 0);
+      const uint32_t x = x_operand();
 #pragma unroll
       for (int i = 0; i < B::kCount; ++i) {
         if (B::begins_unit(i)) rescale();
@@ -433,6 +434,59 @@ class TileMultiply {
     } while (++slab < part.end);
   }
 
+  // The products of so many tokens take long enough for the other warpgroup to decode beside them. With few
+  // stages it is worth more to give each back as soon as its products are done.
+  template <int kUnits, bool kHalfScales>
+  __device__ __forceinline__ void multiply_in_turn(const TilePart& part) {
+    using B = Batches<kUnits>;
+    int slab = part.begin;
+#pragma unroll 1
+    do {
+      ptx::barrier_wait(ring_.filled(stage_), parity_);
+      const uint32_t x = x_operand();
+#pragma unroll
+      for (int unit = 0; unit < kUnits; ++unit) {
+        const bool first = slab == part.begin && unit == 0;
+        const bool starts = kUnits == 1 ? first || (slab & (params_.group_slabs - 1)) == 0
+                                        : slab * kSlabChunks + unit < w_.num_groups;
+        if (starts) {
+          load_scales<kHalfScales>(unit, stage_);
+          change_zeros(unit, stage_, true);
+          if (first) {
+            set_scales();
+          } else {
+            change_scales(true);
+            rescale();
+          }
+        }
+#pragma unroll
+        for (int i = unit * B::kOfUnit; i < (unit + 1) * B::kOfUnit; ++i) {
+          load_codes<B>(i, stage_);
+          decode_batch<B>(i);
+        }
+        if (unit == 0) ptx::barrier_wait(ring_.x_filled(stage_), parity_);
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int i = unit * B::kOfUnit; i < (unit + 1) * B::kOfUnit; ++i) {
+          multiply_chunk(0, B::chunk(i), x);
+        }
+        ptx::wgmma_commit();
+        wait_for_products();
+      }
+      __syncwarp();  // all lanes have read the codes
+      if (lane_ == 0) ptx::barrier_arrive(ring_.emptied(stage_));
+      if (++stage_ == params_.stages) {
+        stage_ = 0;
+        parity_ ^= 1;
+      }
+    } while (++slab < part.end);
+  }
+
+  // The same in all lanes, as the compiler sees from this.
+  __device__ __forceinline__ uint32_t x_operand() const {
+    return __shfl_sync(0xffffffffu, x_operand_ + stage_ * (S::kStageBytes / 16), 0);
+  }
+
   __device__ __forceinline__ void wait_for_products() {
     ptx::wgmma_wait<0>();
 #pragma unroll
@@ -466,6 +520,17 @@ class TileMultiply {
     if (!starts || !has_zeros_) return;
 #pragma unroll
     for (int b = 0; b < S::kGroupBlocks; ++b) values_[b].load_zeros(records(b, group, stage), w_);
+  }
+
+  __device__ __forceinline__ void set_scales() {
+#pragma unroll
+    for (int b = 0; b < S::kGroupBlocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        values_[b].scale[0][i] = new_scale_[b][i];
+        quotient_[b][i] = 1.0f;
+      }
+    }
   }
 
   __device__ __forceinline__ void change_scales(bool starts) {
