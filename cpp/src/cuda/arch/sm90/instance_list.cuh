@@ -16,17 +16,17 @@ struct TileCosts {
   static constexpr TileCost k128x32{0.82, 0.433, 0.00, 1.37, 0.00, 0.025, 0.00};
   static constexpr TileCost k128x48{0.42, 0.433, 1.32, 0.83, 0.00, 0.023, 0.40};
   static constexpr TileCost k128x64{0.08, 0.510, 1.97, 0.40, 0.29, 0.019, 0.86};
-  static constexpr TileCost k128x96{0.00, 0.637, 0.95, 1.76, 0.00, 0.035, 0.23};
-  static constexpr TileCost k128x128{0.00, 0.713, 1.39, 1.78, 0.00, 0.041, 0.86};
-  static constexpr TileCost k192x128{0.00, 1.026, 2.86, 0.00, 0.25, 0.048, 1.73};
+  static constexpr TileCost k128x96{0.00, 0.638, 0.23, 1.33, 0.15, 0.031, 0.52};
+  static constexpr TileCost k128x128{0.00, 0.757, 0.46, 2.18, 0.00, 0.025, 1.15};
+  static constexpr TileCost k192x128{0.00, 1.043, 1.02, 1.27, 1.40, 0.023, 1.35};
   static constexpr TileCost k256x32{0.81, 0.661, 0.00, 1.67, 0.52, 0.018, 0.91};
   static constexpr TileCost k256x48{1.01, 0.722, 1.61, 1.04, 0.38, 0.028, 1.54};
   static constexpr TileCost k256x64{0.00, 0.821, 3.25, 1.16, 0.48, 0.032, 1.18};
-  static constexpr TileCost k256x80{3.02, 0.910, 0.19, 2.36, 0.36, 0.021, 2.52};
-  static constexpr TileCost k256x96{0.00, 1.052, 3.52, 1.35, 0.55, 0.017, 4.27};
-  static constexpr TileCost k256x112{0.00, 1.310, 0.53, 1.73, 0.65, 0.057, 3.01};
-  static constexpr TileCost k256x128{0.00, 1.356, 2.71, 3.68, 0.42, 0.042, 4.99};
-  static constexpr TileCost k128x256{2.00, 1.365, 1.83, 4.00, 1.20, 0.010, 3.20};
+  static constexpr TileCost k256x80{0.84, 1.006, 0.07, 2.38, 0.00, 0.024, 1.91};
+  static constexpr TileCost k256x96{0.00, 1.157, 1.40, 1.14, 0.39, 0.020, 3.41};
+  static constexpr TileCost k256x112{0.00, 1.247, 0.62, 2.51, 0.79, 0.025, 2.33};
+  static constexpr TileCost k256x128{0.00, 1.462, 0.44, 3.23, 0.00, 0.059, 3.35};
+  static constexpr TileCost k128x256{0.62, 1.427, 1.00, 3.90, 0.54, 0.000, 3.00};
 };
 
 template <class T, int kBits>
