@@ -70,13 +70,15 @@ void check_sort(const ContextHandle& context, const Matrix& ids, const SortCase&
   std::vector<double> experts;
   std::vector<double> first;
   std::vector<double> rows;
-  const auto add_tiles = [&](bool full) {
+  // Of what is left of each expert, eighth by eighth of max_rows.
+  const auto add_tiles = [&](bool full, std::int64_t eighth) {
     std::int64_t start = 0;
     for (int e = 0; e < c.experts; ++e) {
       const auto size = static_cast<std::int64_t>(members[static_cast<std::size_t>(e)].size());
       for (std::int64_t at = 0; at < size; at += c.max_rows) {
         const std::int64_t in_tile = std::min<std::int64_t>(c.max_rows, size - at);
         if ((in_tile == c.max_rows) != full) continue;
+        if (!full && (in_tile - 1) * 8 / c.max_rows != eighth) continue;
         experts.push_back(e);
         first.push_back(static_cast<double>(start + at));
         rows.push_back(static_cast<double>(in_tile));
@@ -84,8 +86,8 @@ void check_sort(const ContextHandle& context, const Matrix& ids, const SortCase&
       start += size;
     }
   };
-  add_tiles(true);
-  add_tiles(false);
+  add_tiles(true, 0);
+  for (std::int64_t eighth = 7; eighth >= 0; --eighth) add_tiles(false, eighth);
   for (const auto& of_expert : members) {
     for (const std::int64_t id : of_expert) sorted.push_back(static_cast<double>(id));
   }
@@ -140,7 +142,7 @@ TEST_F(MoeKernelsTest, SortByExpert) {
   for (const int experts : {1, 2, 8, 60, 128, 256, 512, 1024}) {
     for (const auto& [tokens, top_k] : std::vector<std::pair<std::int64_t, int>>{
              {0, 4}, {1, 1}, {1, 8}, {3, 2}, {17, 4}, {64, 8}, {257, 5}, {4096, 16}}) {
-      for (const int max_rows : {8, 16, 32, 64}) {
+      for (const int max_rows : {8, 16, 32, 64, 128}) {
         for (const DType dtype : {DType::kInt32, DType::kInt64}) {
           SCOPED_TRACE(::testing::Message() << tokens << " x " << top_k << " ids, " << experts
                                             << " experts, tiles of " << max_rows);

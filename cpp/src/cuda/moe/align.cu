@@ -31,6 +31,7 @@ struct Runs {
   std::int32_t buckets = 0;
   std::int32_t threads = 0;
   std::int32_t shared_bytes = 0;
+  bool staged = false;  // ids are put into their order in shared memory, in 16 bits each
 };
 
 Runs make_runs(const TopkIds& topk_ids, std::int32_t num_experts, std::int32_t buckets) {
@@ -144,6 +145,7 @@ __device__ __forceinline__ Run count_runs(const TopkIds& topk_ids, const Runs& r
   }
   __syncthreads();
   if (run.first_bucket < runs.buckets) atomicAdd(run.counters + run.first_bucket, 1);
+#pragma unroll 4
   for (int32_t i = run.begin + kLanes + lane; i < run.end; i += kLanes) {
     const int32_t bucket = bucket_of(topk_ids, i, num_experts);
     if (bucket < runs.buckets) atomicAdd(run.counters + bucket, 1);
@@ -171,10 +173,23 @@ __device__ __forceinline__ int32_t sum_runs(const Runs& runs, int32_t bucket, in
   return sum;
 }
 
+/// The lanes that have the same bucket, of `buckets` at most: a ballot a bit takes a fraction of the time of
+/// __match_any_sync.
+__device__ __forceinline__ unsigned same_bucket(int32_t bucket, int32_t buckets) {
+  unsigned peers = kAllLanes;
+#pragma unroll 2
+  for (int32_t bit = 1; bit <= buckets; bit *= 2) {
+    const bool set = (bucket & bit) != 0;
+    const unsigned others = __ballot_sync(kAllLanes, set);
+    peers &= set ? others : ~others;
+  }
+  return peers;
+}
+
 /// Writes the ids of a warp's run to their places. `starts` says where each bucket begins.
+template <class Id>
 __device__ __forceinline__ void place_ids(const TopkIds& topk_ids, const Runs& runs, const Run& run,
-                                          int32_t num_experts, const int32_t* starts,
-                                          int32_t* sorted) {
+                                          int32_t num_experts, const int32_t* starts, Id* sorted) {
   const int lane = threadIdx.x % kLanes;
   for (int32_t first = run.begin; first < run.end; first += kLanes) {
     const int32_t index = first + lane;
@@ -182,22 +197,30 @@ __device__ __forceinline__ void place_ids(const TopkIds& topk_ids, const Runs& r
     if (first > run.begin) {
       bucket = index < run.end ? bucket_of(topk_ids, index, num_experts) : runs.buckets;
     }
-    const unsigned peers = __match_any_sync(kAllLanes, bucket);
+    const unsigned peers = same_bucket(bucket, runs.buckets);
     const int rank = __popc(peers & ((1U << lane) - 1));
     const bool counts = bucket < runs.buckets;
     const int32_t place = counts ? starts[bucket] + run.counters[bucket] + rank : 0;
     __syncwarp();
     if (counts && rank == 0) run.counters[bucket] += __popc(peers);
     __syncwarp();
-    if (counts) sorted[place] = index;
+    if (counts) sorted[place] = static_cast<Id>(index);
   }
+}
+
+constexpr int kRestWords = 4;
+
+/// Of what is left of an expert, by falling rows.
+__device__ __forceinline__ int32_t rest_class(int32_t rest, int32_t max_rows) {
+  constexpr int kClasses = 2 * kRestWords;
+  return kClasses - 1 - (rest - 1) * kClasses / max_rows;
 }
 
 __global__ void __launch_bounds__(kMostThreads, 1)
     sort_kernel(const TopkIds topk_ids, const Runs runs, int32_t max_rows,
                 const ExpertTiles tiles) {
   extern __shared__ int32_t shared[];
-  __shared__ int32_t warp_sums[3][kMostWarps];
+  __shared__ int32_t warp_sums[2 + kRestWords][kMostWarps];
   int32_t* const counters = shared;                           // [runs][buckets]
   int32_t* const starts = shared + runs.runs * runs.buckets;  // [buckets]
   ptx::launch_dependents();
@@ -206,14 +229,30 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const int32_t count = expert < runs.buckets ? sum_runs(runs, expert, counters) : 0;
   const int32_t full = count / max_rows;
   const int32_t rest = count - full * max_rows;
-  const int32_t values[3] = {count, full, rest > 0 ? 1 : 0};
-  Scanned scanned[3];
+  // How many tiles of each class of rows are left, two classes a word.
+  const int32_t of_class = 1 << (16 * (rest_class(rest, max_rows) % 2));
+  int32_t values[2 + kRestWords] = {count, full};
+#pragma unroll
+  for (int i = 0; i < kRestWords; ++i) {
+    values[2 + i] = rest > 0 && rest_class(rest, max_rows) / 2 == i ? of_class : 0;
+  }
+  Scanned scanned[2 + kRestWords];
   scan_block(values, scanned, warp_sums);
   const int32_t start = scanned[0].before;
   const int32_t full_before = scanned[1].before;
-  const int32_t rest_tile = scanned[1].all + scanned[2].before;
+  int32_t rest_tile = scanned[1].all;
+  int32_t all_tiles = scanned[1].all;
+#pragma unroll
+  for (int i = 0; i < 2 * kRestWords; ++i) {
+    const int shift = 16 * (i % 2);
+    const int32_t all = scanned[2 + i / 2].all >> shift & 0xffff;
+    const int32_t before = scanned[2 + i / 2].before >> shift & 0xffff;
+    all_tiles += all;
+    if (i < rest_class(rest, max_rows)) rest_tile += all;
+    if (i == rest_class(rest, max_rows)) rest_tile += before;
+  }
   if (expert < runs.buckets) starts[expert] = start;
-  if (expert == 0) *tiles.count = scanned[1].all + scanned[2].all;
+  if (expert == 0) *tiles.count = all_tiles;
   const auto write_tile = [&](int32_t tile, int32_t of_expert, int32_t first, int32_t rows) {
     tiles.experts[tile] = of_expert;
     tiles.first[tile] = first;
@@ -231,7 +270,14 @@ __global__ void __launch_bounds__(kMostThreads, 1)
         write_tile(of.y + j, of.x, of.z + j * max_rows, max_rows);
       });
   __syncthreads();
-  place_ids(topk_ids, runs, run, runs.buckets, starts, tiles.ids);
+  if (!runs.staged) {
+    place_ids(topk_ids, runs, run, runs.buckets, starts, tiles.ids);
+    return;
+  }
+  auto* const sorted = reinterpret_cast<uint16_t*>(starts + runs.buckets);
+  place_ids(topk_ids, runs, run, runs.buckets, starts, sorted);
+  __syncthreads();
+  for (int32_t i = expert; i < scanned[0].all; i += blockDim.x) tiles.ids[i] = sorted[i];
 }
 
 struct DeviceNames {
@@ -292,6 +338,18 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   place_ids(topk_ids, runs, run, num_experts, starts, tiles.sorted_token_ids);
 }
 
+/// A warp that writes ids to their places writes to as many lines; so they are written one after the other
+/// where they fit into the shared memory that every GPU has.
+void stage_ids(Runs& runs) {
+  constexpr std::int32_t kLeastIds = 1024;
+  constexpr std::int32_t kMostIds = 1 << 16;
+  constexpr std::int32_t kMostBytes = 98 * 1024;  // beside some static memory
+  const std::int64_t bytes = runs.shared_bytes + std::int64_t{runs.ids} * 2;
+  if (runs.ids < kLeastIds || runs.ids > kMostIds || bytes > kMostBytes) return;
+  runs.staged = true;
+  runs.shared_bytes = static_cast<std::int32_t>(bytes);
+}
+
 template <class... Parameters>
 void launch_block(void (*kernel)(Parameters...), std::atomic<std::uint64_t>& devices_done,
                   const Runs& runs, bool dependent, void* stream,
@@ -306,7 +364,8 @@ void launch_block(void (*kernel)(Parameters...), std::atomic<std::uint64_t>& dev
 void sort_by_expert(const TopkIds& topk_ids, std::int32_t num_experts, std::int32_t max_rows,
                     const ExpertTiles& tiles, bool dependent_launch, void* stream) {
   static std::atomic<std::uint64_t> devices_done{0};
-  const Runs runs = make_runs(topk_ids, num_experts, num_experts);
+  Runs runs = make_runs(topk_ids, num_experts, num_experts);
+  stage_ids(runs);
   launch_block(sort_kernel, devices_done, runs, dependent_launch, stream, topk_ids, runs, max_rows,
                tiles);
 }

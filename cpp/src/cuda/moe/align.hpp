@@ -18,7 +18,8 @@ constexpr std::int64_t most_expert_tiles(std::int64_t ids, std::int64_t num_expe
 
 /// Where the ids of each expert are, in device memory of the caller. A tile is up to max_rows
 /// neighbours in `ids` that have one expert. Full tiles come first, by expert; then what is left of
-/// each expert, by expert. Nothing is written past the end of what counts.
+/// each expert, by falling eighths of max_rows and by expert, so that blocks that take tiles in turn have as
+/// much to do. Nothing is written past the end of what counts.
 struct ExpertTiles {
   std::int32_t* ids = nullptr;      // [tokens * top_k]: t * top_k + s, by expert, without the -1s
   std::int32_t* experts = nullptr;  // [most_expert_tiles]
@@ -27,7 +28,7 @@ struct ExpertTiles {
   std::int32_t* count = nullptr;    // [1]: tiles
 };
 
-/// Sorts the ids by expert. num_experts 1 to 1024; max_rows 8, 16, 32 or 64. `dependent_launch` as in
+/// Sorts the ids by expert. num_experts 1 to 1024; max_rows 8, 16, 32, 64 or 128. `dependent_launch` as in
 /// GemmPlan. No ids: count is 0.
 void sort_by_expert(const TopkIds& topk_ids, std::int32_t num_experts, std::int32_t max_rows,
                     const ExpertTiles& tiles, bool dependent_launch, void* stream);
