@@ -141,6 +141,11 @@ for program in "$work"/build/tests/bench/sm*_plans; do
   name=$(basename "$program")
   part "$name" keep "$name.csv" "$program" fp16 4096x4096 m=1,16,64,1024
 done
+program=$work/build/tests/bench/sm90_experts
+if [ -e "$program" ]; then
+  part "products over experts of sm90, against float64" keep sm90_experts_check.csv "$program" check
+  part "sm90_experts" keep sm90_experts.csv "$program" uniform qwen 256 1024 rows=1
+fi
 
 printf '\n=== summary, %s s\n' "$SECONDS"
 printf '%s\n' "${summary[@]}"

@@ -44,6 +44,10 @@ struct ArchKernels {
   void (*launch_experts)(const ExpertProblem& problem, const ExpertPlan& plan,
                          const DeviceLimits& limits, const SplitScratch& scratch, void* stream);
   int most_dispatches;
+  /// The rows of the tiles that tokens are best sorted into, 8 to 128: `ids` of so many tokens, shared among
+  /// so many experts.
+  std::int32_t (*tile_rows)(std::int64_t tokens, std::int64_t ids, std::int64_t experts,
+                            BatchInvariance invariance);
   /// For a problem with lists of tiles: the most ids that its kernel could have sorted by itself instead,
   /// TokenTileLists::topk; 0: none.
   std::int32_t (*most_sorted_ids)(const ExpertProblem& problem, const DeviceLimits& limits,

@@ -6,6 +6,7 @@
 
 #include "core/integers.hpp"
 #include "cuda/arch/sm80/plan.hpp"
+#include "cuda/arch/sm90/experts.hpp"
 #include "cuda/arch/sm90/launch.hpp"
 
 namespace marlinq::cuda {
@@ -149,6 +150,83 @@ TEST(Sm90PlanTest, TakesTheKernelsOfSm80WhereItHasNone) {
   }
   // Too few items for the warps of a block.
   EXPECT_TRUE(is_older(problem_of(4096, 1024, 1, 4, kGroups128), BatchInvariance::kNotRequired));
+}
+
+ExpertProblem experts_of(std::int32_t n, std::int32_t k, std::int32_t tile_rows, std::int32_t bits,
+                         std::int32_t step_shift) {
+  ExpertProblem problem{.matrix = problem_of(n, k, 0, bits, step_shift), .num_experts = 128};
+  problem.tiles.tile_rows = tile_rows;
+  problem.tiles.num_ids = 8192;
+  problem.tiles.most_tiles = 8192 / tile_rows + 128;
+  return problem;
+}
+
+bool is_of_sm80(const ExpertPlan& plan) {
+  return plan.instance < static_cast<std::int32_t>(sm80::kExpertInstanceCount);
+}
+
+TEST(Sm90ExpertPlanTest, FitsAndHoldsATile) {
+  for (const std::int32_t multiprocessors : {132, 78}) {
+    const DeviceLimits limits = hopper(multiprocessors);
+    for (const std::int32_t bits : {4, 8}) {
+      for (const std::int32_t step_shift : {2, 3, 5, 26}) {
+        for (const std::int32_t n : {1, 100, 1536, 28672}) {
+          for (const std::int32_t k : {1, 64, 704, 7168}) {
+            for (const std::int32_t rows : {8, 16, 32, 64, 65, 128}) {
+              const ExpertProblem problem = experts_of(n, k, rows, bits, step_shift);
+              const ExpertPlan plan =
+                  sm90::plan_experts(problem, limits, BatchInvariance::kNotRequired);
+              ASSERT_EQ(is_of_sm80(plan), rows < 16);
+              ASSERT_LE(plan.shared_bytes, sm80::usable_shared(limits));
+              ASSERT_GE(plan.blocks, 1);
+              if (is_of_sm80(plan)) continue;
+              ASSERT_LE(plan.blocks, multiprocessors);
+              ASSERT_GE(plan.tokens, rows);
+              ASSERT_GE(plan.stages, 2);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Sm90ExpertPlanTest, TakesTheKernelsOfSm80WhereItHasNone) {
+  const DeviceLimits limits = hopper(132);
+  const auto is_older = [&](const ExpertProblem& problem, BatchInvariance invariance) {
+    return is_of_sm80(sm90::plan_experts(problem, limits, invariance));
+  };
+  constexpr std::int32_t kGroups128 = 3;
+  constexpr auto kAny = BatchInvariance::kNotRequired;
+  ExpertProblem problem = experts_of(1536, 2048, 64, 4, kGroups128);
+  EXPECT_FALSE(is_older(problem, kAny));
+  EXPECT_TRUE(is_older(problem, BatchInvariance::kRequired));
+  EXPECT_TRUE(is_older(experts_of(1536, 2048, 64, 4, kIrregular), kAny));
+  EXPECT_TRUE(is_older(experts_of(1536, 2048, 64, 4, 1), kAny));
+  problem.activates = true;
+  EXPECT_FALSE(is_older(problem, kAny));
+  // A packed block has features of both halves.
+  problem.matrix.weight.n = 1472;
+  EXPECT_TRUE(is_older(problem, kAny));
+  problem.activates = false;
+  problem.matrix.weight.scales_divide = false;
+  EXPECT_TRUE(is_older(problem, kAny));
+}
+
+TEST(Sm90ExpertPlanTest, TilesGrowWithTheRowsOfAnExpert) {
+  const auto rows_of = [](std::int64_t tokens, BatchInvariance invariance) {
+    return sm90::tile_rows(tokens, tokens * 8, 128, invariance);
+  };
+  std::int32_t before = 8;
+  for (std::int64_t tokens = 1; tokens <= 8192; tokens *= 2) {
+    const std::int32_t rows = rows_of(tokens, BatchInvariance::kNotRequired);
+    EXPECT_GE(rows, before) << tokens;
+    EXPECT_LE(rows, 128) << tokens;
+    before = rows;
+    EXPECT_EQ(rows_of(tokens, BatchInvariance::kRequired),
+              sm80::tile_rows(tokens, tokens * 8, 128, BatchInvariance::kRequired));
+  }
+  EXPECT_EQ(before, 128);
 }
 
 }  // namespace

@@ -151,15 +151,9 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
     }
 
    private:
-    // Tiles of 8 rows have a kernel that comes nearest to the rate of memory. Larger ones multiply as many
-    // of their token tiles as have rows, so that they cost little where experts have few, and save much
-    // where a few experts have most of them.
     std::int32_t choose_tile_rows() const {
-      const std::int64_t experts = block_.num_experts();
-      if (tokens_ <= 8 || ids_ <= 6 * experts) return 8;
-      if (tokens_ <= 16) return 16;
-      // The kernel of 64 rows has half of the warps: it pays where most experts fill a tile.
-      return ids_ < 48 * experts ? 32 : 64;
+      const PackedExperts& packed = packed_of(*block_.parts_.gate_up);
+      return packed.arch().tile_rows(tokens_, ids_, block_.num_experts(), packed.invariance());
     }
 
     // A launch less, where that is worth more than what each block of the products then does.

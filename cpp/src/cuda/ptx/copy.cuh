@@ -23,6 +23,22 @@ __device__ __forceinline__ void copy_async_if(bool on, uint32_t target, const vo
       : "memory");
 }
 
+/// The same; zeros where `full` is not set, and nothing is read then.
+__device__ __forceinline__ void copy_async_or_zero_if(bool on, uint32_t target, const void* source,
+                                                      bool full) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n"
+      "@p cp.async.cg.shared.global [%0], [%1], 16, %3;\n}" ::"r"(target),
+      "l"(source), "r"(static_cast<int>(on)), "r"(full ? 16 : 0)
+      : "memory");
+}
+
+/// What is in shared memory for this thread, by copy_async() or by stores, is so for the wgmma and the bulk copies
+/// that it begins.
+__device__ __forceinline__ void fence_for_async_reads() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 /// Brings the line of an address into the L1 cache.
 __device__ __forceinline__ void prefetch(const void* address) {
   asm volatile("prefetch.global.L1 [%0];" ::"l"(address) : "memory");

@@ -145,7 +145,8 @@ __device__ __forceinline__ void keep_in_place(uint32_t (&registers)[kCount]) {
 /// that covers it.
 template <class T, int kCount>
 __device__ __forceinline__ void wgmma_k16(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b) {
-  static_assert(kCount % 8 == 0 && kCount >= 16 && (kCount <= 64 || kCount == 128));
+  static_assert(kCount % 8 == 0 && kCount >= 8 && (kCount <= 64 || kCount == 128));
+  if constexpr (kCount == 8) MARLINQ_WGMMA_EITHER("16", 1, "8", "9", "10", "11", "12");
   if constexpr (kCount == 16) MARLINQ_WGMMA_EITHER("32", 2, "16", "17", "18", "19", "20");
   if constexpr (kCount == 24) MARLINQ_WGMMA_EITHER("48", 3, "24", "25", "26", "27", "28");
   if constexpr (kCount == 32) MARLINQ_WGMMA_EITHER("64", 4, "32", "33", "34", "35", "36");

@@ -47,6 +47,10 @@ ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits
 ExpertPlan plan_experts_with(std::size_t instance, const ExpertProblem& problem,
                              const DeviceLimits& limits, BatchInvariance invariance);
 
+/// As ArchKernels::tile_rows.
+std::int32_t tile_rows(std::int64_t tokens, std::int64_t ids, std::int64_t experts,
+                       BatchInvariance invariance);
+
 /// As ArchKernels::most_sorted_ids.
 std::int32_t most_sorted_ids(const ExpertProblem& problem, const DeviceLimits& limits,
                              BatchInvariance invariance);

@@ -256,6 +256,7 @@ constinit const ArchKernels kKernels = {.name = "sm80",
                                         .plan_experts = plan_experts,
                                         .launch_experts = launch_experts,
                                         .most_dispatches = kMostDispatches,
+                                        .tile_rows = tile_rows,
                                         .most_sorted_ids = most_sorted_ids};
 
 }  // namespace marlinq::cuda::sm80

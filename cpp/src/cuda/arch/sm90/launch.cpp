@@ -10,6 +10,7 @@
 #include "cuda/arch/sm80/experts.hpp"
 #include "cuda/arch/sm80/load.hpp"
 #include "cuda/arch/sm80/plan.hpp"
+#include "cuda/arch/sm90/experts.hpp"
 #include "cuda/arch/sm90/tile_plan.hpp"
 
 namespace marlinq::cuda::sm90 {
@@ -347,7 +348,7 @@ void scratch_need(const DeviceLimits& limits, std::int64_t& partial_floats, std:
 }  // namespace
 
 extern const ArchKernels kKernels;
-// The packed order is that of sm80, and so are the products over experts.
+// The packed order is that of sm80.
 constinit const ArchKernels kKernels = {.name = "sm90",
                                         .priority = 90,
                                         .min_capability = 90,
@@ -357,9 +358,10 @@ constinit const ArchKernels kKernels = {.name = "sm90",
                                         .plan = plan,
                                         .scratch_need = scratch_need,
                                         .launch = launch,
-                                        .plan_experts = sm80::plan_experts,
-                                        .launch_experts = sm80::launch_experts,
+                                        .plan_experts = plan_experts,
+                                        .launch_experts = launch_experts,
                                         .most_dispatches = sm80::kMostDispatches,
+                                        .tile_rows = tile_rows,
                                         .most_sorted_ids = sm80::most_sorted_ids};
 
 }  // namespace marlinq::cuda::sm90

@@ -1,0 +1,93 @@
+// Launches one instantiation of the kernel over experts.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdint>
+
+#include "core/integers.hpp"
+#include "cuda/arch/sm80/expert_rows.cuh"
+#include "cuda/arch/sm80/plan.hpp"
+#include "cuda/arch/sm90/expert_tile_kernel.cuh"
+#include "cuda/arch/sm90/experts.hpp"
+#include "cuda/launch.hpp"
+#include "cuda/shared_memory.hpp"
+
+namespace marlinq::cuda::sm90 {
+
+/// Tiles as moe_align_block_size makes them lie one after the other.
+inline bool joins_tiles(const ExpertProblem& problem, std::int32_t tokens) {
+  const TokenTileLists& tiles = problem.tiles;
+  return problem.dispatches.empty() && tiles.first == nullptr && tokens >= 2 * tiles.tile_rows &&
+         tiles.most_tiles <= JoinedTiles::kMost;
+}
+
+template <class S, class Rows>
+void launch_expert_tiles(const ExpertProblem& problem, const ExpertPlan& plan,
+                         const SplitScratch& scratch, const ExpertTileCost& cost, const Rows& rows,
+                         cudaStream_t stream) {
+  static std::atomic<std::uint64_t> devices_done{0};
+  allow_shared_memory(expert_tiles<S, Rows>, devices_done);
+  const GemmProblem& matrix = problem.matrix;
+  const WeightView& w = matrix.weight;
+  launch_kernel(
+      expert_tiles<S, Rows>, dim3(static_cast<unsigned>(plan.blocks)), S::kThreads,
+      plan.shared_bytes, plan.dependent_launch, stream,
+      ExpertTileParams<Rows>{
+          .problem = matrix,
+          .scratch = scratch,
+          .rows = rows,
+          .expert_bytes = problem.expert_bytes,
+          .num_experts = problem.num_experts,
+          .feature_tiles = Divider(static_cast<std::int32_t>(ceil_div(w.n, S::kFeatures))),
+          .blocks = Divider(plan.blocks),
+          .cost = cost,
+          .weights = problem.weights,
+          .weights_bias = problem.weights_bias,
+          .activates = problem.activates,
+          .activation = problem.activation,
+          .may_cut = plan.may_cut,
+          .joins = joins_tiles(problem, S::kTokens),
+          .settled = !problem.dispatches.empty() || problem.tiles.settled,
+          .rows_together = sm80::stores_together(matrix, 8),
+          .share = plan.share,
+          .stages = plan.stages,
+          .slabs = static_cast<int>(ceil_div(w.chunks, kSlabChunks)),
+          .slab_groups = slab_groups(w),
+          .group_slabs =
+              slab_groups(w) > 1 ? 1 : 1 << std::min(w.step_shift - kSlabStepShift, 24)});
+}
+
+/// A kernel of the shape ExpertShape<T, kBits, tokens>.
+template <class T, int kBits, int kTokens>
+constexpr ExpertInstance expert_tile_instance() {
+  using S = ExpertShape<T, kBits, kTokens>;
+  return {.tokens = S::kTokens,
+          .blocks = S::kBlocks,
+          .stage_bytes = S::kStageBytes,
+          .other_bytes = ExpertRing<S>::kOtherBytes,
+          .launch = [](const ExpertProblem& problem, const ExpertPlan& plan,
+                       const SplitScratch& scratch, cudaStream_t stream) {
+            constexpr ExpertTileCost kCost =
+                kTokens <= 64 ? ExpertTileCost{1.014F, 0.61F, 0.28F, 0.032F, 0.37F}
+                              : ExpertTileCost{1.467F, 1.85F, 0.77F, 0.037F, 1.16F};
+            if (problem.dispatches.empty()) {
+              launch_expert_tiles<S>(problem, plan, scratch, kCost,
+                                     sm80::listed_tiles(problem, S::kTokens), stream);
+            } else {
+              launch_expert_tiles<S>(problem, plan, scratch, kCost,
+                                     sm80::dispatched_tiles(problem, S::kTokens), stream);
+            }
+          }};
+}
+
+template <class T, int kBits>
+constexpr std::array<ExpertInstance, kExpertInstanceCount> expert_instance_list() {
+  return {expert_tile_instance<T, kBits, 64>(), expert_tile_instance<T, kBits, 128>()};
+}
+
+}  // namespace marlinq::cuda::sm90

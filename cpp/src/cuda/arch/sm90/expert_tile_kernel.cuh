@@ -1,0 +1,529 @@
+// The product over experts for many rows of each: wgmma with the weights in registers.
+//
+// A block has a tile of features x tokens of one expert at a time. Two warpgroups multiply, each with two packed
+// blocks of 64 features; of the others, a warp finds the tiles (expert_tiles.cuh), one copies codes and two
+// copy rows of x, wherever they lie, and group records into a ring, a slab of two chunks a stage.
+// There is one set of sums, in units of the scale of the current group: when a group begins they are
+// multiplied by the quotient of the old scale and the new one.
+//
+// With two halves of features that meet in an activation, every other packed block of a tile is of the
+// second half, so that both inputs of an output are sums of one thread.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "cuda/arch/sm80/group_values.cuh"
+#include "cuda/arch/sm90/expert_output.cuh"
+#include "cuda/arch/sm90/expert_tiles.cuh"
+#include "cuda/device/dequantize.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/bulk_copy.cuh"
+#include "cuda/ptx/flag.cuh"
+#include "cuda/ptx/stmatrix.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace marlinq::cuda::sm90 {
+
+using sm80::GroupValues;
+
+/// What the filling and the multiplying warps share.
+template <class S>
+class ExpertRing {
+ public:
+  static constexpr int kXWarps = 2;
+  /// Beside the stages, with their records and barriers.
+  static constexpr int kOtherBytes = S::kOutputBytes + SegmentQueue<S>::kBytes +
+                                     int{sizeof(JoinedTiles)} + SegmentQueue<S>::kBarrierBytes;
+
+  __device__ __forceinline__ ExpertRing(int stages, int slab_groups, const WeightView& w,
+                                        unsigned char* shared)
+      : stages_(stages),
+        record_bytes_(Layout::kBlockStrips * w.record_bytes),
+        slab_record_bytes_(slab_groups * record_bytes_) {
+    ring_ = ptx::shared_address(shared);
+    output_ = ring_ + stages_ * S::kStageBytes;
+    records_ = output_ + kOtherBytes - SegmentQueue<S>::kBarrierBytes;
+    barriers_ = records_ + stages_ * S::kBlocks * slab_record_bytes_;
+  }
+
+  /// By one thread.
+  __device__ __forceinline__ void init() const {
+    for (int stage = 0; stage < stages_; ++stage) {
+      ptx::barrier_init(filled(stage), 1 + 32 * kXWarps);
+      ptx::barrier_init(emptied(stage), S::kMultiplyThreads / 32);
+    }
+  }
+
+  __device__ __forceinline__ uint32_t x() const { return ring_ + stage_ * S::kStageBytes; }
+  __device__ __forceinline__ uint32_t codes(int block) const {
+    return x() + S::kXBytes + block * S::kSlabBytes;
+  }
+  __device__ __forceinline__ uint32_t records(int block) const {
+    return records_ + (stage_ * S::kBlocks + block) * slab_record_bytes_;
+  }
+  __device__ __forceinline__ uint32_t output() const { return output_; }
+  __device__ __forceinline__ int record_bytes() const { return record_bytes_; }
+  __device__ __forceinline__ uint32_t filled(int stage) const { return barriers_ + stage * 8; }
+  __device__ __forceinline__ uint32_t emptied(int stage) const {
+    return barriers_ + (stages_ + stage) * 8;
+  }
+  __device__ __forceinline__ uint32_t queue_barriers() const { return barriers_ + stages_ * 16; }
+  __device__ __forceinline__ static unsigned char* segments(unsigned char* shared, int stages) {
+    return shared + stages * S::kStageBytes + S::kOutputBytes;
+  }
+
+  __device__ __forceinline__ int stage() const { return stage_; }
+  __device__ __forceinline__ uint32_t parity() const { return parity_; }
+  __device__ __forceinline__ void advance() {
+    if (++stage_ == stages_) {
+      stage_ = 0;
+      parity_ ^= 1;
+    }
+  }
+
+  __device__ __forceinline__ void wait_filled() const {
+    ptx::barrier_wait(filled(stage_), parity_);
+    ptx::fence_for_async_reads();  // rows of x
+  }
+  /// Also where there is nothing to fill: parity tells apart neighbouring phases only.
+  __device__ __forceinline__ void wait_emptied() const {
+    ptx::barrier_wait(emptied(stage_), parity_ ^ 1);
+  }
+
+ private:
+  uint32_t ring_, output_, records_, barriers_;
+  int stages_, record_bytes_, slab_record_bytes_;
+  int stage_ = 0;
+  uint32_t parity_ = 0;
+};
+
+/// Which of an expert's weights a tile has: slot s of it is packed block of().
+template <class S, class Rows>
+struct TileWeights {
+  const ExpertTileParams<Rows>& params;
+
+  __device__ __forceinline__ int block(int feature_tile, int slot) const {
+    const WeightView& w = params.problem.weight;
+    if (params.activates) {
+      // Past the last there is nothing to store, and the last are read again.
+      const int half = w.n / (2 * Layout::kBlockFeatures);
+      return min(feature_tile * (S::kBlocks / 2) + slot / 2, half - 1) + slot % 2 * half;
+    }
+    const int last = (w.n + Layout::kBlockFeatures - 1) / Layout::kBlockFeatures - 1;
+    return min(feature_tile * S::kBlocks + slot, last);
+  }
+  __device__ __forceinline__ int group(int slab) const {
+    return (slab * kSlabSteps) >> params.problem.weight.step_shift;
+  }
+  /// A slab begins with the records of its groups.
+  __device__ __forceinline__ bool has_records(int slab, int begin) const {
+    return slab == begin || (slab & (params.group_slabs - 1)) == 0;
+  }
+  __device__ __forceinline__ int record_bytes(int slab, int bytes_of_group) const {
+    return min(params.slab_groups, params.problem.weight.num_groups - group(slab)) * bytes_of_group;
+  }
+};
+
+/// By one warp: copies codes.
+template <class S, class Rows>
+__device__ __forceinline__ void fill_codes(const ExpertTileParams<Rows>& params, ExpertRing<S> ring,
+                                           SegmentQueue<S> queue) {
+  const WeightView& w = params.problem.weight;
+  const TileWeights<S, Rows> weights{params};
+  const int lane = threadIdx.x % 32;
+  for (;; queue.release()) {
+    const ExpertSegment<S>& at = queue.wait();
+    if (at.tokens == 0) break;
+    if (at.expert < 0) continue;
+    const int end = at.end;
+    const unsigned char* codes =
+        reinterpret_cast<const unsigned char*>(w.codes) + at.expert * params.expert_bytes +
+        static_cast<int64_t>(weights.block(at.feature_tile, lane)) * w.chunks * S::kChunkBytes +
+        at.begin * S::kSlabBytes;
+#pragma unroll 1
+    for (int slab = at.begin; slab < end; ++slab) {
+      const uint32_t barrier = ring.filled(ring.stage());
+      // Beside an odd last chunk are codes of before, which meet zeros.
+      const int bytes = min(kSlabChunks, w.chunks - slab * kSlabChunks) * S::kChunkBytes;
+      const int records =
+          weights.has_records(slab, at.begin) ? weights.record_bytes(slab, ring.record_bytes()) : 0;
+      ring.wait_emptied();
+      if (lane == 0) ptx::barrier_expect(barrier, S::kBlocks * (bytes + records));
+      if (lane < S::kBlocks) ptx::bulk_copy(ring.codes(lane), codes, bytes, barrier);
+      codes += S::kSlabBytes;
+      ring.advance();
+    }
+  }
+  ptx::launch_dependents();
+}
+
+/// By each of ExpertRing::kXWarps warps: gathers rows of x. The first copies group records too.
+template <class S, class Rows>
+class ExpertGather {
+ public:
+  __device__ __forceinline__ ExpertGather(const ExpertTileParams<Rows>& params,
+                                          const ExpertRing<S>& ring, int warp)
+      : params_(params), ring_(ring), copies_records_(warp == 0) {
+    // A lane has a piece of rows r, r + 8, ...
+    const int row = warp * 4 + threadIdx.x % 32 / 8;
+    first_row_ = row;
+    piece_ = threadIdx.x % 8;
+    place_ = sm80::x_piece_place(row, piece_);
+    pieces_ = params.problem.x_columns / 8;
+  }
+
+  __device__ __forceinline__ void run(SegmentQueue<S> queue) {
+    const TileWeights<S, Rows> weights{params_};
+    const WeightView& w = params_.problem.weight;
+    const int lane = threadIdx.x % 32;
+    ptx::wait_for_predecessor();
+    for (;; queue.release()) {
+      const ExpertSegment<S>& at = queue.wait();
+      if (at.tokens == 0) break;
+      if (at.expert < 0) continue;
+      const int end = at.end;
+      const unsigned char* records = w.groups + at.expert * params_.expert_bytes +
+                                     static_cast<int64_t>(weights.block(at.feature_tile, lane)) *
+                                         w.num_groups * ring_.record_bytes();
+#pragma unroll 1
+      for (int slab = at.begin; slab < end; ++slab) {
+        ring_.wait_emptied();
+        if (copies_records_ && weights.has_records(slab, at.begin) && lane < S::kBlocks) {
+          ptx::bulk_copy(ring_.records(lane),
+                         records + static_cast<int64_t>(weights.group(slab)) * ring_.record_bytes(),
+                         weights.record_bytes(slab, ring_.record_bytes()),
+                         ring_.filled(ring_.stage()));
+        }
+        copy_rows(at, slab);
+        ptx::barrier_arrive_after_copies(ring_.filled(ring_.stage()));
+        ring_.advance();
+      }
+    }
+  }
+
+ private:
+  static_assert(ExpertRing<S>::kXWarps == 2, "a warp has rows r to r + 3 of each 8");
+
+  __device__ __forceinline__ void copy_rows(const ExpertSegment<S>& at, int slab) const {
+    const int first = slab * (kSlabChunks * Layout::kChunkRows / 8) + piece_;
+    const bool full[kSlabChunks] = {first < pieces_, first + Layout::kChunkRows / 8 < pieces_};
+    const auto* x = static_cast<const uint4*>(params_.problem.x) + first;
+    const uint32_t* rows = at.x + first_row_;
+    const int count = at.tokens / 8;
+    uint32_t place = ring_.x() + place_;
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) {
+      const uint32_t row = rows[i * 8];
+      const bool on = row != ExpertSegment<S>::kNoRow;
+      const uint4* source = x + row;
+      ptx::copy_async_or_zero_if(on, place, source, full[0]);
+      ptx::copy_async_or_zero_if(on, place + S::kXTileBytes, source + Layout::kChunkRows / 8,
+                                 full[1]);
+      place += 8 * sm80::kXRowBytes;
+    }
+  }
+
+  const ExpertTileParams<Rows>& params_;
+  ExpertRing<S> ring_;
+  bool copies_records_;
+  int first_row_, piece_, pieces_;
+  uint32_t place_;
+};
+
+/// By a warpgroup: multiplies.
+template <class S, class Rows>
+class ExpertMultiply {
+ public:
+  using T = typename S::T;
+
+  __device__ __forceinline__ ExpertMultiply(const ExpertTileParams<Rows>& params,
+                                            const ExpertRing<S>& ring)
+      : params_(params), w_(params.problem.weight), ring_(ring) {
+    group_ = threadIdx.x / 128;
+    warp_ = threadIdx.x / 32 % 4;
+    lane_ = threadIdx.x % 32;
+  }
+
+  __device__ __forceinline__ void run(SegmentQueue<S> queue) {
+#pragma unroll
+    for (int b = 0; b < S::kGroupBlocks; ++b) values_[b].set_middle(w_);
+    clear();
+    bool waited = false;
+#pragma unroll 1
+    for (;; queue.release()) {
+      const ExpertSegment<S>& at = queue.wait();
+      if (at.tokens == 0) break;
+      clear();
+      if (at.expert >= 0) multiply(at);
+      // Nothing is written before the kernel before has ended.
+      if (!waited) ptx::wait_for_predecessor();
+      waited = true;
+      finish(at);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int b = 0; b < S::kGroupBlocks; ++b) {
+      values_[b].scale[0][0] = values_[b].scale[0][1] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < S::kSums; ++i) sum_[b][i] = 0.0f;
+    }
+  }
+
+  // As many tokens as have rows.
+  __device__ __forceinline__ void multiply(const ExpertSegment<S>& at) {
+    constexpr int kStep = S::kTokenStep;
+#pragma unroll
+    for (int b = 0; b < S::kGroupBlocks; ++b) {
+      values_[b].scale[0][0] = values_[b].scale[0][1] = 0.0f;
+    }
+    switch (at.tokens / kStep) {
+      case 1:
+        multiply_tokens<kStep>(at);
+        break;
+      case 2:
+        multiply_tokens<2 * kStep>(at);
+        break;
+      case 3:
+        multiply_tokens<3 * kStep>(at);
+        break;
+      default:
+        multiply_tokens<4 * kStep>(at);
+        break;
+    }
+  }
+
+  template <int kTokens>
+  __device__ __forceinline__ void multiply_tokens(const ExpertSegment<S>& at) {
+    if (params_.slab_groups == 1) {
+      multiply_slabs<kTokens>(at.begin, at.end);
+    } else {
+      multiply_half_slabs<kTokens>(at.begin, at.end);
+    }
+  }
+
+  // Between groups of scales no product of the warpgroup is under way, which the others make use of.
+  template <int kTokens>
+  __device__ __forceinline__ void multiply_slabs(int begin, int end) {
+    int slab = begin;
+#pragma unroll 1
+    do {
+      ring_.wait_filled();
+      if (slab == begin || (slab & (params_.group_slabs - 1)) == 0) {
+#pragma unroll
+        for (int b = 0; b < S::kGroupBlocks; ++b) change_group<kTokens>(b, 0);
+      }
+      const uint32_t x = ptx::wgmma_operand_low(ring_.x());
+#pragma unroll
+      for (int b = 0; b < S::kGroupBlocks; ++b) {
+        decode_chunk(b, 0);
+        decode_chunk(b, 1);
+        ptx::wgmma_fence();
+        multiply_chunk<kTokens>(b, 0, x);
+        multiply_chunk<kTokens>(b, 1, x);
+        ptx::wgmma_commit();
+      }
+      finish_products<kTokens>();
+    } while (++slab < end);
+  }
+
+  // Each chunk has a group of its own.
+  template <int kTokens>
+  __device__ __forceinline__ void multiply_half_slabs(int begin, int end) {
+    int slab = begin;
+#pragma unroll 1
+    do {
+      ring_.wait_filled();
+      const uint32_t x = ptx::wgmma_operand_low(ring_.x());
+#pragma unroll
+      for (int chunk = 0; chunk < kSlabChunks; ++chunk) {
+#pragma unroll
+        for (int b = 0; b < S::kGroupBlocks; ++b) {
+          if (slab * kSlabChunks + chunk < w_.num_groups) change_group<kTokens>(b, chunk);
+        }
+#pragma unroll
+        for (int b = 0; b < S::kGroupBlocks; ++b) {
+          decode_chunk(b, chunk);
+          ptx::wgmma_fence();
+          multiply_chunk<kTokens>(b, chunk, x);
+          ptx::wgmma_commit();
+        }
+        if (chunk == 0) wait_for_products<kTokens>();
+      }
+      finish_products<kTokens>();
+    } while (++slab < end);
+  }
+
+  // The sums of the first tokens.
+  template <int kTokens>
+  __device__ __forceinline__ float (&sums(int b))
+      [kTokens / 2] { return reinterpret_cast<float (&)[kTokens / 2]>(sum_[b]); }
+
+  template <int kTokens>
+  __device__ __forceinline__ void wait_for_products() {
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int b = 0; b < S::kGroupBlocks; ++b) ptx::keep_in_place(sums<kTokens>(b));
+  }
+
+  // And gives back the stage.
+  template <int kTokens>
+  __device__ __forceinline__ void finish_products() {
+    wait_for_products<kTokens>();
+    __syncwarp();  // all lanes have read the codes
+    if (lane_ == 0) ptx::barrier_arrive(ring_.emptied(ring_.stage()));
+    ring_.advance();
+  }
+
+  template <int kTokens>
+  __device__ __forceinline__ void change_group(int b, int group) {
+    const uint32_t records = ring_.records(group_ * S::kGroupBlocks + b) +
+                             group * ring_.record_bytes() + warp_ * w_.record_bytes;
+    float quotient[1][2];
+    values_[b].change(records, w_, quotient);
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) {
+      sum_[b][i] = __fmul_rn(sum_[b][i], quotient[0][i / 2 % 2]);
+    }
+  }
+
+  __device__ __forceinline__ void decode_chunk(int b, int chunk) {
+    constexpr int kStepWords = S::kBits / 4;
+    const uint32_t codes = ring_.codes(group_ * S::kGroupBlocks + b) + chunk * S::kChunkBytes +
+                           warp_ * S::kStripBytes + lane_ * 16;
+    uint32_t words[4 * kStepWords];
+#pragma unroll
+    for (int i = 0; i < kStepWords; ++i) {
+      const uint4 q = ptx::load_shared_16(codes + i * 512);
+      words[4 * i] = q.x;
+      words[4 * i + 1] = q.y;
+      words[4 * i + 2] = q.z;
+      words[4 * i + 3] = q.w;
+    }
+#pragma unroll
+    for (int step = 0; step < Layout::kChunkSteps; ++step) {
+      decode(fragment_[b][chunk * Layout::kChunkSteps + step], &words[step * kStepWords],
+             values_[b].zero[0], T());
+    }
+  }
+
+  template <int kTokens>
+  __device__ __forceinline__ void multiply_chunk(int b, int chunk, uint32_t x) {
+#pragma unroll
+    for (int step = 0; step < Layout::kChunkSteps; ++step) {
+      ptx::wgmma_k16<T>(sums<kTokens>(b), fragment_[b][chunk * Layout::kChunkSteps + step],
+                        ptx::wgmma_operand_of(x + (chunk * S::kXTileBytes + step * 32) / 16));
+    }
+  }
+
+  // --- the end of a segment ---
+
+  __device__ __forceinline__ void meet_all() const { ptx::named_barrier(1, S::kMultiplyThreads); }
+
+  __device__ __forceinline__ void finish(const ExpertSegment<S>& at) {
+#pragma unroll
+    for (int b = 0; b < S::kGroupBlocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < S::kSums; ++i)
+        sum_[b][i] = __fmul_rn(sum_[b][i], values_[b].scale[0][i / 2 % 2]);
+    }
+    if (at.end < params_.slabs) {
+      leave_part();
+      return;
+    }
+    if (at.begin > 0) add_parts(at.first_block);
+    ExpertTileOutput<S, Rows>(params_, sum_, at, ring_.output()).store();
+  }
+
+  __device__ __forceinline__ float4* part_of_block(int block) const {
+    return reinterpret_cast<float4*>(params_.scratch.partials) +
+           static_cast<int64_t>(block) * (S::kTileFloats / 4) + threadIdx.x;
+  }
+
+  __device__ __forceinline__ void leave_part() const {
+    float4* const place = part_of_block(blockIdx.x);
+#pragma unroll
+    for (int b = 0; b < S::kGroupBlocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < S::kSums / 4; ++i) {
+        __stcg(place + (b * (S::kSums / 4) + i) * S::kMultiplyThreads,
+               make_float4(sum_[b][4 * i], sum_[b][4 * i + 1], sum_[b][4 * i + 2],
+                           sum_[b][4 * i + 3]));
+      }
+    }
+    meet_all();
+    if (threadIdx.x == 0) ptx::raise_flag(params_.scratch.flags + blockIdx.x);
+  }
+
+  // The nearest first. They have started before this block, since blocks start in the order of their
+  // numbers, and work on this tile before all others of their tail.
+  __device__ __forceinline__ void add_parts(int first_block) {
+    const int last = static_cast<int>(blockIdx.x) - 1;
+    for (int block = last - static_cast<int>(threadIdx.x); block >= first_block;
+         block -= S::kMultiplyThreads) {
+      ptx::take_flag(params_.scratch.flags + block);
+    }
+    meet_all();
+#pragma unroll 1
+    for (int block = last; block >= first_block; --block) {
+      const float4* const place = part_of_block(block);
+#pragma unroll
+      for (int b = 0; b < S::kGroupBlocks; ++b) {
+#pragma unroll
+        for (int i = 0; i < S::kSums / 4; ++i) {
+          const float4 value = __ldcg(place + (b * (S::kSums / 4) + i) * S::kMultiplyThreads);
+          sum_[b][4 * i] += value.x;
+          sum_[b][4 * i + 1] += value.y;
+          sum_[b][4 * i + 2] += value.z;
+          sum_[b][4 * i + 3] += value.w;
+        }
+      }
+    }
+  }
+
+  const ExpertTileParams<Rows>& params_;
+  const WeightView& w_;
+  ExpertRing<S> ring_;
+  int group_, warp_, lane_;
+  GroupValues<T, S::kBits, 1> values_[S::kGroupBlocks];
+  uint32_t fragment_[S::kGroupBlocks][kSlabSteps][4];
+  float sum_[S::kGroupBlocks][S::kSums];
+};
+
+template <class S, class Rows>
+__global__ void __launch_bounds__(S::kThreads, 1)
+    expert_tiles(const __grid_constant__ ExpertTileParams<Rows> params) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  constexpr int kXWarps = ExpertRing<S>::kXWarps;
+  const ExpertRing<S> ring(params.stages, params.slab_groups, params.problem.weight, shared);
+  unsigned char* const segments = ExpertRing<S>::segments(shared, params.stages);
+  const SegmentQueue<S> queue(segments, ring.queue_barriers());
+  if (threadIdx.x == 0) {
+    ring.init();
+    queue.init(S::kMultiplyThreads / 32 + 1 + kXWarps);
+    ptx::barrier_init_fence();
+  }
+  __syncthreads();
+  if (!params.settled) ptx::wait_for_predecessor();
+  if (threadIdx.x >= S::kMultiplyThreads) {
+    ptx::give_registers<S::kFillRegisters>();
+    const int role = threadIdx.x / 32 - S::kMultiplyThreads / 32;
+    if (role == 0) fill_codes<S, Rows>(params, ring, queue);
+    if (role == 1) {
+      auto& joined = *reinterpret_cast<JoinedTiles*>(segments + SegmentQueue<S>::kBytes);
+      SegmentLister<S, Rows>(params, queue, joined).run();
+    }
+    if (role >= 2) ExpertGather<S, Rows>(params, ring, role - 2).run(queue);
+  } else {
+    ptx::take_registers<S::kMultiplyRegisters>();
+    if (threadIdx.x < 128) params.rows.prefetch(blockIdx.x, params.feature_tiles);
+    ExpertMultiply<S, Rows>(params, ring).run(queue);
+  }
+}
+
+}  // namespace marlinq::cuda::sm90

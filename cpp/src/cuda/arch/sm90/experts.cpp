@@ -1,0 +1,110 @@
+// Plans of products over experts: pure host code, and the table that a plan selects from.
+#include "cuda/arch/sm90/experts.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+
+#include "core/integers.hpp"
+#include "cuda/arch/sm80/plan.hpp"
+#include "cuda/arch/sm90/tile_plan.hpp"
+
+namespace marlinq::cuda::sm90 {
+
+extern const std::array<ExpertInstance, kExpertInstanceCount> kExperts_fp16_w4;
+extern const std::array<ExpertInstance, kExpertInstanceCount> kExperts_fp16_w8;
+extern const std::array<ExpertInstance, kExpertInstanceCount> kExperts_bf16_w4;
+extern const std::array<ExpertInstance, kExpertInstanceCount> kExperts_bf16_w8;
+
+std::span<const ExpertInstance> expert_instances(FloatType type, std::int32_t code_bits) {
+  if (type == FloatType::kF16) return code_bits == 4 ? kExperts_fp16_w4 : kExperts_fp16_w8;
+  return code_bits == 4 ? kExperts_bf16_w4 : kExperts_bf16_w8;
+}
+
+namespace {
+
+constexpr std::int32_t kFirstInstance = sm80::kExpertInstanceCount;
+
+constexpr std::int32_t kTileTokens = 64;  // of the first kernel; the other has twice as many
+constexpr std::int32_t kFewRows = 16;     // tiles of fewer are left to sm80
+constexpr std::int64_t kManyRows = 44;    // of an expert on average: for tiles of the other
+
+// The most tiles that a kernel of so many tokens can meet: each of the lists' has an id.
+std::int64_t most_tiles(const ExpertProblem& problem, std::int32_t tokens) {
+  if (problem.dispatches.empty()) {
+    return std::int64_t{std::min(problem.tiles.most_tiles, problem.tiles.num_ids)} *
+           ceil_div(problem.tiles.tile_rows, tokens);
+  }
+  std::int64_t tiles = 0;
+  for (const ExpertRows& rows : problem.dispatches) tiles += ceil_div(rows.rows, tokens);
+  return tiles;
+}
+
+std::int32_t most_rows(const ExpertProblem& problem) {
+  std::int32_t most = problem.tiles.tile_rows;
+  for (const ExpertRows& rows : problem.dispatches) most = std::max(most, rows.rows);
+  return most;
+}
+
+}  // namespace
+
+ExpertPlan expert_tile_plan(std::size_t index, const ExpertProblem& problem,
+                            const DeviceLimits& limits) {
+  const WeightView& w = problem.matrix.weight;
+  const ExpertInstance& kernel = expert_instances(problem.matrix.x_type, w.code_bits)[index];
+  const std::int32_t stage = kernel.stage_bytes + stage_rest(w, kernel.blocks);
+  const std::int32_t stages = std::max(sm80::usable_shared(limits) - kernel.other_bytes, 0) / stage;
+  // Half of the slabs at most have a block of their own.
+  const std::int64_t work = most_tiles(problem, kernel.tokens) *
+                            ceil_div(w.n, kernel.blocks * sm80::Layout::kBlockFeatures) *
+                            ceil_div(w.chunks, 2 * kSlabChunks);
+  return {.instance = kFirstInstance + static_cast<std::int32_t>(index),
+          .tokens = kernel.tokens,
+          .blocks =
+              static_cast<std::int32_t>(std::clamp<std::int64_t>(work, 1, limits.multiprocessors)),
+          .shared_bytes = stages >= 2 ? kernel.other_bytes + stages * stage : INT32_MAX,
+          .may_cut = true,
+          .stages = stages,
+          .dependent_launch = true};
+}
+
+ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits,
+                        BatchInvariance invariance) {
+  const WeightView& w = problem.matrix.weight;
+  constexpr std::int32_t kTileShift = 2;  // groups of whole chunks
+  const bool takes = invariance != BatchInvariance::kRequired &&
+                     problem.tiles.topk.data == nullptr && w.scales_divide &&
+                     w.step_shift >= kTileShift &&
+                     (!problem.activates || w.n % (2 * sm80::Layout::kBlockFeatures) == 0);
+  const std::int32_t rows = most_rows(problem);
+  if (!takes || rows < kFewRows) return sm80::plan_experts(problem, limits, invariance);
+  // Tiles of the caller's lists may be joined to larger ones.
+  const bool joined = problem.dispatches.empty() && problem.tiles.first == nullptr &&
+                      problem.tiles.num_ids >= kManyRows * std::int64_t{problem.num_experts};
+  const ExpertPlan plan = expert_tile_plan(rows <= kTileTokens && !joined ? 0 : 1, problem, limits);
+  return plan.shared_bytes <= sm80::usable_shared(limits)
+             ? plan
+             : sm80::plan_experts(problem, limits, invariance);
+}
+
+std::int32_t tile_rows(std::int64_t tokens, std::int64_t ids, std::int64_t experts,
+                       BatchInvariance invariance) {
+  const std::int32_t rows = sm80::tile_rows(tokens, ids, experts, invariance);
+  if (rows < kFewRows || invariance == BatchInvariance::kRequired) return rows;
+  // An expert with more rows than a tile has another tile, which reads its weights again.
+  return ids < kManyRows * experts ? kTileTokens : 2 * kTileTokens;
+}
+
+void launch_experts(const ExpertProblem& problem, const ExpertPlan& plan,
+                    const DeviceLimits& limits, const SplitScratch& scratch, void* stream) {
+  if (plan.instance < kFirstInstance) {
+    sm80::launch_experts(problem, plan, limits, scratch, stream);
+    return;
+  }
+  expert_instances(
+      problem.matrix.x_type,
+      problem.matrix.weight.code_bits)[static_cast<std::size_t>(plan.instance - kFirstInstance)]
+      .launch(problem, plan, scratch, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace marlinq::cuda::sm90
