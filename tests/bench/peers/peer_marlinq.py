@@ -2,7 +2,7 @@
 
 The harness is a folder with a module `common` (weights, timing, ceilings, result rows) and one
 script for each peer; run this one with that folder in PYTHONPATH and the same options as the rest.
-Configurations are <g128|g32>-<sym|zp>-<compute type>.
+Configurations are <g128|g32>-<sym|zp>-<compute type>, and perhaps -<instruction set> to force one.
 """
 
 import common
@@ -16,7 +16,7 @@ CONFIGS = (
 
 def load(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, config: str) -> marlinq.Linear:
     """A layer of codes `[N, K]`, and scales and zero points `[N, G]`, as a checkpoint holds it."""
-    group, kind, compute = config.split("-")
+    group, kind, compute, *kernel = config.split("-")
     words = np.zeros((codes.shape[1] // 8, codes.shape[0]), np.uint32)
     for i in range(8):
         words |= codes.T[i::8].astype(np.uint32) << np.uint32(4 * i)
@@ -33,6 +33,7 @@ def load(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, config: str) 
         group_size=int(group[1:]),
         checkpoint_format="gptq_v2",
         compute=compute,
+        kernel=kernel[0] if kernel else None,
     )
 
 
