@@ -44,18 +44,14 @@ __device__ __forceinline__ void tensor_copy(uint32_t target, const TensorMap& ma
       : "memory");
 }
 
-/// Writes the box of a map that begins at (column, row), what of it lies inside of the matrix. Shared memory
-/// that threads have written needs fence_for_bulk_copies() by them before.
+/// Writes the box of a map that begins at (column, row), what of it lies inside of the matrix. Threads that
+/// have written to it call fence_for_async_reads() (copy.cuh) before.
 __device__ __forceinline__ void tensor_store(const TensorMap& map, int column, int row,
                                              uint32_t source) {
   asm volatile(
       "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map),
       "r"(column), "r"(row), "r"(source)
       : "memory");
-}
-
-__device__ __forceinline__ void fence_for_bulk_copies() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 /// The stores of this thread since the last commit become a group.

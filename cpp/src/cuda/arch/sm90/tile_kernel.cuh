@@ -727,7 +727,7 @@ class TileMultiply {
       }
     }
     if (!params_.boxes) return;
-    ptx::fence_for_bulk_copies();
+    ptx::fence_for_async_reads();
     meet_group();
     if (stores()) {
       for (int b = 0; b < S::kGroupBlocks; ++b) {
