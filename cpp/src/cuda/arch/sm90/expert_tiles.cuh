@@ -13,6 +13,7 @@
 #include "cuda/arch/sm80/share.hpp"
 #include "cuda/arch/sm80/x_tile.cuh"
 #include "cuda/arch/sm90/tile_plan.hpp"
+#include "cuda/arch/sm90/tile_shape.cuh"
 #include "cuda/problem.hpp"
 #include "cuda/ptx/arithmetic.cuh"
 #include "cuda/ptx/copy.cuh"
@@ -26,36 +27,15 @@ using sm80::Layout;
 using sm80::PlainDivider;
 using sm80::RowPlace;
 
-/// The tile of a block: packed blocks of 64 features x tokens that meet one expert.
-template <class T_, int kBits_, int kTokens_>
-struct ExpertShape {
-  using T = T_;
-  static constexpr int kBits = kBits_;
-  static constexpr int kTokens = kTokens_;
-  // Warpgroups that multiply, and the packed blocks of each: the codes of one are decoded while the products
-  // of the other run, and two that meet in an activation have their sums in the same threads.
-  static constexpr int kGroups = 2;
-  static constexpr int kGroupBlocks = 2;
+/// The tile of a block: packed blocks of 64 features x tokens that meet one expert. Two warpgroups of two: the codes of one packed block are decoded while the products of the other run, and
+/// two that meet in an activation have their sums in the same threads.
+template <class T, int kBits, int kTokens>
+struct ExpertShape : WgmmaShape<T, kBits, 2, 2, kTokens> {
   // Tiles multiply as many tokens as they have rows, in steps of so many.
   static constexpr int kTokenStep = kTokens / 4;
-  static constexpr int kBlocks = kGroups * kGroupBlocks;
-  static constexpr int kFeatures = kBlocks * Layout::kBlockFeatures;
-  static constexpr int kMultiplyThreads = kGroups * 128;
-  static constexpr int kThreads = kMultiplyThreads + 128;
-  static constexpr int kStripBytes = 128 * kBits;  // codes of a strip and chunk
-  static constexpr int kChunkBytes = Layout::kBlockStrips * kStripBytes;
-  static constexpr int kSlabBytes = kSlabChunks * kChunkBytes;
-  static constexpr int kXTileBytes = kTokens * sm80::kXRowBytes;  // of a chunk
-  static constexpr int kXBytes = kSlabChunks * kXTileBytes;
-  static constexpr int kStageBytes = kXBytes + kBlocks * kSlabBytes;  // without records
-  static constexpr int kOutputTokens = 64;                            // that are stored at a time
+  static constexpr int kOutputTokens = 64;  // that are stored at a time
   static constexpr int kGroupOutputBytes = kOutputTokens * Layout::kBlockFeatures * 2;
-  static constexpr int kOutputBytes = kGroups * kGroupOutputBytes;
-  static constexpr int kSums = kTokens / 2;  // of a thread and packed block
-  static constexpr int kTileFloats = kFeatures * kTokens;
-  // Registers move from the warpgroup that fills to the others.
-  static constexpr int kFillRegisters = 40;
-  static constexpr int kMultiplyRegisters = 232;
+  static constexpr int kOutputBytes = ExpertShape::kGroups * kGroupOutputBytes;
 };
 
 /// What a tile takes, in microseconds on an H100; a block compares these.

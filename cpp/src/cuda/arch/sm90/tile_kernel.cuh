@@ -23,6 +23,7 @@
 #include "cuda/arch/sm80/share.hpp"
 #include "cuda/arch/sm80/x_tile.cuh"
 #include "cuda/arch/sm90/tile_plan.hpp"
+#include "cuda/arch/sm90/tile_shape.cuh"
 #include "cuda/device/dequantize.cuh"
 #include "cuda/problem.hpp"
 #include "cuda/ptx/barrier.cuh"
@@ -44,36 +45,15 @@ using sm80::GroupValues;
 using sm80::Layout;
 using sm80::TileCuts;
 
-template <class T_, int kBits_, int kGroups_, int kGroupBlocks_, int kTokens_>
-struct TileShape {
-  using T = T_;
-  static constexpr int kBits = kBits_;
-  static constexpr int kGroupBlocks = kGroupBlocks_;  // packed blocks of a warpgroup
-  static constexpr int kTokens = kTokens_;
-  static constexpr int kGroups = kGroups_;  // warpgroups that multiply
-  static constexpr int kBlocks = kGroups * kGroupBlocks;
-  static constexpr int kFeatures = kBlocks * Layout::kBlockFeatures;
-  static constexpr int kMultiplyThreads = kGroups * 128;
-  static constexpr int kThreads = kMultiplyThreads + 128;
-  static constexpr int kStripBytes = 128 * kBits;  // codes of a strip and chunk
-  static constexpr int kChunkBytes = Layout::kBlockStrips * kStripBytes;
-  static constexpr int kSlabBytes = kSlabChunks * kChunkBytes;
-  static constexpr int kXTileBytes = kTokens * sm80::kXRowBytes;  // of a chunk
-  static constexpr int kXBytes = kSlabChunks * kXTileBytes;
-  static constexpr int kStageBytes = kXBytes + kBlocks * kSlabBytes;      // without records
+template <class T, int kBits, int kGroups, int kGroupBlocks, int kTokens>
+struct TileShape : WgmmaShape<T, kBits, kGroups, kGroupBlocks, kTokens> {
   static constexpr int kOutputTokens = kTokens % 64 == 0 ? 64 : kTokens;  // of a box
   static constexpr int kBoxBytes = kOutputTokens * Layout::kBlockFeatures * 2;
   static constexpr int kGroupOutputBytes = kGroupBlocks * (kTokens / kOutputTokens) * kBoxBytes;
   static constexpr int kOutputBytes = kGroups * kGroupOutputBytes;
-  static constexpr int kSums = kTokens / 2;  // of a thread and packed block
-  static constexpr int kTileFloats = kFeatures * kTokens;
   // Parts of a tile that a thread reads at a time.
-  static constexpr int kPartsTogether = kGroupBlocks * kSums <= 32   ? 3
-                                        : kGroupBlocks * kSums <= 64 ? 2
-                                                                     : 1;
-  // Registers move from the warpgroup that fills to the others.
-  static constexpr int kFillRegisters = 40;
-  static constexpr int kMultiplyRegisters = kGroups == 2 ? 232 : 152;
+  static constexpr int kThreadSums = kGroupBlocks * kTokens / 2;
+  static constexpr int kPartsTogether = kThreadSums <= 32 ? 3 : kThreadSums <= 64 ? 2 : 1;
 };
 
 struct TileParams {

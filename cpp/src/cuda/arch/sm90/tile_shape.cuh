@@ -1,0 +1,38 @@
+// What the wgmma kernels of products and of products over experts have in common: how a tile lies in
+// registers and in shared memory.
+#pragma once
+
+#include "cuda/arch/sm80/layout.hpp"
+#include "cuda/arch/sm80/x_tile.cuh"
+#include "cuda/arch/sm90/tile_plan.hpp"
+
+namespace marlinq::cuda::sm90 {
+
+/// Warpgroups that multiply, each with its packed blocks of 64 features, all with the same tokens; one more
+/// fills the ring.
+template <class T_, int kBits_, int kGroups_, int kGroupBlocks_, int kTokens_>
+struct WgmmaShape {
+  using T = T_;
+  using Layout = sm80::Layout;
+  static constexpr int kBits = kBits_;
+  static constexpr int kGroupBlocks = kGroupBlocks_;  // packed blocks of a warpgroup
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kGroups = kGroups_;  // warpgroups that multiply
+  static constexpr int kBlocks = kGroups * kGroupBlocks;
+  static constexpr int kFeatures = kBlocks * Layout::kBlockFeatures;
+  static constexpr int kMultiplyThreads = kGroups * 128;
+  static constexpr int kThreads = kMultiplyThreads + 128;
+  static constexpr int kStripBytes = 128 * kBits;  // codes of a strip and chunk
+  static constexpr int kChunkBytes = Layout::kBlockStrips * kStripBytes;
+  static constexpr int kSlabBytes = kSlabChunks * kChunkBytes;
+  static constexpr int kXTileBytes = kTokens * sm80::kXRowBytes;  // of a chunk
+  static constexpr int kXBytes = kSlabChunks * kXTileBytes;
+  static constexpr int kStageBytes = kXBytes + kBlocks * kSlabBytes;  // without records
+  static constexpr int kSums = kTokens / 2;  // of a thread and packed block
+  static constexpr int kTileFloats = kFeatures * kTokens;
+  // Registers move from the warpgroup that fills to the others.
+  static constexpr int kFillRegisters = 40;
+  static constexpr int kMultiplyRegisters = kGroups == 2 ? 232 : 152;
+};
+
+}  // namespace marlinq::cuda::sm90
