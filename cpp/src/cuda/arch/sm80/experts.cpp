@@ -20,15 +20,6 @@ std::span<const ExpertInstance> expert_instances(FloatType type, std::int32_t co
   return code_bits == 4 ? kExperts_bf16_w4 : kExperts_bf16_w8;
 }
 
-namespace {
-
-std::int32_t shared_bytes(const WeightView& w, const ExpertInstance& kernel) {
-  const std::int64_t ring = std::int64_t{kernel.stages} * kernel.row_warps *
-                            slice_bytes(w, kernel.slice_bytes, kernel.features);
-  return static_cast<std::int32_t>(std::min<std::int64_t>(ring + kernel.table_bytes, INT32_MAX));
-}
-
-// The most tiles that a kernel of so many tokens can meet: each of the lists' has an id.
 std::int64_t most_tiles(const ExpertProblem& problem, std::int32_t tokens) {
   if (problem.dispatches.empty()) {
     return std::int64_t{std::min(problem.tiles.most_tiles, problem.tiles.num_ids)} *
@@ -39,13 +30,21 @@ std::int64_t most_tiles(const ExpertProblem& problem, std::int32_t tokens) {
   return tiles;
 }
 
-constexpr std::size_t kStrips = 0;
-
 std::int32_t most_rows(const ExpertProblem& problem) {
   std::int32_t most = problem.tiles.tile_rows;
   for (const ExpertRows& rows : problem.dispatches) most = std::max(most, rows.rows);
   return most;
 }
+
+namespace {
+
+std::int32_t shared_bytes(const WeightView& w, const ExpertInstance& kernel) {
+  const std::int64_t ring = std::int64_t{kernel.stages} * kernel.row_warps *
+                            slice_bytes(w, kernel.slice_bytes, kernel.features);
+  return static_cast<std::int32_t>(std::min<std::int64_t>(ring + kernel.table_bytes, INT32_MAX));
+}
+
+constexpr std::size_t kStrips = 0;
 
 }  // namespace
 

@@ -39,6 +39,12 @@ constexpr std::int32_t kMostSortedIds = 128;
 /// The kernels for activations of `type` and codes of `code_bits`; ExpertPlan::instance is an index.
 std::span<const ExpertInstance> expert_instances(FloatType type, std::int32_t code_bits);
 
+/// The most tiles that a kernel of so many tokens can meet: each of the lists' has an id.
+std::int64_t most_tiles(const ExpertProblem& problem, std::int32_t tokens);
+
+/// Of a tile of the lists, or of a dispatch.
+std::int32_t most_rows(const ExpertProblem& problem);
+
 /// As ArchKernels::plan_experts.
 ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits,
                         BatchInvariance invariance);

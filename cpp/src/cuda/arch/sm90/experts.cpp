@@ -29,23 +29,6 @@ constexpr std::int32_t kTileTokens = 64;  // of the first kernel; the other has 
 constexpr std::int32_t kFewRows = 16;     // tiles of fewer are left to sm80
 constexpr std::int64_t kManyRows = 44;    // of an expert on average: for tiles of the other
 
-// The most tiles that a kernel of so many tokens can meet: each of the lists' has an id.
-std::int64_t most_tiles(const ExpertProblem& problem, std::int32_t tokens) {
-  if (problem.dispatches.empty()) {
-    return std::int64_t{std::min(problem.tiles.most_tiles, problem.tiles.num_ids)} *
-           ceil_div(problem.tiles.tile_rows, tokens);
-  }
-  std::int64_t tiles = 0;
-  for (const ExpertRows& rows : problem.dispatches) tiles += ceil_div(rows.rows, tokens);
-  return tiles;
-}
-
-std::int32_t most_rows(const ExpertProblem& problem) {
-  std::int32_t most = problem.tiles.tile_rows;
-  for (const ExpertRows& rows : problem.dispatches) most = std::max(most, rows.rows);
-  return most;
-}
-
 }  // namespace
 
 ExpertPlan expert_tile_plan(std::size_t index, const ExpertProblem& problem,
@@ -55,7 +38,7 @@ ExpertPlan expert_tile_plan(std::size_t index, const ExpertProblem& problem,
   const std::int32_t stage = kernel.stage_bytes + stage_rest(w, kernel.blocks);
   const std::int32_t stages = std::max(sm80::usable_shared(limits) - kernel.other_bytes, 0) / stage;
   // Half of the slabs at most have a block of their own.
-  const std::int64_t work = most_tiles(problem, kernel.tokens) *
+  const std::int64_t work = sm80::most_tiles(problem, kernel.tokens) *
                             ceil_div(w.n, kernel.blocks * sm80::Layout::kBlockFeatures) *
                             ceil_div(w.chunks, 2 * kSlabChunks);
   return {.instance = kFirstInstance + static_cast<std::int32_t>(index),
@@ -76,7 +59,7 @@ ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits
                      problem.tiles.topk.data == nullptr && w.scales_divide &&
                      w.step_shift >= kTileShift &&
                      (!problem.activates || w.n % (2 * sm80::Layout::kBlockFeatures) == 0);
-  const std::int32_t rows = most_rows(problem);
+  const std::int32_t rows = sm80::most_rows(problem);
   if (!takes || rows < kFewRows) return sm80::plan_experts(problem, limits, invariance);
   // Tiles of the caller's lists may be joined to larger ones.
   const bool joined = problem.dispatches.empty() && problem.tiles.first == nullptr &&

@@ -335,14 +335,16 @@ namespace {
 
 void scratch_need(const DeviceLimits& limits, std::int64_t& partial_floats, std::int32_t& flags) {
   // A block leaves one part at most, and has one flag.
-  partial_floats = 0;
   flags = limits.multiprocessors;
+  std::int32_t most = 0;  // packed blocks x tokens of a tile
   for (const Instance& instance : instances(FloatType::kF16, 4)) {
-    if (instance.kind != KernelKind::kTile) continue;
-    partial_floats = std::max<std::int64_t>(partial_floats, std::int64_t{limits.multiprocessors} *
-                                                                instance.tokens * instance.blocks *
-                                                                sm80::Layout::kBlockFeatures);
+    if (instance.kind == KernelKind::kTile)
+      most = std::max(most, instance.blocks * instance.tokens);
   }
+  for (const ExpertInstance& instance : expert_instances(FloatType::kF16, 4)) {
+    most = std::max(most, instance.blocks * instance.tokens);
+  }
+  partial_floats = std::int64_t{limits.multiprocessors} * most * sm80::Layout::kBlockFeatures;
 }
 
 }  // namespace
