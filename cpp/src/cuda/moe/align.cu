@@ -301,22 +301,16 @@ __device__ __forceinline__ void list_tiles(int32_t start, int32_t count, int32_t
     all_tiles += even + (scanned.all >> 16);
   }
   if (expert == 0) *tiles.count = all_tiles;
-  const auto write_tile = [&](int32_t tile, int32_t of_expert, int32_t first, int32_t rows) {
-    tiles.experts[tile] = of_expert;
+  const auto write_tile = [&](int32_t tile, int32_t first, int32_t rows) {
+    tiles.experts[tile] = expert;
     tiles.first[tile] = first;
     tiles.rows[tile] = rows;
   };
-  if (rest > 0) write_tile(rest_before, expert, start + full * max_rows, rest);
-  share_among_lanes(
-      full,
-      [&](int owner) {
-        return int3{__shfl_sync(kAllLanes, expert, owner),
-                    __shfl_sync(kAllLanes, full_before, owner),
-                    __shfl_sync(kAllLanes, start, owner)};
-      },
-      [&](const int3& of, int32_t j) {
-        write_tile(of.y + j, of.x, of.z + j * max_rows, max_rows);
-      });
+  if (rest > 0) write_tile(rest_before, start + full * max_rows, rest);
+#pragma unroll 1
+  for (int32_t i = 0; i < full; ++i) {
+    write_tile(full_before + i, start + i * max_rows, max_rows);
+  }
 }
 
 template <class Ids>
