@@ -288,7 +288,11 @@ void combine(const CombineProblem& problem, const DeviceLimits& limits, bool dep
   const auto launch = [&](auto* launch_it) {
     launch_it(problem, alignments, limits, dependent_launch, stream);
   };
-  const std::int32_t top_k = problem.topk_ids.top_k;
+  // The kernel with room for eight slots is the shortest, and few blocks are bound by nothing but their start.
+  constexpr std::int64_t kFewBlocks = 8;  // on a multiprocessor
+  const bool few =
+      tokens * ceil_div(problem.hidden, kCombineThreads * 4) <= limits.multiprocessors * kFewBlocks;
+  const std::int32_t top_k = few ? kMaxTopK : problem.topk_ids.top_k;
   switch (problem.expert_output.type) {
     case FloatType::kF32:
       return launch(top_k <= 2   ? launch_combine<float, 2>
