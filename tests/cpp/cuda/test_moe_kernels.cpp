@@ -408,32 +408,44 @@ TEST_F(MoeKernelsTest, Combine) {
   }
 }
 
-// A token alone is cut into more blocks than a token among many, and gives the same bits.
+// A token alone is cut into more blocks than a token among many, whose rows may be read in several pieces, and
+// gives the same bits.
 TEST_F(MoeKernelsTest, CombineIsBatchInvariant) {
-  const CombineCase c = {
-      .tokens = 600, .top_k = 8, .hidden = 7168, .shared = true, .gated = true, .residual = true};
-  Combined all(c, 50);
-  all.run(c, context(), limits(), dependent());
-  CombineCase alone = c;
-  alone.tokens = 1;
-  Combined one(alone, 51);
-  constexpr std::int64_t kToken = 123;
-  const auto copy_rows = [](const Matrix& from, Matrix& to) {
-    for (std::int64_t row = 0; row < to.rows(); ++row) {
-      for (std::int64_t i = 0; i < to.cols(); ++i) {
-        to.set(row, i, from.at(kToken * to.rows() + row, i));
+  std::uint64_t seed = 50;
+  for (CombineCase c : std::vector<CombineCase>{{.top_k = 8, .hidden = 2048, .gated = true},
+                                                {.top_k = 4, .hidden = 1032},
+                                                {.top_k = 3, .hidden = 1031, .gap = 3},
+                                                {.top_k = 2, .hidden = 2056, .gated = true},
+                                                {.top_k = 2, .hidden = 1030, .gap = 2},
+                                                {.top_k = 1, .hidden = 1027}}) {
+    SCOPED_TRACE(::testing::Message()
+                 << "top " << c.top_k << ", hidden " << c.hidden << ", gated " << c.gated);
+    c.tokens = 600;
+    c.shared = c.residual = true;
+    Combined all(c, ++seed);
+    all.run(c, context(), limits(), dependent());
+    all.check(c);
+    CombineCase alone = c;
+    alone.tokens = 1;
+    Combined one(alone, ++seed);
+    constexpr std::int64_t kToken = 123;
+    const auto copy_rows = [](const Matrix& from, Matrix& to) {
+      for (std::int64_t row = 0; row < to.rows(); ++row) {
+        for (std::int64_t i = 0; i < to.cols(); ++i) {
+          to.set(row, i, from.at(kToken * to.rows() + row, i));
+        }
       }
-    }
-  };
-  copy_rows(all.experts, one.experts);
-  copy_rows(all.ids, one.ids);
-  copy_rows(all.weights, one.weights);
-  copy_rows(all.shared, one.shared);
-  copy_rows(all.x, one.x);
-  copy_rows(all.residual, one.residual);
-  for (std::int64_t i = 0; i < c.hidden; ++i) one.gate.set(0, i, all.gate.at(0, i));
-  one.run(alone, context(), limits(), dependent());
-  EXPECT_EQ(one.out.row_bytes(0, 1), all.out.row_bytes(kToken, 1));
+    };
+    copy_rows(all.experts, one.experts);
+    copy_rows(all.ids, one.ids);
+    copy_rows(all.weights, one.weights);
+    copy_rows(all.shared, one.shared);
+    copy_rows(all.x, one.x);
+    copy_rows(all.residual, one.residual);
+    for (std::int64_t i = 0; i < c.hidden; ++i) one.gate.set(0, i, all.gate.at(0, i));
+    one.run(alone, context(), limits(), dependent());
+    EXPECT_EQ(one.out.row_bytes(0, 1), all.out.row_bytes(kToken, 1));
+  }
 }
 
 TEST_F(MoeKernelsTest, TheResidualMayBeTheOutput) {

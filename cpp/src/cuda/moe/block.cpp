@@ -297,6 +297,7 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
           .expert_output = {at(down_), FloatType::kF32, block_.hidden_size()},
           .topk_ids = topk_ids_of(input_.topk_ids),
           .num_experts = static_cast<std::int32_t>(block_.num_experts()),
+          .settled = true,  // the first product has waited for them
           .topk_weights =
               weighs_input() ? nullptr : static_cast<const float*>(input_.topk_weights.data),
           .topk_weights_stride = input_.topk_weights.row_stride,

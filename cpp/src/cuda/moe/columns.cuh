@@ -29,45 +29,47 @@ __device__ __forceinline__ T from_float(float value) {
 }
 
 /// Columns as they lie in memory.
-template <class T>
+template <class T, int kCount = kColumns>
 struct Columns {
-  __align__(16) T values[kColumns];
+  __align__(kCount * sizeof(T) < 16 ? 8 : 16) T values[kCount];
 };
 
 /// Columns `first` and on of a row of `count` columns; what lies past its end is 0. `aligned`: rows
 /// begin at multiples of 16 bytes.
-template <class T>
-__device__ __forceinline__ Columns<T> load_columns(const T* row, int32_t first, int32_t count,
-                                                   bool aligned) {
-  Columns<T> columns;
-  if (aligned && first + kColumns <= count) {
+template <int kCount = kColumns, class T>
+__device__ __forceinline__ Columns<T, kCount> load_columns(const T* row, int32_t first,
+                                                           int32_t count, bool aligned) {
+  using Word = std::conditional_t<kCount * sizeof(T) < 16, uint2, uint4>;
+  Columns<T, kCount> columns;
+  if (aligned && first + kCount <= count) {
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(columns)) / 16; ++i) {
-      reinterpret_cast<uint4*>(columns.values)[i] = reinterpret_cast<const uint4*>(row + first)[i];
+    for (int i = 0; i < static_cast<int>(sizeof(columns) / sizeof(Word)); ++i) {
+      reinterpret_cast<Word*>(columns.values)[i] = reinterpret_cast<const Word*>(row + first)[i];
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       columns.values[i] = first + i < count ? row[first + i] : from_float<T>(0.0F);
     }
   }
   return columns;
 }
 
-template <class T>
-__device__ __forceinline__ void store_columns(const float (&values)[kColumns], T* row,
-                                              int32_t first, int32_t count, bool aligned) {
-  Columns<T> columns;
+template <class T, int kCount>
+__device__ __forceinline__ void store_columns(const float (&values)[kCount], T* row, int32_t first,
+                                              int32_t count, bool aligned) {
+  using Word = std::conditional_t<kCount * sizeof(T) < 16, uint2, uint4>;
+  Columns<T, kCount> columns;
 #pragma unroll
-  for (int i = 0; i < kColumns; ++i) columns.values[i] = from_float<T>(values[i]);
-  if (aligned && first + kColumns <= count) {
+  for (int i = 0; i < kCount; ++i) columns.values[i] = from_float<T>(values[i]);
+  if (aligned && first + kCount <= count) {
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(columns)) / 16; ++i) {
-      reinterpret_cast<uint4*>(row + first)[i] = reinterpret_cast<const uint4*>(columns.values)[i];
+    for (int i = 0; i < static_cast<int>(sizeof(columns) / sizeof(Word)); ++i) {
+      reinterpret_cast<Word*>(row + first)[i] = reinterpret_cast<const Word*>(columns.values)[i];
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       if (first + i < count) row[first + i] = columns.values[i];
     }
   }

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kActivateThreads)
 // --- combine ---
 
 constexpr int kCombineThreads = 128;
-constexpr int kSlotsAtOnce = 4;
+constexpr int kReadsAtOnce = 8;  // of 16 bytes, by a thread
 
 /// Which of the optional 16-byte accesses a launch may use.
 struct Alignments {
@@ -117,91 +117,130 @@ __device__ __forceinline__ float dot_with_gate(const CombineProblem& problem, in
 }
 
 /// sums += factor * columns of a row of a matrix of any type.
-__device__ __forceinline__ void add_columns(float (&sums)[kColumns], float factor,
+template <int kCount>
+__device__ __forceinline__ void add_columns(float (&sums)[kCount], float factor,
                                             const FloatMatrix& matrix, int64_t row, int32_t first,
                                             int32_t count, bool aligned) {
   with_type(matrix.type, [&](auto example) {
     using T = decltype(example);
     const T* const data = static_cast<const T*>(matrix.data) + row * matrix.row_stride;
-    const Columns<T> columns = load_columns(data, first, count, aligned);
+    const Columns<T, kCount> columns = load_columns<kCount>(data, first, count, aligned);
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       sums[i] = fmaf(factor, to_float(columns.values[i]), sums[i]);
     }
   });
 }
 
-/// A block takes one token, and a share of its columns.
-template <class Expert>
+/// 16 bytes of a row that nothing else reads.
+template <class T, int kCount = 16 / sizeof(T)>
+__device__ __forceinline__ Columns<T, kCount> load_once(const T* row, int32_t first, int32_t count,
+                                                        bool aligned) {
+  if (!aligned || first + kCount > count) return load_columns<kCount>(row, first, count, false);
+  Columns<T, kCount> columns;
+  *reinterpret_cast<uint4*>(columns.values) = __ldcs(reinterpret_cast<const uint4*>(row + first));
+  return columns;
+}
+
+/// A block takes one token, and a share of its columns. Threads read pieces of kSlots rows at a time.
+template <class Expert, int kSlots>
 __global__ void __launch_bounds__(kCombineThreads)
     combine_rows(const CombineProblem problem, const Alignments aligned) {
-  __shared__ float weights[kMaxTopK];
-  __shared__ unsigned present_slots;  // a bit each
+  constexpr int kCount = 16 / sizeof(Expert);
+  constexpr int kPieces = kReadsAtOnce / kSlots;
+  constexpr int32_t kStep = kCombineThreads * kCount;
   ptx::launch_dependents();
-  ptx::wait_for_predecessor();
+  if (!problem.settled) ptx::wait_for_predecessor();
   const int64_t token = blockIdx.x;
   const int32_t top_k = problem.topk_ids.top_k;
-  if (threadIdx.x < kLanes) {
-    bool present = false;
-    if (threadIdx.x < top_k) {
-      const int64_t place = token * problem.topk_ids.row_stride + threadIdx.x;
-      const int64_t id = problem.topk_ids.wide
-                             ? static_cast<const int64_t*>(problem.topk_ids.data)[place]
-                             : static_cast<const int32_t*>(problem.topk_ids.data)[place];
-      present = id >= 0 && id < problem.num_experts;
-      weights[threadIdx.x] =
-          problem.topk_weights == nullptr
-              ? 1.0F
-              : problem.topk_weights[token * problem.topk_weights_stride + threadIdx.x];
+  const int lane = threadIdx.x % kLanes;
+  // Of slot `lane`.
+  bool here = false;
+  float lane_weight = 1.0F;
+  if (lane < top_k) {
+    const int64_t place = token * problem.topk_ids.row_stride + lane;
+    const int64_t id = problem.topk_ids.wide
+                           ? static_cast<const int64_t*>(problem.topk_ids.data)[place]
+                           : static_cast<const int32_t*>(problem.topk_ids.data)[place];
+    here = id >= 0 && id < problem.num_experts;
+    if (problem.topk_weights != nullptr) {
+      lane_weight = problem.topk_weights[token * problem.topk_weights_stride + lane];
     }
-    const unsigned slots = __ballot_sync(kAllLanes, present);
-    if (threadIdx.x == 0) present_slots = slots;
   }
+  const unsigned present = __ballot_sync(kAllLanes, here);  // a bit each slot
+  if (problem.settled) ptx::wait_for_predecessor();
   float shared_factor = 1.0F;
   if (problem.shared.data != nullptr && problem.shared_gate != nullptr) {
     shared_factor = sigmoid(dot_with_gate(problem, token, aligned));
   }
-  __syncthreads();
-  const unsigned present = present_slots;
   const Expert* const experts = static_cast<const Expert*>(problem.expert_output.data) +
                                 token * top_k * problem.expert_output.row_stride;
-  const auto step = static_cast<int32_t>(gridDim.y) * kCombineThreads * kColumns;
-  for (int32_t first = static_cast<int32_t>(blockIdx.y * kCombineThreads + threadIdx.x) * kColumns;
-       first < problem.hidden; first += step) {
-    float sums[kColumns] = {};
-    for (int32_t slot = 0; slot < top_k; slot += kSlotsAtOnce) {
-      Columns<Expert> rows[kSlotsAtOnce];
+#pragma unroll 1
+  for (auto begin = static_cast<int32_t>(blockIdx.y * (kStep * kPieces)); begin < problem.hidden;
+       begin += static_cast<int32_t>(gridDim.y * (kStep * kPieces))) {
+    const int32_t first = begin + static_cast<int32_t>(threadIdx.x) * kCount;
+    float sums[kPieces][kCount] = {};
+    for (int32_t slot = 0; slot < top_k; slot += kSlots) {
+      Columns<Expert, kCount> rows[kSlots][kPieces];
 #pragma unroll
-      for (int i = 0; i < kSlotsAtOnce; ++i) {
-        if ((present >> (slot + i) & 1U) != 0) {
-          rows[i] = load_columns(experts + (slot + i) * problem.expert_output.row_stride, first,
-                                 problem.hidden, aligned.expert_output);
+      for (int i = 0; i < kSlots; ++i) {
+        if ((present >> (slot + i) & 1U) == 0) continue;
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece) {
+          rows[i][piece] = load_once(experts + (slot + i) * problem.expert_output.row_stride,
+                                     first + piece * kStep, problem.hidden, aligned.expert_output);
         }
       }
 #pragma unroll
-      for (int i = 0; i < kSlotsAtOnce; ++i) {
-        if ((present >> (slot + i) & 1U) != 0) {
-          const float weight = weights[slot + i];
+      for (int i = 0; i < kSlots; ++i) {
+        if ((present >> (slot + i) & 1U) == 0) continue;
+        const float weight = __shfl_sync(kAllLanes, lane_weight, slot + i);
 #pragma unroll
-          for (int j = 0; j < kColumns; ++j) {
-            sums[j] = fmaf(weight, to_float(rows[i].values[j]), sums[j]);
+        for (int piece = 0; piece < kPieces; ++piece) {
+#pragma unroll
+          for (int j = 0; j < kCount; ++j) {
+            sums[piece][j] = fmaf(weight, to_float(rows[i][piece].values[j]), sums[piece][j]);
           }
         }
       }
     }
-    if (problem.shared.data != nullptr) {
-      add_columns(sums, shared_factor, problem.shared, token, first, problem.hidden,
-                  aligned.shared);
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const int32_t column = first + piece * kStep;
+      if (column >= problem.hidden) break;
+      if (problem.shared.data != nullptr) {
+        add_columns(sums[piece], shared_factor, problem.shared, token, column, problem.hidden,
+                    aligned.shared);
+      }
+      if (problem.residual.data != nullptr) {
+        add_columns(sums[piece], 1.0F, problem.residual, token, column, problem.hidden,
+                    aligned.residual);
+      }
+      with_type(problem.out.type, [&](auto example) {
+        using T = decltype(example);
+        store_columns(sums[piece],
+                      static_cast<T*>(problem.out.data) + token * problem.out.row_stride, column,
+                      problem.hidden, aligned.out);
+      });
     }
-    if (problem.residual.data != nullptr) {
-      add_columns(sums, 1.0F, problem.residual, token, first, problem.hidden, aligned.residual);
-    }
-    with_type(problem.out.type, [&](auto example) {
-      using T = decltype(example);
-      store_columns(sums, static_cast<T*>(problem.out.data) + token * problem.out.row_stride, first,
-                    problem.hidden, aligned.out);
-    });
   }
+}
+
+template <class Expert, int kSlots>
+void launch_combine(const CombineProblem& problem, const Alignments& alignments,
+                    const DeviceLimits& limits, bool dependent, void* stream) {
+  constexpr int kBlockColumns = kCombineThreads * kReadsAtOnce / kSlots * 16 / sizeof(Expert);
+  const std::int64_t tokens = problem.topk_ids.tokens;
+  std::int64_t shares = ceil_div(problem.hidden, kBlockColumns);
+  if (problem.shared_gate != nullptr) {
+    // Each share of a token needs all of its product with the gate: so few shares, but some for each
+    // multiprocessor.
+    constexpr std::int64_t kBlocksEach = 4;
+    shares = std::clamp<std::int64_t>(limits.multiprocessors * kBlocksEach / tokens, 1, shares);
+  }
+  const dim3 grid(static_cast<unsigned>(tokens), static_cast<unsigned>(shares));
+  launch_kernel(combine_rows<Expert, kSlots>, grid, kCombineThreads, 0, dependent,
+                static_cast<cudaStream_t>(stream), problem, alignments);
 }
 
 template <class In>
@@ -246,18 +285,24 @@ void combine(const CombineProblem& problem, const DeviceLimits& limits, bool dep
       .x = aligned(problem.x, tokens),
       .residual = aligned(problem.residual, tokens),
       .out = aligned(problem.out, tokens)};
-  // Few tokens are cut until there are some blocks for each multiprocessor.
-  constexpr std::int64_t kBlocksEach = 4;
-  const std::int64_t shares =
-      std::clamp<std::int64_t>(limits.multiprocessors * kBlocksEach / tokens, 1,
-                               ceil_div(problem.hidden, kCombineThreads * kColumns));
-  const dim3 grid(static_cast<unsigned>(tokens), static_cast<unsigned>(shares));
-  auto* const kernel = problem.expert_output.type == FloatType::kF32 ? combine_rows<float>
-                       : problem.expert_output.type == FloatType::kF16
-                           ? combine_rows<__half>
-                           : combine_rows<__nv_bfloat16>;
-  launch_kernel(kernel, grid, kCombineThreads, 0, dependent_launch,
-                static_cast<cudaStream_t>(stream), problem, alignments);
+  const auto launch = [&](auto* launch_it) {
+    launch_it(problem, alignments, limits, dependent_launch, stream);
+  };
+  // The kernel with room for eight slots is the shortest, and few blocks are bound by nothing but their start.
+  constexpr std::int64_t kFewBlocks = 8;  // on a multiprocessor
+  const bool few =
+      tokens * ceil_div(problem.hidden, kCombineThreads * 4) <= limits.multiprocessors * kFewBlocks;
+  const std::int32_t top_k = few ? kMaxTopK : problem.topk_ids.top_k;
+  switch (problem.expert_output.type) {
+    case FloatType::kF32:
+      return launch(top_k <= 2   ? launch_combine<float, 2>
+                    : top_k <= 4 ? launch_combine<float, 4>
+                                 : launch_combine<float, 8>);
+    case FloatType::kF16:
+      return launch(launch_combine<__half, 8>);
+    case FloatType::kBF16:
+      return launch(launch_combine<__nv_bfloat16, 8>);
+  }
 }
 
 }  // namespace marlinq::cuda

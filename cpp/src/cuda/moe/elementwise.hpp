@@ -27,6 +27,8 @@ struct CombineProblem {
   FloatMatrix expert_output = {};
   TopkIds topk_ids;
   std::int32_t num_experts = 0;
+  /// Ids and weights are older than the kernel before, which started after they had been written.
+  bool settled = false;
   const float* topk_weights = nullptr;  // [tokens, top_k]; null: all 1
   std::int64_t topk_weights_stride = 0;
   FloatMatrix shared = {};             // [tokens, hidden], or absent
