@@ -26,16 +26,17 @@ inline TensorMap map_y(const GemmProblem& problem, int box_rows) {
                     box_rows);
 }
 
-/// A strip kernel of the shape StripShape<T, kBits, token tiles, streams x, strips at a time>.
-template <class T, int kBits, int kTokenTiles, bool kStreamsX>
+/// A strip kernel of the shape StripShape<T, kBits, token tiles, streams x, warps>.
+template <class T, int kBits, int kTokenTiles, bool kStreamsX, int kWarps = 8>
 constexpr Instance strip_instance() {
-  using S = StripShape<T, kBits, kTokenTiles, kStreamsX>;
+  using S = StripShape<T, kBits, kTokenTiles, kStreamsX, kWarps>;
   return {.kind = KernelKind::kStrip,
           .tokens = S::kTokens,
           .warps = S::kWarps,
           .streams_x = kStreamsX,
           .item_chunks = S::kItemChunks,
           .slot_bytes = S::kSlotBytes,
+          .blocks_together = S::kBlocksTogether,
           .blocks = 0,
           .stage_bytes = 0,
           .output_bytes = 0,
@@ -86,6 +87,7 @@ constexpr Instance tile_instance(const TileCost& cost) {
           .streams_x = true,
           .item_chunks = 0,
           .slot_bytes = 0,
+          .blocks_together = 1,
           .blocks = S::kBlocks,
           .stage_bytes = S::kStageBytes,
           .output_bytes = S::kOutputBytes,

@@ -33,10 +33,11 @@ template <class T, int kBits>
 constexpr std::array<Instance, kInstanceCount> instance_list() {
   using Costs = TileCosts;
   return {
-      // token tiles, streams x
+      // token tiles, streams x, warps
       strip_instance<T, kBits, 1, false>(),
       strip_instance<T, kBits, 1, true>(),
       strip_instance<T, kBits, 2, true>(),
+      strip_instance<T, kBits, 2, true, 12>(),
       strip_instance<T, kBits, 3, true>(),
       strip_instance<T, kBits, 4, true>(),
       // warpgroups, packed blocks of each, tokens

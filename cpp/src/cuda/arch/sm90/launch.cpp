@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstdlib>
 #include <limits>
 
 #include "core/integers.hpp"
@@ -109,80 +110,129 @@ GemmPlan cut_tile_plan(const GemmProblem& problem, std::int32_t index, const Dev
 
 namespace {
 
+GemmPlan no_plan() {
+  GemmPlan plan;
+  plan.shared_bytes = INT32_MAX;
+  return plan;
+}
+
 bool fits(const GemmPlan& plan, const DeviceLimits& limits) {
   return plan.shared_bytes <= sm80::usable_shared(limits);
 }
 
-// The strip kernel for so many tokens.
-std::int32_t strip_index(std::int32_t token_tiles, bool streams_x) {
-  return token_tiles == 1 && !streams_x ? 0 : token_tiles;
+// The strip kernel of this shape.
+std::int32_t strip_index(const GemmProblem& problem, std::int32_t token_tiles, bool streams_x,
+                         std::int32_t warps) {
+  const std::span<const Instance> all = instances(problem.x_type, problem.weight.code_bits);
+  const auto found = std::find_if(all.begin(), all.end(), [&](const Instance& kernel) {
+    return kernel.kind == KernelKind::kStrip && kernel.tokens == token_tiles * 8 &&
+           kernel.streams_x == streams_x && kernel.warps == warps;
+  });
+  return static_cast<std::int32_t>(found - all.begin());
+}
+
+/// How the features are divided: so many halves of packed blocks for the busiest cluster, as few as can be,
+/// and then as few clusters as that takes.
+struct StripDivision {
+  std::int32_t cluster_blocks;
+  std::int64_t busiest;
+};
+
+StripDivision divide_strips(const WeightView& w, std::int32_t blocks, std::int32_t cluster_blocks) {
+  const std::int64_t halves = ceil_div(w.n, sm80::Layout::kBlockFeatures) * 2;
+  return {cluster_blocks, ceil_div(halves, std::max(blocks / cluster_blocks, 1))};
 }
 
 GemmPlan plan_strips(const GemmProblem& problem, std::int32_t token_tiles,
                      const DeviceLimits& limits) {
   const WeightView& w = problem.weight;
+  constexpr std::int32_t kWarps = 8;
+  constexpr std::int32_t kMoreWarps = 12;
   const std::int32_t tokens = std::min(problem.m, token_tiles * 8);
+  const std::int64_t halves = ceil_div(w.n, sm80::Layout::kBlockFeatures) * 2;
+  const Instance& kernel = instance_of(problem, strip_index(problem, token_tiles, true, kWarps));
+  const std::int64_t items = ceil_div(w.chunks, kernel.item_chunks);
   // A slice of K for each of two blocks, where both have some items.
   constexpr std::int64_t kLeastChunks = 16;
-  StripChoice choice;
-  choice.cluster_blocks = w.chunks >= kLeastChunks ? 2 : 1;
-  const std::int64_t slice_rows =
-      ceil_div(w.chunks, choice.cluster_blocks) * sm80::Layout::kChunkRows;
-  // As little as can be for the busiest cluster, then as few clusters as that takes.
-  const std::int64_t halves = ceil_div(w.n, sm80::Layout::kBlockFeatures) * 2;
-  const std::int64_t most = std::max(limits.multiprocessors / choice.cluster_blocks, 1);
-  const std::int64_t busiest = ceil_div(halves, most);
-  choice.share_halves = busiest % 2 == 0 ? 2 : 1;
-  choice.clusters = static_cast<std::int32_t>(ceil_div(halves, busiest));
-  // Some items for each warp, also of the block that has the fewest (strip_kernel.cuh: an item of one
-  // segment takes 3 or 2).
-  const Instance& kernel = instance_of(problem, strip_index(token_tiles, true));
-  const std::int64_t least = strip_shares(w, choice) / choice.clusters * choice.share_halves;
-  const std::int64_t least_items = ceil_div(w.chunks, kernel.item_chunks) / choice.cluster_blocks;
-  if ((least + ceil_div(least, 2)) * least_items < 3 * kernel.warps) {
-    GemmPlan none;
-    none.shared_bytes = INT32_MAX;
-    return none;
-  }
-  // What a block streams, in rings of one stage.
-  constexpr std::int64_t kRingBytes = 8 * 4096;
-  const std::int64_t rings = ceil_div(
-      busiest * (sm80::Layout::kBlockFeatures / 2) * slice_rows * w.code_bits / 8, kRingBytes);
-  const bool is_small = token_tiles == 1 && rings <= 2 && halves >= most;
-  const bool is_long = token_tiles == 1 && rings >= 8;
-  // x comes with the codes, unless it is short or read many times over.
+  const std::int32_t most_blocks = w.chunks >= kLeastChunks ? 2 : 1;
   constexpr std::int32_t kFewTokens = 2;
-  constexpr std::int64_t kMostX = 96 * 1024;
-  const bool streams_x = tokens * slice_rows * 2 > kMostX || (tokens > kFewTokens && !is_long);
-  const auto rings_of = [&](std::int32_t stages, std::int32_t early) {
-    choice.stages = stages;
-    choice.early_stages = early;
-    GemmPlan plan = strip_plan(problem, strip_index(token_tiles, streams_x), choice);
-    // Where a multiprocessor has no block of this kernel or of the one before, it would get two.
-    if (plan.blocks < limits.multiprocessors) {
+
+  const auto rings_of = [&](StripDivision division, std::int32_t together, std::int32_t warps,
+                            bool streams_x) {
+    StripChoice choice{.clusters = static_cast<std::int32_t>(ceil_div(halves, division.busiest)),
+                       .cluster_blocks = division.cluster_blocks,
+                       .share_halves = division.busiest % 2 == 0 ? 2 : 1,
+                       .stages = 2,
+                       .early_stages = 1};  // more would only delay x
+    GemmPlan plan =
+        strip_plan(problem, strip_index(problem, token_tiles, streams_x, warps), choice);
+    // Some items for each warp, also of the block that has the fewest (strip_kernel.cuh: an item of one
+    // segment takes 3 or 2).
+    const std::int64_t least = strip_shares(w, choice) / choice.clusters * choice.share_halves;
+    if ((least + ceil_div(least, 2)) * (items / choice.cluster_blocks) < 3 * warps) {
+      plan.shared_bytes = INT32_MAX;
+    } else if (together == 2) {
+      if (plan.shared_bytes > limits.multiprocessor_shared_bytes / 2 - sm80::kReservedShared)
+        plan.shared_bytes = INT32_MAX;
+    } else if (plan.blocks < limits.multiprocessors && std::getenv("NOPAD") == nullptr) {
+      // Where a multiprocessor has no block of this kernel or of the one before, it would get two.
       plan.shared_bytes = std::max(plan.shared_bytes, limits.multiprocessor_shared_bytes / 2);
     }
     return plan;
   };
-  if (is_small) {
-    // All of the layer is in the rings before the kernel before has ended, beside which a block has room
-    // on every multiprocessor.
-    choice.share_halves = 1;
-    choice.clusters = static_cast<std::int32_t>(most);
-    return rings_of(2, 2);
-  }
-  if (is_long) {
-    for (std::int32_t stages = 4; stages > 1; --stages) {
-      const GemmPlan plan = rings_of(stages, stages);
+
+  if (token_tiles == 1) {
+    // What a block streams, in rings of one stage.
+    constexpr std::int64_t kRingBytes = 8 * 4096;
+    const StripDivision single = divide_strips(w, limits.multiprocessors, most_blocks);
+    const std::int64_t slice_rows = ceil_div(w.chunks, most_blocks) * sm80::Layout::kChunkRows;
+    const std::int64_t rings =
+        ceil_div(single.busiest * (sm80::Layout::kBlockFeatures / 2) * slice_rows * w.code_bits / 8,
+                 kRingBytes);
+    const std::int32_t most = limits.multiprocessors / most_blocks;
+    if (rings <= 2 && halves >= most) {
+      // All of the layer is in the rings before the kernel before has ended, beside which a block has room
+      // on every multiprocessor.
+      StripChoice choice{.clusters = most, .cluster_blocks = most_blocks};
+      return strip_plan(problem, strip_index(problem, token_tiles, tokens > kFewTokens, kWarps), choice);
+    }
+    // Two blocks on a multiprocessor have enough warps to hide what each waits for; K is cut where it takes
+    // that for them all to have features.
+    constexpr std::int64_t kManyHalves = 3;
+    for (const std::int32_t cluster_blocks : {1, 2}) {
+      const StripDivision twice = divide_strips(w, 2 * limits.multiprocessors, cluster_blocks);
+      if (cluster_blocks > most_blocks || twice.busiest < (cluster_blocks == 1 ? kManyHalves : 2))
+        continue;
+      // x comes with the codes, unless it is short.
+      for (const bool streams_x : {false, true}) {
+        if (!streams_x && tokens > kFewTokens) continue;
+        const GemmPlan plan = rings_of(twice, 2, kWarps, streams_x);
+        if (fits(plan, limits)) return plan;
+      }
+    }
+    if (tokens <= kFewTokens) {
+      const GemmPlan plan = rings_of(single, 1, kWarps, false);
       if (fits(plan, limits)) return plan;
     }
+    return rings_of(single, 1, kWarps, true);
   }
-  // More that is asked for before x would only delay it.
-  if (token_tiles == 1) {
-    const GemmPlan plan = rings_of(3, 2);
+  // As even as it can be, and K not cut where that is as even and blocks have whole segments.
+  StripDivision division = divide_strips(w, limits.multiprocessors, 1);
+  if (most_blocks == 2) {
+    const StripDivision cut = divide_strips(w, limits.multiprocessors, 2);
+    constexpr double kBetter = 1.05;
+    if (division.busiest < 2 ||
+        static_cast<double>(division.busiest) * 2 > static_cast<double>(cut.busiest) * kBetter)
+      division = cut;
+  }
+  // Many items for each of more warps.
+  constexpr std::int64_t kManyItems = 4;
+  if (token_tiles == 2 && division.busiest * items / division.cluster_blocks / 2 >=
+                              kManyItems * kMoreWarps) {
+    const GemmPlan plan = rings_of(division, 1, kMoreWarps, true);
     if (fits(plan, limits)) return plan;
   }
-  return rings_of(2, 1);
+  return rings_of(division, 1, kWarps, true);
 }
 
 double tile_cost(const Instance& kernel, const GemmPlan& plan, std::int64_t slabs) {
@@ -207,8 +257,7 @@ double tile_cost(const Instance& kernel, const GemmPlan& plan, std::int64_t slab
 GemmPlan plan_tiles(const GemmProblem& problem, const DeviceLimits& limits, double& least) {
   const std::span<const Instance> all = instances(problem.x_type, problem.weight.code_bits);
   const std::int64_t slabs = ceil_div(problem.weight.chunks, kSlabChunks);
-  GemmPlan best;
-  best.shared_bytes = INT32_MAX;
+  GemmPlan best = no_plan();
   least = std::numeric_limits<double>::infinity();
   for (std::size_t i = 0; i < all.size(); ++i) {
     if (all[i].kind != KernelKind::kTile) continue;
@@ -259,8 +308,7 @@ GemmPlan plan_invariant_tiles(const GemmProblem& problem, const DeviceLimits& li
   const std::span<const Instance> all = instances(problem.x_type, problem.weight.code_bits);
   const std::int64_t slabs = ceil_div(problem.weight.chunks, kSlabChunks);
   const std::int32_t parts = invariant_parts(problem.weight, limits);
-  GemmPlan best;
-  best.shared_bytes = INT32_MAX;
+  GemmPlan best = no_plan();
   double least = std::numeric_limits<double>::infinity();
   for (std::size_t i = 0; i < all.size(); ++i) {
     if (all[i].kind != KernelKind::kTile) continue;
@@ -297,28 +345,28 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
     return sm80::plan(problem, limits, invariance);
   }
   const auto token_tiles = static_cast<std::int32_t>(ceil_div(std::max(problem.m, 1), 8));
-  constexpr std::int32_t kMostTokenTiles = 4;  // of strips, where there are tiles too
-  GemmPlan best;
-  best.shared_bytes = INT32_MAX;
-  if (token_tiles <= 2 || (has_tiles && token_tiles < kMostTokenTiles)) {
-    best = plan_strips(problem, token_tiles, limits);
-  } else if (!w.scales_divide) {
-    best = plan_strips(problem, 2, limits);  // a slice of x after the other
+  constexpr std::int32_t kFewTokenTiles = 2;   // of strips, whatever tiles take, ...
+  constexpr std::int32_t kMostTokenTiles = 4;  // ... and at most
+  if (!has_tiles) {
+    // Scales of any range: a slice of x after the other.
+    const bool slices = !w.scales_divide && token_tiles > kFewTokenTiles;
+    const GemmPlan strips = token_tiles <= kFewTokenTiles || slices
+                                ? plan_strips(problem, std::min(token_tiles, kFewTokenTiles), limits)
+                                : no_plan();
+    return fits(strips, limits) ? strips : sm80::plan(problem, limits, invariance);
   }
-  if (has_tiles && token_tiles > 2 && !fits(best, limits)) {
-    double cost = 0;
-    best = plan_tiles(problem, limits, cost);
-    // In us: the start, and 4 KB of codes for each block.
-    constexpr double kStart = 4.6;
-    constexpr double kItem = 0.245;
-    const double items =
-        static_cast<double>(w.n) * w.chunks * w.code_bits / 512 / limits.multiprocessors;
-    if (token_tiles == kMostTokenTiles && kStart + items * kItem < cost) {
-      const GemmPlan strips = plan_strips(problem, token_tiles, limits);
-      if (fits(strips, limits)) best = strips;
-    }
-  }
-  return fits(best, limits) ? best : sm80::plan(problem, limits, invariance);
+  const GemmPlan strips =
+      token_tiles <= kMostTokenTiles ? plan_strips(problem, token_tiles, limits) : no_plan();
+  if (token_tiles <= kFewTokenTiles && fits(strips, limits)) return strips;
+  double cost = 0;
+  const GemmPlan tiles = plan_tiles(problem, limits, cost);
+  // In us: the start, and 4 KB of codes for each block.
+  constexpr double kStart = 4.2;
+  const double item = token_tiles == kMostTokenTiles ? 0.245 : 0.205;
+  const double items =
+      static_cast<double>(w.n) * w.chunks * w.code_bits / 512 / limits.multiprocessors;
+  if (fits(strips, limits) && kStart + items * item < cost) return strips;
+  return fits(tiles, limits) ? tiles : sm80::plan(problem, limits, invariance);
 }
 
 void launch(const GemmProblem& problem, const GemmPlan& plan, const SplitScratch& scratch,

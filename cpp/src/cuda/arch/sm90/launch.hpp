@@ -35,6 +35,7 @@ struct Instance {
   bool streams_x;
   std::int32_t item_chunks;
   std::int32_t slot_bytes;
+  std::int32_t blocks_together;  // on a multiprocessor
   // kTile
   std::int32_t blocks;  // packed blocks of features
   std::int32_t stage_bytes;
@@ -43,7 +44,7 @@ struct Instance {
   void (*launch)(const GemmProblem&, const GemmPlan&, const SplitScratch&, cudaStream_t);
 };
 
-constexpr std::size_t kInstanceCount = 19;
+constexpr std::size_t kInstanceCount = 20;
 
 /// The kernels for activations of `type` and codes of `code_bits`. In a plan they come after those of
 /// sm80: GemmPlan::instance is sm80::kInstanceCount more than an index.
