@@ -50,7 +50,7 @@ const sm90::Instance& instance_of(const GemmProblem& problem, const GemmPlan& pl
       problem.weight.code_bits)[static_cast<std::size_t>(plan.instance) - sm80::kInstanceCount];
 }
 
-// A plan fits, has no block without a multiprocessor of its own, and covers the product once.
+// A plan fits, has no block that would wait for another to end, and covers the product once.
 void check(const GemmProblem& problem, const DeviceLimits& limits) {
   const GemmPlan plan = sm90::plan(problem, limits, BatchInvariance::kNotRequired);
   ASSERT_GE(plan.blocks, 1);
@@ -58,9 +58,12 @@ void check(const GemmProblem& problem, const DeviceLimits& limits) {
   if (is_of_sm80(plan)) return;
   const WeightView& w = problem.weight;
   const sm90::Instance& kernel = instance_of(problem, plan);
-  ASSERT_LE(plan.blocks, limits.multiprocessors);
   ASSERT_GE(plan.stages, 2);
   ASSERT_GE(w.step_shift, 0);
+  const std::int32_t together = plan.blocks > limits.multiprocessors ? 2 : 1;
+  ASSERT_LE(together, kernel.blocks_together);
+  ASSERT_LE(plan.blocks, together * limits.multiprocessors);
+  ASSERT_LE(together * (plan.shared_bytes + 1024), limits.multiprocessor_shared_bytes);
   if (plan.kind == KernelKind::kStrip) {
     ASSERT_EQ(plan.blocks % plan.cluster_blocks, 0);
     ASSERT_LE(plan.early_stages, plan.stages);

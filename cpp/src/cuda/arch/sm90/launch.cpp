@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <cstdlib>
 #include <limits>
 
 #include "core/integers.hpp"
@@ -154,85 +153,86 @@ GemmPlan plan_strips(const GemmProblem& problem, std::int32_t token_tiles,
   const std::int64_t items = ceil_div(w.chunks, kernel.item_chunks);
   // A slice of K for each of two blocks, where both have some items.
   constexpr std::int64_t kLeastChunks = 16;
-  const std::int32_t most_blocks = w.chunks >= kLeastChunks ? 2 : 1;
+  const std::int32_t most_slices = w.chunks >= kLeastChunks ? 2 : 1;
+  // x comes with the codes, unless it is short.
   constexpr std::int32_t kFewTokens = 2;
 
-  const auto rings_of = [&](StripDivision division, std::int32_t together, std::int32_t warps,
-                            bool streams_x) {
-    StripChoice choice{.clusters = static_cast<std::int32_t>(ceil_div(halves, division.busiest)),
-                       .cluster_blocks = division.cluster_blocks,
-                       .share_halves = division.busiest % 2 == 0 ? 2 : 1,
-                       .stages = 2,
-                       .early_stages = 1};  // more would only delay x
-    GemmPlan plan =
-        strip_plan(problem, strip_index(problem, token_tiles, streams_x, warps), choice);
+  const auto plan_of = [&](const StripChoice& choice, std::int32_t warps, bool streams_x) {
     // Some items for each warp, also of the block that has the fewest (strip_kernel.cuh: an item of one
     // segment takes 3 or 2).
     const std::int64_t least = strip_shares(w, choice) / choice.clusters * choice.share_halves;
-    if ((least + ceil_div(least, 2)) * (items / choice.cluster_blocks) < 3 * warps) {
-      plan.shared_bytes = INT32_MAX;
-    } else if (together == 2) {
-      if (plan.shared_bytes > limits.multiprocessor_shared_bytes / 2 - sm80::kReservedShared)
-        plan.shared_bytes = INT32_MAX;
-    } else if (plan.blocks < limits.multiprocessors && std::getenv("NOPAD") == nullptr) {
-      // Where a multiprocessor has no block of this kernel or of the one before, it would get two.
+    if ((least + ceil_div(least, 2)) * (items / choice.cluster_blocks) < 3 * warps)
+      return no_plan();
+    return strip_plan(problem, strip_index(problem, token_tiles, streams_x, warps), choice);
+  };
+  // More that is asked for before x would only delay it.
+  const auto choice_of = [&](const StripDivision& division) {
+    return StripChoice{.clusters = static_cast<std::int32_t>(ceil_div(halves, division.busiest)),
+                       .cluster_blocks = division.cluster_blocks,
+                       .share_halves = division.busiest % 2 == 0 ? 2 : 1,
+                       .stages = 2,
+                       .early_stages = 1};
+  };
+  const auto one_each = [&](const StripDivision& division, std::int32_t warps, bool streams_x) {
+    GemmPlan plan = plan_of(choice_of(division), warps, streams_x);
+    // Where a multiprocessor has no block of this kernel or of the one before, it would get two.
+    if (plan.blocks < limits.multiprocessors) {
       plan.shared_bytes = std::max(plan.shared_bytes, limits.multiprocessor_shared_bytes / 2);
     }
     return plan;
   };
 
   if (token_tiles == 1) {
+    const StripDivision single = divide_strips(w, limits.multiprocessors, most_slices);
     // What a block streams, in rings of one stage.
     constexpr std::int64_t kRingBytes = 8 * 4096;
-    const StripDivision single = divide_strips(w, limits.multiprocessors, most_blocks);
-    const std::int64_t slice_rows = ceil_div(w.chunks, most_blocks) * sm80::Layout::kChunkRows;
     const std::int64_t rings =
-        ceil_div(single.busiest * (sm80::Layout::kBlockFeatures / 2) * slice_rows * w.code_bits / 8,
+        ceil_div(single.busiest * (sm80::Layout::kBlockFeatures / 2) *
+                     ceil_div(w.chunks, most_slices) * sm80::Layout::kChunkRows * w.code_bits / 8,
                  kRingBytes);
-    const std::int32_t most = limits.multiprocessors / most_blocks;
-    if (rings <= 2 && halves >= most) {
+    const std::int32_t clusters = limits.multiprocessors / most_slices;
+    if (rings <= 2 && halves >= clusters) {
       // All of the layer is in the rings before the kernel before has ended, beside which a block has room
       // on every multiprocessor.
-      StripChoice choice{.clusters = most, .cluster_blocks = most_blocks};
-      return strip_plan(problem, strip_index(problem, token_tiles, tokens > kFewTokens, kWarps), choice);
+      return plan_of({.clusters = clusters, .cluster_blocks = most_slices}, kWarps,
+                     tokens > kFewTokens);
     }
-    // Two blocks on a multiprocessor have enough warps to hide what each waits for; K is cut where it takes
-    // that for them all to have features.
-    constexpr std::int64_t kManyHalves = 3;
-    for (const std::int32_t cluster_blocks : {1, 2}) {
-      const StripDivision twice = divide_strips(w, 2 * limits.multiprocessors, cluster_blocks);
-      if (cluster_blocks > most_blocks || twice.busiest < (cluster_blocks == 1 ? kManyHalves : 2))
-        continue;
-      // x comes with the codes, unless it is short.
+    // Two blocks on a multiprocessor have enough warps to hide what each waits for. K is cut where it takes
+    // that for all of them to have features.
+    for (std::int32_t slices = 1; slices <= most_slices; ++slices) {
+      const StripDivision twice = divide_strips(w, 2 * limits.multiprocessors, slices);
+      const std::int64_t least_halves = slices == 1 ? 3 : 2;
+      if (twice.busiest < least_halves) continue;
       for (const bool streams_x : {false, true}) {
         if (!streams_x && tokens > kFewTokens) continue;
-        const GemmPlan plan = rings_of(twice, 2, kWarps, streams_x);
-        if (fits(plan, limits)) return plan;
+        const GemmPlan plan = plan_of(choice_of(twice), kWarps, streams_x);
+        if (plan.shared_bytes <= limits.multiprocessor_shared_bytes / 2 - sm80::kReservedShared)
+          return plan;
       }
     }
     if (tokens <= kFewTokens) {
-      const GemmPlan plan = rings_of(single, 1, kWarps, false);
+      const GemmPlan plan = one_each(single, kWarps, false);
       if (fits(plan, limits)) return plan;
     }
-    return rings_of(single, 1, kWarps, true);
+    return one_each(single, kWarps, true);
   }
   // As even as it can be, and K not cut where that is as even and blocks have whole segments.
   StripDivision division = divide_strips(w, limits.multiprocessors, 1);
-  if (most_blocks == 2) {
-    const StripDivision cut = divide_strips(w, limits.multiprocessors, 2);
+  if (most_slices == 2) {
     constexpr double kBetter = 1.05;
+    const StripDivision cut = divide_strips(w, limits.multiprocessors, 2);
     if (division.busiest < 2 ||
         static_cast<double>(division.busiest) * 2 > static_cast<double>(cut.busiest) * kBetter)
       division = cut;
   }
-  // Many items for each of more warps.
+  // Items of a warp, of two halves each: many are quicker with more warps, few are shared out unevenly.
   constexpr std::int64_t kManyItems = 4;
-  if (token_tiles == 2 && division.busiest * items / division.cluster_blocks / 2 >=
-                              kManyItems * kMoreWarps) {
-    const GemmPlan plan = rings_of(division, 1, kMoreWarps, true);
+  if (token_tiles == 2 &&
+      division.busiest * items / division.cluster_blocks >= 2 * kManyItems * kMoreWarps) {
+    const GemmPlan plan = one_each(division, kMoreWarps, true);
     if (fits(plan, limits)) return plan;
   }
-  return rings_of(division, 1, kWarps, true);
+  return one_each(division, kWarps, true);
 }
 
 double tile_cost(const Instance& kernel, const GemmPlan& plan, std::int64_t slabs) {
@@ -347,26 +347,23 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
   const auto token_tiles = static_cast<std::int32_t>(ceil_div(std::max(problem.m, 1), 8));
   constexpr std::int32_t kFewTokenTiles = 2;   // of strips, whatever tiles take, ...
   constexpr std::int32_t kMostTokenTiles = 4;  // ... and at most
-  if (!has_tiles) {
-    // Scales of any range: a slice of x after the other.
-    const bool slices = !w.scales_divide && token_tiles > kFewTokenTiles;
-    const GemmPlan strips = token_tiles <= kFewTokenTiles || slices
-                                ? plan_strips(problem, std::min(token_tiles, kFewTokenTiles), limits)
-                                : no_plan();
-    return fits(strips, limits) ? strips : sm80::plan(problem, limits, invariance);
+  GemmPlan best = no_plan();
+  if (token_tiles <= kFewTokenTiles || !w.scales_divide) {
+    best = plan_strips(problem, std::min(token_tiles, kFewTokenTiles), limits);  // slices of x
+  } else if (has_tiles) {
+    double cost = 0;
+    best = plan_tiles(problem, limits, cost);
+    if (token_tiles <= kMostTokenTiles) {
+      // In us: the start, and 4 KB of codes for each block.
+      constexpr double kStart = 4.2;
+      const double item = token_tiles == kMostTokenTiles ? 0.245 : 0.205;
+      const double items =
+          static_cast<double>(w.n) * w.chunks * w.code_bits / 512 / limits.multiprocessors;
+      const GemmPlan strips = plan_strips(problem, token_tiles, limits);
+      if (fits(strips, limits) && kStart + items * item < cost) best = strips;
+    }
   }
-  const GemmPlan strips =
-      token_tiles <= kMostTokenTiles ? plan_strips(problem, token_tiles, limits) : no_plan();
-  if (token_tiles <= kFewTokenTiles && fits(strips, limits)) return strips;
-  double cost = 0;
-  const GemmPlan tiles = plan_tiles(problem, limits, cost);
-  // In us: the start, and 4 KB of codes for each block.
-  constexpr double kStart = 4.2;
-  const double item = token_tiles == kMostTokenTiles ? 0.245 : 0.205;
-  const double items =
-      static_cast<double>(w.n) * w.chunks * w.code_bits / 512 / limits.multiprocessors;
-  if (fits(strips, limits) && kStart + items * item < cost) return strips;
-  return fits(tiles, limits) ? tiles : sm80::plan(problem, limits, invariance);
+  return fits(best, limits) ? best : sm80::plan(problem, limits, invariance);
 }
 
 void launch(const GemmProblem& problem, const GemmPlan& plan, const SplitScratch& scratch,
