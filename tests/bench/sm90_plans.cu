@@ -55,7 +55,7 @@ std::vector<NamedPlan> every_plan(const GemmProblem& problem, const DeviceLimits
     const int padded = (problem.m + kernel.tokens - 1) / kernel.tokens * kernel.tokens;
     if (padded >= problem.m + 64 || (kernel.tokens > 32 && 2 * padded > 3 * problem.m)) continue;
     if (problem.m > (kernel.tokens < 96 ? 4 : 64) * kernel.tokens) continue;
-    const int sms = limits.multiprocessors;
+    const int sms = limits.multiprocessors / kernel.cluster_blocks;
     const int left = sm90::tile_plan(problem, i, limits, 1).schedule.tail_tiles;
     std::vector<int> tails = {left};
     if (left > 0) {
@@ -68,8 +68,8 @@ std::vector<NamedPlan> every_plan(const GemmProblem& problem, const DeviceLimits
       const GemmPlan plan = sm90::tile_plan(problem, i, limits, tail);
       if (plan.shared_bytes > limits.shared_bytes - 512) continue;
       char name[64];
-      std::snprintf(name, sizeof name, "tile%dx%d t%d/%d", kernel.blocks * 64, kernel.tokens, tail,
-                    left);
+      std::snprintf(name, sizeof name, "tile%dx%d%s t%d/%d", kernel.blocks * 64, kernel.tokens,
+                    kernel.cluster_blocks == 2 ? " pairs" : "", tail, left);
       plans.push_back({name, plan});
     }
   }

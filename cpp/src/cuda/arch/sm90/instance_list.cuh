@@ -55,6 +55,9 @@ constexpr std::array<Instance, kInstanceCount> instance_list() {
       tile_instance<T, kBits, 2, 2, 112>(Costs::k256x112),
       tile_instance<T, kBits, 2, 2, 128>(Costs::k256x128),
       tile_instance<T, kBits, 2, 1, 256>(Costs::k128x256),
+      // and blocks of a cluster
+      tile_instance<T, kBits, 2, 1, 256, 2>(Costs::k128x256),
+      tile_instance<T, kBits, 2, 2, 128, 2>(Costs::k256x128),
   };
 }
 

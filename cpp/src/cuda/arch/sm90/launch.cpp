@@ -33,6 +33,18 @@ const Instance& instance_of(const GemmProblem& problem, std::int32_t index) {
   return instances(problem.x_type, problem.weight.code_bits)[static_cast<std::size_t>(index)];
 }
 
+/// Blocks, or clusters of them, that share out the tiles.
+std::int32_t tile_units(const Instance& kernel, const DeviceLimits& limits) {
+  return limits.multiprocessors / kernel.cluster_blocks;
+}
+
+/// The tiles of such a unit.
+std::int64_t tile_count(const Instance& kernel, const GemmProblem& problem) {
+  return ceil_div(problem.weight.n,
+                  kernel.cluster_blocks * kernel.blocks * sm80::Layout::kBlockFeatures) *
+         ceil_div(problem.m, kernel.tokens);
+}
+
 std::int32_t narrow(std::int64_t value) {
   return static_cast<std::int32_t>(std::min<std::int64_t>(value, INT32_MAX));
 }
@@ -64,29 +76,28 @@ GemmPlan strip_plan(const GemmProblem& problem, std::int32_t index, const StripC
 }
 
 GemmPlan tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceLimits& limits,
-                   std::int32_t tail_blocks) {
+                   std::int32_t tail_units) {
   const WeightView& w = problem.weight;
   const Instance& kernel = instance_of(problem, index);
-  const std::int32_t blocks = limits.multiprocessors;
-  const std::int64_t tiles = ceil_div(w.n, kernel.blocks * sm80::Layout::kBlockFeatures) *
-                             ceil_div(problem.m, kernel.tokens);
+  const std::int32_t units = tile_units(kernel, limits);
+  const std::int64_t tiles = tile_count(kernel, problem);
   const std::int32_t stage = kernel.stage_bytes + stage_rest(w, kernel.blocks);
   const std::int32_t stages =
       std::max(sm80::usable_shared(limits) - kernel.output_bytes, 0) / stage;
-  const auto waves = static_cast<std::int32_t>(tiles / blocks);
-  const auto left = static_cast<std::int32_t>(tiles % blocks);
+  const auto waves = static_cast<std::int32_t>(tiles / units);
+  const auto left = static_cast<std::int32_t>(tiles % units);
   // Tiles that are walked through together should share what they read: about as many bytes of x as of codes.
   constexpr std::int32_t kBandTokens = 1024;
   return {.kind = KernelKind::kTile,
           .instance = kFirstInstance + index,
-          .blocks = waves > 0 ? blocks : tail_blocks,
+          .blocks = kernel.cluster_blocks * (waves > 0 ? units : tail_units),
           .warps = kernel.warps,
-          .cluster_blocks = 1,
+          .cluster_blocks = kernel.cluster_blocks,
           .shared_bytes = stages >= 2 ? kernel.output_bytes + stages * stage : INT32_MAX,
           .tokens = INT32_MAX,
           .schedule = {.whole_tiles = waves,
                        .tail_tiles = left,
-                       .tail_blocks = left > 0 ? tail_blocks : 0,
+                       .tail_blocks = left > 0 ? tail_units : 0,
                        .token_band = std::max(kBandTokens / kernel.tokens, 1)},
           .stages = stages,
           .early_stages = stages,
@@ -96,14 +107,14 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceL
 
 GemmPlan cut_tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceLimits& limits,
                        std::int32_t parts) {
+  const Instance& kernel = instance_of(problem, index);
+  const std::int32_t units = tile_units(kernel, limits);
   GemmPlan plan = tile_plan(problem, index, limits, 1);
-  const TileSchedule& shared = plan.schedule;
-  const std::int64_t tiles =
-      std::int64_t{shared.whole_tiles} * limits.multiprocessors + shared.tail_tiles;
   // A multiple of the parts, so that those of a tile are in one wave.
-  plan.blocks = static_cast<std::int32_t>(std::min<std::int64_t>(
-      limits.multiprocessors - limits.multiprocessors % parts, tiles * parts));
-  plan.schedule = {.token_band = shared.token_band, .parts = parts};
+  plan.blocks = kernel.cluster_blocks *
+                static_cast<std::int32_t>(std::min<std::int64_t>(
+                    units - units % parts, tile_count(kernel, problem) * parts));
+  plan.schedule = {.token_band = plan.schedule.token_band, .parts = parts};
   return plan;
 }
 
@@ -267,7 +278,7 @@ GemmPlan plan_tiles(const GemmProblem& problem, const DeviceLimits& limits, doub
     constexpr std::int32_t kAll = 0;
     for (const std::int32_t share : {1, 2, 3, 4, 8, kAll}) {
       const std::int64_t most =
-          std::min<std::int64_t>(limits.multiprocessors, std::int64_t{left} * slabs / 2);
+          std::min<std::int64_t>(tile_units(all[i], limits), std::int64_t{left} * slabs / 2);
       const auto tail =
           static_cast<std::int32_t>(share == kAll ? most : std::int64_t{left} * share);
       if (share != 1 && (tail > most || tail <= left)) continue;
@@ -313,12 +324,11 @@ GemmPlan plan_invariant_tiles(const GemmProblem& problem, const DeviceLimits& li
   for (std::size_t i = 0; i < all.size(); ++i) {
     if (all[i].kind != KernelKind::kTile) continue;
     const GemmPlan plan = cut_tile_plan(problem, static_cast<std::int32_t>(i), limits, parts);
-    const std::int64_t tiles =
-        ceil_div(problem.weight.n, all[i].blocks * sm80::Layout::kBlockFeatures) *
-        ceil_div(problem.m, all[i].tokens);
+    const std::int64_t tiles = tile_count(all[i], problem);
+    const std::int32_t units = plan.blocks / all[i].cluster_blocks;
     const TileCost& cost = all[i].cost;
     const double hand_over = parts > 1 ? cost.cut + cost.part * (parts - 1) : 0;
-    const double time = cost.start + static_cast<double>(ceil_div(tiles * parts, plan.blocks)) *
+    const double time = cost.start + static_cast<double>(ceil_div(tiles * parts, units)) *
                                          (static_cast<double>(ceil_div(slabs, parts)) * cost.slab +
                                           cost.tile + hand_over);
     if (fits(plan, limits) && time < least) {

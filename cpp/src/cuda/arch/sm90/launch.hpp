@@ -37,14 +37,15 @@ struct Instance {
   std::int32_t slot_bytes;
   std::int32_t blocks_together;  // on a multiprocessor
   // kTile
-  std::int32_t blocks;  // packed blocks of features
+  std::int32_t blocks;          // packed blocks of features
+  std::int32_t cluster_blocks;  // 1, or 2 that count as one where tiles are shared out
   std::int32_t stage_bytes;
   std::int32_t output_bytes;
   TileCost cost;
   void (*launch)(const GemmProblem&, const GemmPlan&, const SplitScratch&, cudaStream_t);
 };
 
-constexpr std::size_t kInstanceCount = 20;
+constexpr std::size_t kInstanceCount = 22;
 
 /// The kernels for activations of `type` and codes of `code_bits`. In a plan they come after those of
 /// sm80: GemmPlan::instance is sm80::kInstanceCount more than an index.
