@@ -50,7 +50,8 @@ __device__ __forceinline__ void tensor_copy_to_blocks(uint32_t target, const Ten
                                                       int column, int row, uint32_t barrier,
                                                       uint16_t blocks) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::"
+      "cluster "
       "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
       "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
       : "memory");

@@ -102,7 +102,8 @@ constexpr Instance tile_instance(const TileCost& cost) {
             const WeightView& w = problem.weight;
             const TileSchedule& schedule = plan.schedule;
             const auto slabs = static_cast<int>(ceil_div(w.chunks, kSlabChunks));
-            const auto feature_tiles = static_cast<int>(ceil_div(w.n, S::kFeatures * kClusterBlocks));
+            const auto feature_tiles =
+                static_cast<int>(ceil_div(w.n, S::kFeatures * kClusterBlocks));
             const auto token_tiles = static_cast<int>(ceil_div(problem.m, S::kTokens));
             const int last_band = token_tiles % schedule.token_band;
             const bool boxes = sm80::stores_together(problem, 8);

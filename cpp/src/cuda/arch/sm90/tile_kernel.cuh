@@ -51,7 +51,7 @@ using sm80::TileCuts;
 
 template <class T, int kBits, int kGroups, int kGroupBlocks, int kTokens, int kClusterBlocks_>
 struct TileShape : WgmmaShape<T, kBits, kGroups, kGroupBlocks, kTokens> {
-  static constexpr int kClusterBlocks = kClusterBlocks_;  // 1 or 2
+  static constexpr int kClusterBlocks = kClusterBlocks_;                  // 1 or 2
   static constexpr int kOutputTokens = kTokens % 64 == 0 ? 64 : kTokens;  // of a box
   static constexpr int kBoxBytes = kOutputTokens * Layout::kBlockFeatures * 2;
   static constexpr int kGroupOutputBytes = kGroupBlocks * (kTokens / kOutputTokens) * kBoxBytes;
