@@ -138,7 +138,8 @@ enum class KernelKind : std::uint8_t {
 };
 
 /// How the blocks of a tile kernel share the tiles: `whole_tiles` each, then the first `tail_blocks`
-/// share the chunks of the `tail_tiles` that are left, each a contiguous run.
+/// share the chunks of the `tail_tiles` that are left, each a contiguous run. Where blocks work in clusters, a
+/// cluster counts as a block here.
 struct TileSchedule {
   std::int32_t whole_tiles = 0;
   std::int32_t tail_tiles = 0;

@@ -50,7 +50,7 @@ const sm90::Instance& instance_of(const GemmProblem& problem, const GemmPlan& pl
       problem.weight.code_bits)[static_cast<std::size_t>(plan.instance) - sm80::kInstanceCount];
 }
 
-// A plan fits, has no block without a multiprocessor of its own, and covers the product once.
+// A plan fits, has no block that would wait for another to end, and covers the product once.
 void check(const GemmProblem& problem, const DeviceLimits& limits) {
   const GemmPlan plan = sm90::plan(problem, limits, BatchInvariance::kNotRequired);
   ASSERT_GE(plan.blocks, 1);
@@ -58,9 +58,12 @@ void check(const GemmProblem& problem, const DeviceLimits& limits) {
   if (is_of_sm80(plan)) return;
   const WeightView& w = problem.weight;
   const sm90::Instance& kernel = instance_of(problem, plan);
-  ASSERT_LE(plan.blocks, limits.multiprocessors);
   ASSERT_GE(plan.stages, 2);
   ASSERT_GE(w.step_shift, 0);
+  const std::int32_t together = plan.blocks > limits.multiprocessors ? 2 : 1;
+  ASSERT_LE(together, kernel.blocks_together);
+  ASSERT_LE(plan.blocks, together * limits.multiprocessors);
+  ASSERT_LE(together * (plan.shared_bytes + 1024), limits.multiprocessor_shared_bytes);
   if (plan.kind == KernelKind::kStrip) {
     ASSERT_EQ(plan.blocks % plan.cluster_blocks, 0);
     ASSERT_LE(plan.early_stages, plan.stages);
@@ -69,11 +72,15 @@ void check(const GemmProblem& problem, const DeviceLimits& limits) {
   }
   ASSERT_TRUE(w.scales_divide);
   const TileSchedule& schedule = plan.schedule;
-  const std::int64_t tiles = ceil_div(w.n, kernel.blocks * 64) * ceil_div(problem.m, kernel.tokens);
-  ASSERT_EQ(std::int64_t{schedule.whole_tiles} * limits.multiprocessors + schedule.tail_tiles,
-            tiles);
-  ASSERT_EQ(plan.blocks, schedule.whole_tiles > 0 ? limits.multiprocessors : schedule.tail_blocks);
-  ASSERT_LE(schedule.tail_blocks, limits.multiprocessors);
+  ASSERT_EQ(plan.cluster_blocks, kernel.cluster_blocks);
+  ASSERT_EQ(plan.blocks % plan.cluster_blocks, 0);
+  const std::int32_t units = limits.multiprocessors / kernel.cluster_blocks;
+  const std::int64_t tiles = ceil_div(w.n, kernel.cluster_blocks * kernel.blocks * 64) *
+                             ceil_div(problem.m, kernel.tokens);
+  ASSERT_EQ(std::int64_t{schedule.whole_tiles} * units + schedule.tail_tiles, tiles);
+  ASSERT_EQ(plan.blocks / plan.cluster_blocks,
+            schedule.whole_tiles > 0 ? units : schedule.tail_blocks);
+  ASSERT_LE(schedule.tail_blocks, units);
   ASSERT_GE(schedule.tail_blocks, schedule.tail_tiles);
   // A run of at least one slab for each block.
   ASSERT_LE(schedule.tail_blocks, schedule.tail_tiles * ceil_div(w.chunks, 2));
@@ -123,7 +130,7 @@ TEST(Sm90PlanTest, CutsTilesOfInvariantLayersInOneWay) {
             ASSERT_EQ(schedule.whole_tiles + schedule.tail_tiles, 0);
             ASSERT_GE(plan.blocks, 1);
             ASSERT_LE(plan.blocks, limits.multiprocessors);
-            ASSERT_EQ(plan.blocks % schedule.parts, 0);
+            ASSERT_EQ(plan.blocks % (plan.cluster_blocks * schedule.parts), 0);
             if (m == 1) parts = schedule.parts;
             ASSERT_EQ(schedule.parts, parts) << n << " x " << k << ", m " << m;
           }

@@ -44,6 +44,19 @@ __device__ __forceinline__ void tensor_copy(uint32_t target, const TensorMap& ma
       : "memory");
 }
 
+/// The same into the blocks of a cluster whose bits are set in `blocks`: to the same place in the shared memory
+/// of each, and it completes on the barrier of each.
+__device__ __forceinline__ void tensor_copy_to_blocks(uint32_t target, const TensorMap& map,
+                                                      int column, int row, uint32_t barrier,
+                                                      uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::"
+      "cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
+      : "memory");
+}
+
 /// Writes the box of a map that begins at (column, row), what of it lies inside of the matrix. Threads that
 /// have written to it call fence_for_async_reads() (copy.cuh) before.
 __device__ __forceinline__ void tensor_store(const TensorMap& map, int column, int row,

@@ -22,6 +22,11 @@ __device__ __forceinline__ uint32_t address_in_block(uint32_t address, uint32_t 
   return there;
 }
 
+/// Arrives on a barrier of any block: an address of address_in_block().
+__device__ __forceinline__ void barrier_arrive_in_block(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 /// 8 bytes to a block of the cluster, which complete on a barrier of that block.
 __device__ __forceinline__ void store_async(uint32_t address, float2 value, uint32_t barrier) {
   asm volatile(

@@ -26,17 +26,19 @@ inline TensorMap map_y(const GemmProblem& problem, int box_rows) {
                     box_rows);
 }
 
-/// A strip kernel of the shape StripShape<T, kBits, token tiles, streams x, strips at a time>.
-template <class T, int kBits, int kTokenTiles, bool kStreamsX>
+/// A strip kernel of the shape StripShape<T, kBits, token tiles, streams x, warps>.
+template <class T, int kBits, int kTokenTiles, bool kStreamsX, int kWarps = 8>
 constexpr Instance strip_instance() {
-  using S = StripShape<T, kBits, kTokenTiles, kStreamsX>;
+  using S = StripShape<T, kBits, kTokenTiles, kStreamsX, kWarps>;
   return {.kind = KernelKind::kStrip,
           .tokens = S::kTokens,
           .warps = S::kWarps,
           .streams_x = kStreamsX,
           .item_chunks = S::kItemChunks,
           .slot_bytes = S::kSlotBytes,
+          .blocks_together = S::kBlocksTogether,
           .blocks = 0,
+          .cluster_blocks = 0,
           .stage_bytes = 0,
           .output_bytes = 0,
           .cost = {},
@@ -76,17 +78,20 @@ constexpr Instance strip_instance() {
           }};
 }
 
-/// A tile kernel of the shape TileShape<T, kBits, warpgroups, packed blocks of each, tokens>.
-template <class T, int kBits, int kGroups, int kGroupBlocks, int kTokens>
+/// A tile kernel of the shape TileShape<T, kBits, warpgroups, packed blocks of each, tokens, blocks of a
+/// cluster>.
+template <class T, int kBits, int kGroups, int kGroupBlocks, int kTokens, int kClusterBlocks = 1>
 constexpr Instance tile_instance(const TileCost& cost) {
-  using S = TileShape<T, kBits, kGroups, kGroupBlocks, kTokens>;
+  using S = TileShape<T, kBits, kGroups, kGroupBlocks, kTokens, kClusterBlocks>;
   return {.kind = KernelKind::kTile,
           .tokens = S::kTokens,
           .warps = S::kThreads / 32,
           .streams_x = true,
           .item_chunks = 0,
           .slot_bytes = 0,
+          .blocks_together = 1,
           .blocks = S::kBlocks,
+          .cluster_blocks = kClusterBlocks,
           .stage_bytes = S::kStageBytes,
           .output_bytes = S::kOutputBytes,
           .cost = cost,
@@ -97,12 +102,13 @@ constexpr Instance tile_instance(const TileCost& cost) {
             const WeightView& w = problem.weight;
             const TileSchedule& schedule = plan.schedule;
             const auto slabs = static_cast<int>(ceil_div(w.chunks, kSlabChunks));
-            const auto feature_tiles = static_cast<int>(ceil_div(w.n, S::kFeatures));
+            const auto feature_tiles =
+                static_cast<int>(ceil_div(w.n, S::kFeatures * kClusterBlocks));
             const auto token_tiles = static_cast<int>(ceil_div(problem.m, S::kTokens));
             const int last_band = token_tiles % schedule.token_band;
             const bool boxes = sm80::stores_together(problem, 8);
-            launch_kernel(
-                tile_gemm<S>, dim3(static_cast<unsigned>(plan.blocks)), S::kThreads,
+            launch_clusters(
+                tile_gemm<S>, dim3(static_cast<unsigned>(plan.blocks)), kClusterBlocks, S::kThreads,
                 plan.shared_bytes, plan.dependent_launch, stream,
                 TileParams{
                     .x_map = map_x(problem, S::kTokens),

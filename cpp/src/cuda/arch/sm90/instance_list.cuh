@@ -27,16 +27,18 @@ struct TileCosts {
   static constexpr TileCost k256x112{0.00, 1.247, 0.62, 2.51, 0.79, 0.025, 2.33};
   static constexpr TileCost k256x128{0.00, 1.462, 0.44, 3.23, 0.00, 0.059, 3.35};
   static constexpr TileCost k128x256{0.62, 1.427, 1.00, 3.90, 0.54, 0.000, 3.00};
+  static constexpr TileCost k128x256Pairs{1.62, 1.400, 1.00, 3.90, 0.54, 0.000, 3.00};
 };
 
 template <class T, int kBits>
 constexpr std::array<Instance, kInstanceCount> instance_list() {
   using Costs = TileCosts;
   return {
-      // token tiles, streams x
+      // token tiles, streams x, warps
       strip_instance<T, kBits, 1, false>(),
       strip_instance<T, kBits, 1, true>(),
       strip_instance<T, kBits, 2, true>(),
+      strip_instance<T, kBits, 2, true, 12>(),
       strip_instance<T, kBits, 3, true>(),
       strip_instance<T, kBits, 4, true>(),
       // warpgroups, packed blocks of each, tokens
@@ -54,6 +56,8 @@ constexpr std::array<Instance, kInstanceCount> instance_list() {
       tile_instance<T, kBits, 2, 2, 112>(Costs::k256x112),
       tile_instance<T, kBits, 2, 2, 128>(Costs::k256x128),
       tile_instance<T, kBits, 2, 1, 256>(Costs::k128x256),
+      // and blocks of a cluster
+      tile_instance<T, kBits, 2, 1, 256, 2>(Costs::k128x256Pairs),
   };
 }
 

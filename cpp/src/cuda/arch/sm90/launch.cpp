@@ -33,6 +33,18 @@ const Instance& instance_of(const GemmProblem& problem, std::int32_t index) {
   return instances(problem.x_type, problem.weight.code_bits)[static_cast<std::size_t>(index)];
 }
 
+/// Blocks, or clusters of them, that share out the tiles.
+std::int32_t tile_units(const Instance& kernel, const DeviceLimits& limits) {
+  return limits.multiprocessors / kernel.cluster_blocks;
+}
+
+/// The tiles of such a unit.
+std::int64_t tile_count(const Instance& kernel, const GemmProblem& problem) {
+  return ceil_div(problem.weight.n,
+                  kernel.cluster_blocks * kernel.blocks * sm80::Layout::kBlockFeatures) *
+         ceil_div(problem.m, kernel.tokens);
+}
+
 std::int32_t narrow(std::int64_t value) {
   return static_cast<std::int32_t>(std::min<std::int64_t>(value, INT32_MAX));
 }
@@ -64,29 +76,28 @@ GemmPlan strip_plan(const GemmProblem& problem, std::int32_t index, const StripC
 }
 
 GemmPlan tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceLimits& limits,
-                   std::int32_t tail_blocks) {
+                   std::int32_t tail_units) {
   const WeightView& w = problem.weight;
   const Instance& kernel = instance_of(problem, index);
-  const std::int32_t blocks = limits.multiprocessors;
-  const std::int64_t tiles = ceil_div(w.n, kernel.blocks * sm80::Layout::kBlockFeatures) *
-                             ceil_div(problem.m, kernel.tokens);
+  const std::int32_t units = tile_units(kernel, limits);
+  const std::int64_t tiles = tile_count(kernel, problem);
   const std::int32_t stage = kernel.stage_bytes + stage_rest(w, kernel.blocks);
   const std::int32_t stages =
       std::max(sm80::usable_shared(limits) - kernel.output_bytes, 0) / stage;
-  const auto waves = static_cast<std::int32_t>(tiles / blocks);
-  const auto left = static_cast<std::int32_t>(tiles % blocks);
+  const auto waves = static_cast<std::int32_t>(tiles / units);
+  const auto left = static_cast<std::int32_t>(tiles % units);
   // Tiles that are walked through together should share what they read: about as many bytes of x as of codes.
   constexpr std::int32_t kBandTokens = 1024;
   return {.kind = KernelKind::kTile,
           .instance = kFirstInstance + index,
-          .blocks = waves > 0 ? blocks : tail_blocks,
+          .blocks = kernel.cluster_blocks * (waves > 0 ? units : tail_units),
           .warps = kernel.warps,
-          .cluster_blocks = 1,
+          .cluster_blocks = kernel.cluster_blocks,
           .shared_bytes = stages >= 2 ? kernel.output_bytes + stages * stage : INT32_MAX,
           .tokens = INT32_MAX,
           .schedule = {.whole_tiles = waves,
                        .tail_tiles = left,
-                       .tail_blocks = left > 0 ? tail_blocks : 0,
+                       .tail_blocks = left > 0 ? tail_units : 0,
                        .token_band = std::max(kBandTokens / kernel.tokens, 1)},
           .stages = stages,
           .early_stages = stages,
@@ -96,93 +107,143 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceL
 
 GemmPlan cut_tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceLimits& limits,
                        std::int32_t parts) {
+  const Instance& kernel = instance_of(problem, index);
+  const std::int32_t units = tile_units(kernel, limits);
   GemmPlan plan = tile_plan(problem, index, limits, 1);
-  const TileSchedule& shared = plan.schedule;
-  const std::int64_t tiles =
-      std::int64_t{shared.whole_tiles} * limits.multiprocessors + shared.tail_tiles;
   // A multiple of the parts, so that those of a tile are in one wave.
-  plan.blocks = static_cast<std::int32_t>(std::min<std::int64_t>(
-      limits.multiprocessors - limits.multiprocessors % parts, tiles * parts));
-  plan.schedule = {.token_band = shared.token_band, .parts = parts};
+  plan.blocks =
+      kernel.cluster_blocks * static_cast<std::int32_t>(std::min<std::int64_t>(
+                                  units - units % parts, tile_count(kernel, problem) * parts));
+  plan.schedule = {.token_band = plan.schedule.token_band, .parts = parts};
   return plan;
 }
 
 namespace {
 
+GemmPlan no_plan() {
+  GemmPlan plan;
+  plan.shared_bytes = INT32_MAX;
+  return plan;
+}
+
 bool fits(const GemmPlan& plan, const DeviceLimits& limits) {
   return plan.shared_bytes <= sm80::usable_shared(limits);
 }
 
-// The strip kernel for so many tokens.
-std::int32_t strip_index(std::int32_t token_tiles, bool streams_x) {
-  return token_tiles == 1 && !streams_x ? 0 : token_tiles;
+// The strip kernel of this shape.
+std::int32_t strip_index(const GemmProblem& problem, std::int32_t token_tiles, bool streams_x,
+                         std::int32_t warps) {
+  const std::span<const Instance> all = instances(problem.x_type, problem.weight.code_bits);
+  const auto found = std::find_if(all.begin(), all.end(), [&](const Instance& kernel) {
+    return kernel.kind == KernelKind::kStrip && kernel.tokens == token_tiles * 8 &&
+           kernel.streams_x == streams_x && kernel.warps == warps;
+  });
+  return static_cast<std::int32_t>(found - all.begin());
+}
+
+/// How the features are divided: so many halves of packed blocks for the busiest cluster, as few as can be,
+/// and then as few clusters as that takes.
+struct StripDivision {
+  std::int32_t cluster_blocks;
+  std::int64_t busiest;
+};
+
+StripDivision divide_strips(const WeightView& w, std::int32_t blocks, std::int32_t cluster_blocks) {
+  const std::int64_t halves = ceil_div(w.n, sm80::Layout::kBlockFeatures) * 2;
+  return {cluster_blocks, ceil_div(halves, std::max(blocks / cluster_blocks, 1))};
 }
 
 GemmPlan plan_strips(const GemmProblem& problem, std::int32_t token_tiles,
                      const DeviceLimits& limits) {
   const WeightView& w = problem.weight;
+  constexpr std::int32_t kWarps = 8;
+  constexpr std::int32_t kMoreWarps = 12;
   const std::int32_t tokens = std::min(problem.m, token_tiles * 8);
+  const std::int64_t halves = ceil_div(w.n, sm80::Layout::kBlockFeatures) * 2;
+  const Instance& kernel = instance_of(problem, strip_index(problem, token_tiles, true, kWarps));
+  const std::int64_t items = ceil_div(w.chunks, kernel.item_chunks);
   // A slice of K for each of two blocks, where both have some items.
   constexpr std::int64_t kLeastChunks = 16;
-  StripChoice choice;
-  choice.cluster_blocks = w.chunks >= kLeastChunks ? 2 : 1;
-  const std::int64_t slice_rows =
-      ceil_div(w.chunks, choice.cluster_blocks) * sm80::Layout::kChunkRows;
-  // As little as can be for the busiest cluster, then as few clusters as that takes.
-  const std::int64_t halves = ceil_div(w.n, sm80::Layout::kBlockFeatures) * 2;
-  const std::int64_t most = std::max(limits.multiprocessors / choice.cluster_blocks, 1);
-  const std::int64_t busiest = ceil_div(halves, most);
-  choice.share_halves = busiest % 2 == 0 ? 2 : 1;
-  choice.clusters = static_cast<std::int32_t>(ceil_div(halves, busiest));
-  // Some items for each warp, also of the block that has the fewest (strip_kernel.cuh: an item of one
-  // segment takes 3 or 2).
-  const Instance& kernel = instance_of(problem, strip_index(token_tiles, true));
-  const std::int64_t least = strip_shares(w, choice) / choice.clusters * choice.share_halves;
-  const std::int64_t least_items = ceil_div(w.chunks, kernel.item_chunks) / choice.cluster_blocks;
-  if ((least + ceil_div(least, 2)) * least_items < 3 * kernel.warps) {
-    GemmPlan none;
-    none.shared_bytes = INT32_MAX;
-    return none;
-  }
-  // What a block streams, in rings of one stage.
-  constexpr std::int64_t kRingBytes = 8 * 4096;
-  const std::int64_t rings = ceil_div(
-      busiest * (sm80::Layout::kBlockFeatures / 2) * slice_rows * w.code_bits / 8, kRingBytes);
-  const bool is_small = token_tiles == 1 && rings <= 2 && halves >= most;
-  const bool is_long = token_tiles == 1 && rings >= 8;
-  // x comes with the codes, unless it is short or read many times over.
+  const std::int32_t most_slices = w.chunks >= kLeastChunks ? 2 : 1;
+  // x comes with the codes, unless it is short.
   constexpr std::int32_t kFewTokens = 2;
-  constexpr std::int64_t kMostX = 96 * 1024;
-  const bool streams_x = tokens * slice_rows * 2 > kMostX || (tokens > kFewTokens && !is_long);
-  const auto rings_of = [&](std::int32_t stages, std::int32_t early) {
-    choice.stages = stages;
-    choice.early_stages = early;
-    GemmPlan plan = strip_plan(problem, strip_index(token_tiles, streams_x), choice);
+
+  const auto plan_of = [&](const StripChoice& choice, std::int32_t warps, bool streams_x) {
+    // Some items for each warp, also of the block that has the fewest (strip_kernel.cuh: an item of one
+    // segment takes 3 or 2).
+    const std::int64_t least = strip_shares(w, choice) / choice.clusters * choice.share_halves;
+    if ((least + ceil_div(least, 2)) * (items / choice.cluster_blocks) < 3 * warps)
+      return no_plan();
+    return strip_plan(problem, strip_index(problem, token_tiles, streams_x, warps), choice);
+  };
+  // More that is asked for before x would only delay it.
+  const auto choice_of = [&](const StripDivision& division) {
+    return StripChoice{.clusters = static_cast<std::int32_t>(ceil_div(halves, division.busiest)),
+                       .cluster_blocks = division.cluster_blocks,
+                       .share_halves = division.busiest % 2 == 0 ? 2 : 1,
+                       .stages = 2,
+                       .early_stages = 1};
+  };
+  const auto one_each = [&](const StripDivision& division, std::int32_t warps, bool streams_x) {
+    GemmPlan plan = plan_of(choice_of(division), warps, streams_x);
     // Where a multiprocessor has no block of this kernel or of the one before, it would get two.
     if (plan.blocks < limits.multiprocessors) {
       plan.shared_bytes = std::max(plan.shared_bytes, limits.multiprocessor_shared_bytes / 2);
     }
     return plan;
   };
-  if (is_small) {
-    // All of the layer is in the rings before the kernel before has ended, beside which a block has room
-    // on every multiprocessor.
-    choice.share_halves = 1;
-    choice.clusters = static_cast<std::int32_t>(most);
-    return rings_of(2, 2);
-  }
-  if (is_long) {
-    for (std::int32_t stages = 4; stages > 1; --stages) {
-      const GemmPlan plan = rings_of(stages, stages);
+
+  if (token_tiles == 1) {
+    const StripDivision single = divide_strips(w, limits.multiprocessors, most_slices);
+    // What a block streams, in rings of one stage.
+    constexpr std::int64_t kRingBytes = 8 * 4096;
+    const std::int64_t rings =
+        ceil_div(single.busiest * (sm80::Layout::kBlockFeatures / 2) *
+                     ceil_div(w.chunks, most_slices) * sm80::Layout::kChunkRows * w.code_bits / 8,
+                 kRingBytes);
+    const std::int32_t clusters = limits.multiprocessors / most_slices;
+    if (rings <= 2 && halves >= clusters) {
+      // All of the layer is in the rings before the kernel before has ended, beside which a block has room
+      // on every multiprocessor.
+      return plan_of({.clusters = clusters, .cluster_blocks = most_slices}, kWarps,
+                     tokens > kFewTokens);
+    }
+    // Two blocks on a multiprocessor have enough warps to hide what each waits for. K is cut where it takes
+    // that for all of them to have features.
+    for (std::int32_t slices = 1; slices <= most_slices; ++slices) {
+      const StripDivision twice = divide_strips(w, 2 * limits.multiprocessors, slices);
+      const std::int64_t least_halves = slices == 1 ? 3 : 2;
+      if (twice.busiest < least_halves) continue;
+      for (const bool streams_x : {false, true}) {
+        if (!streams_x && tokens > kFewTokens) continue;
+        const GemmPlan plan = plan_of(choice_of(twice), kWarps, streams_x);
+        if (plan.shared_bytes <= limits.multiprocessor_shared_bytes / 2 - sm80::kReservedShared)
+          return plan;
+      }
+    }
+    if (tokens <= kFewTokens) {
+      const GemmPlan plan = one_each(single, kWarps, false);
       if (fits(plan, limits)) return plan;
     }
+    return one_each(single, kWarps, true);
   }
-  // More that is asked for before x would only delay it.
-  if (token_tiles == 1) {
-    const GemmPlan plan = rings_of(3, 2);
+  // As even as it can be, and K not cut where that is as even and blocks have whole segments.
+  StripDivision division = divide_strips(w, limits.multiprocessors, 1);
+  if (most_slices == 2) {
+    constexpr double kBetter = 1.05;
+    const StripDivision cut = divide_strips(w, limits.multiprocessors, 2);
+    if (division.busiest < 2 ||
+        static_cast<double>(division.busiest) * 2 > static_cast<double>(cut.busiest) * kBetter)
+      division = cut;
+  }
+  // Items of a warp, of two halves each: many are quicker with more warps, few are shared out unevenly.
+  constexpr std::int64_t kManyItems = 4;
+  if (token_tiles == 2 &&
+      division.busiest * items / division.cluster_blocks >= 2 * kManyItems * kMoreWarps) {
+    const GemmPlan plan = one_each(division, kMoreWarps, true);
     if (fits(plan, limits)) return plan;
   }
-  return rings_of(2, 1);
+  return one_each(division, kWarps, true);
 }
 
 double tile_cost(const Instance& kernel, const GemmPlan& plan, std::int64_t slabs) {
@@ -198,7 +259,11 @@ double tile_cost(const Instance& kernel, const GemmPlan& plan, std::int64_t slab
     const auto parts = static_cast<double>(ceil_div(schedule.tail_blocks, schedule.tail_tiles) - 1);
     time +=
         cost.cut + parts * cost.part + cost.block * (schedule.tail_blocks - schedule.tail_tiles);
-    if (schedule.tail_blocks % schedule.tail_tiles != 0) time += cost.uneven;
+    if (schedule.tail_blocks % schedule.tail_tiles != 0) {
+      // Blocks in different places of K share less of what they read: up to 15% where the power limits.
+      constexpr double kShare = 1.03;
+      time = (time + cost.uneven) * kShare;
+    }
   }
   return time;
 }
@@ -207,8 +272,7 @@ double tile_cost(const Instance& kernel, const GemmPlan& plan, std::int64_t slab
 GemmPlan plan_tiles(const GemmProblem& problem, const DeviceLimits& limits, double& least) {
   const std::span<const Instance> all = instances(problem.x_type, problem.weight.code_bits);
   const std::int64_t slabs = ceil_div(problem.weight.chunks, kSlabChunks);
-  GemmPlan best;
-  best.shared_bytes = INT32_MAX;
+  GemmPlan best = no_plan();
   least = std::numeric_limits<double>::infinity();
   for (std::size_t i = 0; i < all.size(); ++i) {
     if (all[i].kind != KernelKind::kTile) continue;
@@ -218,7 +282,7 @@ GemmPlan plan_tiles(const GemmProblem& problem, const DeviceLimits& limits, doub
     constexpr std::int32_t kAll = 0;
     for (const std::int32_t share : {1, 2, 3, 4, 8, kAll}) {
       const std::int64_t most =
-          std::min<std::int64_t>(limits.multiprocessors, std::int64_t{left} * slabs / 2);
+          std::min<std::int64_t>(tile_units(all[i], limits), std::int64_t{left} * slabs / 2);
       const auto tail =
           static_cast<std::int32_t>(share == kAll ? most : std::int64_t{left} * share);
       if (share != 1 && (tail > most || tail <= left)) continue;
@@ -259,18 +323,16 @@ GemmPlan plan_invariant_tiles(const GemmProblem& problem, const DeviceLimits& li
   const std::span<const Instance> all = instances(problem.x_type, problem.weight.code_bits);
   const std::int64_t slabs = ceil_div(problem.weight.chunks, kSlabChunks);
   const std::int32_t parts = invariant_parts(problem.weight, limits);
-  GemmPlan best;
-  best.shared_bytes = INT32_MAX;
+  GemmPlan best = no_plan();
   double least = std::numeric_limits<double>::infinity();
   for (std::size_t i = 0; i < all.size(); ++i) {
     if (all[i].kind != KernelKind::kTile) continue;
     const GemmPlan plan = cut_tile_plan(problem, static_cast<std::int32_t>(i), limits, parts);
-    const std::int64_t tiles =
-        ceil_div(problem.weight.n, all[i].blocks * sm80::Layout::kBlockFeatures) *
-        ceil_div(problem.m, all[i].tokens);
+    const std::int64_t tiles = tile_count(all[i], problem);
+    const std::int32_t units = plan.blocks / all[i].cluster_blocks;
     const TileCost& cost = all[i].cost;
     const double hand_over = parts > 1 ? cost.cut + cost.part * (parts - 1) : 0;
-    const double time = cost.start + static_cast<double>(ceil_div(tiles * parts, plan.blocks)) *
+    const double time = cost.start + static_cast<double>(ceil_div(tiles * parts, units)) *
                                          (static_cast<double>(ceil_div(slabs, parts)) * cost.slab +
                                           cost.tile + hand_over);
     if (fits(plan, limits) && time < least) {
@@ -297,25 +359,22 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
     return sm80::plan(problem, limits, invariance);
   }
   const auto token_tiles = static_cast<std::int32_t>(ceil_div(std::max(problem.m, 1), 8));
-  constexpr std::int32_t kMostTokenTiles = 4;  // of strips, where there are tiles too
-  GemmPlan best;
-  best.shared_bytes = INT32_MAX;
-  if (token_tiles <= 2 || (has_tiles && token_tiles < kMostTokenTiles)) {
-    best = plan_strips(problem, token_tiles, limits);
-  } else if (!w.scales_divide) {
-    best = plan_strips(problem, 2, limits);  // a slice of x after the other
-  }
-  if (has_tiles && token_tiles > 2 && !fits(best, limits)) {
+  constexpr std::int32_t kFewTokenTiles = 2;   // of strips, whatever tiles take, ...
+  constexpr std::int32_t kMostTokenTiles = 4;  // ... and at most
+  GemmPlan best = no_plan();
+  if (token_tiles <= kFewTokenTiles || !w.scales_divide) {
+    best = plan_strips(problem, std::min(token_tiles, kFewTokenTiles), limits);  // slices of x
+  } else if (has_tiles) {
     double cost = 0;
     best = plan_tiles(problem, limits, cost);
-    // In us: the start, and 4 KB of codes for each block.
-    constexpr double kStart = 4.6;
-    constexpr double kItem = 0.245;
-    const double items =
-        static_cast<double>(w.n) * w.chunks * w.code_bits / 512 / limits.multiprocessors;
-    if (token_tiles == kMostTokenTiles && kStart + items * kItem < cost) {
+    if (token_tiles <= kMostTokenTiles) {
+      // In us: the start, and 4 KB of codes for each block.
+      constexpr double kStart = 4.2;
+      const double item = token_tiles == kMostTokenTiles ? 0.245 : 0.205;
+      const double items =
+          static_cast<double>(w.n) * w.chunks * w.code_bits / 512 / limits.multiprocessors;
       const GemmPlan strips = plan_strips(problem, token_tiles, limits);
-      if (fits(strips, limits)) best = strips;
+      if (fits(strips, limits) && kStart + items * item < cost) best = strips;
     }
   }
   return fits(best, limits) ? best : sm80::plan(problem, limits, invariance);

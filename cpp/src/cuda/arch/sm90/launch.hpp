@@ -35,15 +35,17 @@ struct Instance {
   bool streams_x;
   std::int32_t item_chunks;
   std::int32_t slot_bytes;
+  std::int32_t blocks_together;  // on a multiprocessor
   // kTile
-  std::int32_t blocks;  // packed blocks of features
+  std::int32_t blocks;          // packed blocks of features
+  std::int32_t cluster_blocks;  // 1, or 2 that count as one where tiles are shared out
   std::int32_t stage_bytes;
   std::int32_t output_bytes;
   TileCost cost;
   void (*launch)(const GemmProblem&, const GemmPlan&, const SplitScratch&, cudaStream_t);
 };
 
-constexpr std::size_t kInstanceCount = 19;
+constexpr std::size_t kInstanceCount = 21;
 
 /// The kernels for activations of `type` and codes of `code_bits`. In a plan they come after those of
 /// sm80: GemmPlan::instance is sm80::kInstanceCount more than an index.
@@ -52,10 +54,10 @@ std::span<const Instance> instances(FloatType type, std::int32_t code_bits);
 /// A plan of a strip kernel. shared_bytes tells whether it fits.
 GemmPlan strip_plan(const GemmProblem& problem, std::int32_t index, const StripChoice& choice);
 
-/// A plan of a tile kernel on at most `multiprocessors` blocks, of which `tail_blocks` share what is left
+/// A plan of a tile kernel on at most `multiprocessors` blocks, of which `tail_units` (blocks, or clusters) share what is left
 /// after whole waves. shared_bytes tells whether it fits.
 GemmPlan tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceLimits& limits,
-                   std::int32_t tail_blocks);
+                   std::int32_t tail_units);
 
 /// A plan of a tile kernel that cuts every tile into `parts`.
 GemmPlan cut_tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceLimits& limits,

@@ -38,16 +38,16 @@ namespace marlinq::cuda::sm90 {
 using sm80::EvenShare;
 using sm80::GroupValues;
 
-template <class T_, int kBits_, int kTokenTiles_, bool kStreamsX_>
+template <class T_, int kBits_, int kTokenTiles_, bool kStreamsX_, int kWarps_>
 struct StripShape {
   using T = T_;
   static constexpr int kBits = kBits_;
   static constexpr int kTokenTiles = kTokenTiles_;
   static constexpr int kTokens = kTokenTiles * 8;
   static constexpr bool kStreamsX = kStreamsX_;
-  static constexpr int kWarps = 8;
+  static constexpr int kWarps = kWarps_;
   static constexpr int kThreads = kWarps * 32;
-  // For the fewest tokens the next kernel may begin beside the one that ends.
+  // On a multiprocessor: of one kernel, or of it and the next.
   static constexpr int kBlocksTogether = kTokenTiles == 1 ? 2 : 1;
   // Strips that are multiplied at a time: more tokens leave registers for two.
   static constexpr int kStripsTogether = kTokenTiles <= 2 ? 4 : 2;

@@ -6,6 +6,9 @@
 // sums, in units of the scale of the current group: when a group begins they are multiplied by the
 // quotient of the old scale and the new one.
 //
+// Blocks may work in pairs, clusters whose tiles have the same tokens and neighbouring features: each asks
+// for half of x, for both. A pair then counts as one block where tiles are shared out.
+//
 // Tiles are shared among the blocks as TileSchedule says. A tile that is cut belongs to the block with its
 // last chunks; the others leave their sums in global memory and raise a flag. Where all tiles are cut, a
 // block waits for its sums to have been read before it leaves those of another tile.
@@ -28,6 +31,7 @@
 #include "cuda/problem.hpp"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/bulk_copy.cuh"
+#include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/copy.cuh"
 #include "cuda/ptx/flag.cuh"
 #include "cuda/ptx/launch.cuh"
@@ -45,8 +49,9 @@ using sm80::GroupValues;
 using sm80::Layout;
 using sm80::TileCuts;
 
-template <class T, int kBits, int kGroups, int kGroupBlocks, int kTokens>
+template <class T, int kBits, int kGroups, int kGroupBlocks, int kTokens, int kClusterBlocks_>
 struct TileShape : WgmmaShape<T, kBits, kGroups, kGroupBlocks, kTokens> {
+  static constexpr int kClusterBlocks = kClusterBlocks_;                  // 1 or 2
   static constexpr int kOutputTokens = kTokens % 64 == 0 ? 64 : kTokens;  // of a box
   static constexpr int kBoxBytes = kOutputTokens * Layout::kBlockFeatures * 2;
   static constexpr int kGroupOutputBytes = kGroupBlocks * (kTokens / kOutputTokens) * kBoxBytes;
@@ -77,6 +82,16 @@ struct TileParams {
   bool boxes;       // outputs are of type T, and may be stored 16 bytes at a time
 };
 
+/// The number of this block, or of its pair, and its place in that.
+template <class S>
+__device__ __forceinline__ int unit() {
+  return blockIdx.x / S::kClusterBlocks;
+}
+template <class S>
+__device__ __forceinline__ int rank_in_unit() {
+  return blockIdx.x % S::kClusterBlocks;
+}
+
 /// A part of a tile: slabs begin to end - 1.
 struct TilePart {
   int feature_tile;
@@ -95,7 +110,8 @@ class TileWalk {
   /// The parts of this block, one after the other: the tail from its last tile to its first.
   __device__ __forceinline__ bool next(TilePart& part) {
     const TileSchedule& schedule = params_.schedule;
-    int tile = step_ * gridDim.x + blockIdx.x;
+    const int units = gridDim.x / S::kClusterBlocks;
+    int tile = step_ * units + unit<S>();
     if (schedule.parts > 0) {
       if (tile >= params_.all_parts) return false;
       ++step_;
@@ -109,14 +125,14 @@ class TileWalk {
     part.begin = 0;
     part.end = slabs_;
     if (step_ >= schedule.whole_tiles) {
-      if (blockIdx.x >= schedule.tail_blocks) return false;
-      const int first = params_.tail.begin(blockIdx.x);
-      const int last = params_.tail.begin(blockIdx.x + 1);
+      if (unit<S>() >= schedule.tail_blocks) return false;
+      const int first = params_.tail.begin(unit<S>());
+      const int last = params_.tail.begin(unit<S>() + 1);
       if (step_ == schedule.whole_tiles) tail_tile_ = static_cast<unsigned>(last - 1) / slabs_;
       part.tail_tile = tail_tile_--;
       const int tile_first = part.tail_tile * slabs_;
       if (part.tail_tile < 0 || tile_first + slabs_ <= first) return false;
-      tile = schedule.whole_tiles * gridDim.x + part.tail_tile;
+      tile = schedule.whole_tiles * units + part.tail_tile;
       part.begin = max(first - tile_first, 0);
       part.end = min(last - tile_first, slabs_);
     }
@@ -133,8 +149,9 @@ class TileWalk {
     const int left = params_.token_tiles - band_first;
     const int within = tile - band * params_.band.divisor;
     const bool whole = left >= token_band;
-    part.feature_tile = params_.band_widths[whole ? 0 : 1].divide(within);
-    part.token_tile = band_first + within - part.feature_tile * (whole ? token_band : left);
+    const int features = params_.band_widths[whole ? 0 : 1].divide(within);
+    part.feature_tile = features * S::kClusterBlocks + rank_in_unit<S>();
+    part.token_tile = band_first + within - features * (whole ? token_band : left);
   }
 
   const TileParams& params_;
@@ -249,6 +266,15 @@ class TileFill {
                              groups + static_cast<int64_t>(group(slab)) * ring_.record_bytes(),
                              bytes, barrier);
             }
+          }
+        } else if constexpr (S::kClusterBlocks == 2) {
+          // Its chunk of x, for both; and both chunks come.
+          if (lane_ == 0) {
+            const int chunk = rank_in_unit<S>();
+            ptx::barrier_expect(barrier, S::kXBytes);
+            ptx::tensor_copy_to_blocks(ring_.x() + chunk * S::kXTileBytes, params_.x_map,
+                                       (slab * kSlabChunks + chunk) * Layout::kChunkRows,
+                                       part.token_tile * S::kTokens, barrier, 3);
           }
         } else if (lane_ < kSlabChunks) {
           ptx::barrier_expect(barrier, S::kXTileBytes);
@@ -408,7 +434,7 @@ class TileMultiply {
         }
       }
       __syncwarp();  // all lanes have read the codes
-      if (lane_ == 0) ptx::barrier_arrive(ring_.emptied(stage_));
+      give_back();
       stage_ = after;
       parity_ = parity_after;
     } while (++slab < part.end);
@@ -454,12 +480,22 @@ class TileMultiply {
         wait_for_products();
       }
       __syncwarp();  // all lanes have read the codes
-      if (lane_ == 0) ptx::barrier_arrive(ring_.emptied(stage_));
+      give_back();
       if (++stage_ == params_.stages) {
         stage_ = 0;
         parity_ ^= 1;
       }
     } while (++slab < part.end);
+  }
+
+  // A stage to those who fill it.
+  __device__ __forceinline__ void give_back() const {
+    if constexpr (S::kClusterBlocks == 2) {
+      if (lane_ < 2)
+        ptx::barrier_arrive_in_block(ptx::address_in_block(ring_.emptied(stage_), lane_));
+    } else {
+      if (lane_ == 0) ptx::barrier_arrive(ring_.emptied(stage_));
+    }
   }
 
   // The same in all lanes, as the compiler sees from this.
@@ -592,7 +628,9 @@ class TileMultiply {
       leave_part();
       return;
     }
-    if (part.begin > 0) add_parts(first_block(part));
+    if (part.begin > 0) {
+      add_parts(first_unit(part) * S::kClusterBlocks + rank_in_unit<S>());
+    }
     store(part);
   }
 
@@ -601,10 +639,10 @@ class TileMultiply {
            static_cast<int64_t>(block) * (S::kTileFloats / 4) + threadIdx.x;
   }
 
-  /// The block with the first slabs of a tile.
-  __device__ __forceinline__ int first_block(const TilePart& part) const {
+  /// The block, or the pair, with the first slabs of a tile.
+  __device__ __forceinline__ int first_unit(const TilePart& part) const {
     const int parts = params_.schedule.parts;
-    return parts > 0 ? blockIdx.x - (parts - 1)
+    return parts > 0 ? unit<S>() - (parts - 1)
                      : params_.tail.block_of(part.tail_tile * params_.slabs);
   }
 
@@ -630,24 +668,24 @@ class TileMultiply {
   // The nearest first. They have started before this block, since blocks start in the order of their
   // numbers, and work on this tile before all others of their tail.
   __device__ __forceinline__ void add_parts(int first) {
-    const int last = static_cast<int>(blockIdx.x) - 1;
-    for (int block = last - static_cast<int>(threadIdx.x); block >= first;
-         block -= S::kMultiplyThreads) {
+    constexpr int kStep = S::kClusterBlocks;  // to the block with the same features
+    const int last = static_cast<int>(blockIdx.x) - kStep;
+    const int of_thread = last - static_cast<int>(threadIdx.x) * kStep;
+    for (int block = of_thread; block >= first; block -= S::kMultiplyThreads * kStep) {
       ptx::wait_for_flag(params_.scratch.flags + block, true);
     }
     meet_all();
     int block = last;
     if constexpr (S::kPartsTogether > 1) {
 #pragma unroll 1
-      for (; block - S::kPartsTogether >= first - 1; block -= S::kPartsTogether) {
+      for (; block - (S::kPartsTogether - 1) * kStep >= first; block -= S::kPartsTogether * kStep) {
         add_some_parts<S::kPartsTogether>(block);
       }
     }
 #pragma unroll 1
-    for (; block >= first; --block) add_some_parts<1>(block);
+    for (; block >= first; block -= kStep) add_some_parts<1>(block);
     meet_all();
-    for (block = last - static_cast<int>(threadIdx.x); block >= first;
-         block -= S::kMultiplyThreads) {
+    for (block = of_thread; block >= first; block -= S::kMultiplyThreads * kStep) {
       ptx::lower_flag(params_.scratch.flags + block);
     }
   }
@@ -658,7 +696,7 @@ class TileMultiply {
     float4 values[kParts][S::kGroupBlocks * S::kSums / 4];
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const float4* const place = part_of_block(last - part);
+      const float4* const place = part_of_block(last - part * S::kClusterBlocks);
 #pragma unroll
       for (int i = 0; i < S::kGroupBlocks * S::kSums / 4; ++i) {
         values[part][i] = __ldcg(place + i * S::kMultiplyThreads);
@@ -784,12 +822,16 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < ring.stages(); ++stage) {
       ptx::barrier_init(ring.filled(stage), 2 * S::kBlocks);
-      ptx::barrier_init(ring.x_filled(stage), kSlabChunks);
-      ptx::barrier_init(ring.emptied(stage), S::kMultiplyThreads / 32);
+      ptx::barrier_init(ring.x_filled(stage), S::kClusterBlocks == 2 ? 1 : kSlabChunks);
+      ptx::barrier_init(ring.emptied(stage), S::kClusterBlocks * (S::kMultiplyThreads / 32));
     }
     ptx::barrier_init_fence();
   }
   __syncthreads();
+  if constexpr (S::kClusterBlocks == 2) {
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+  }
   if (threadIdx.x >= S::kMultiplyThreads) {
     ptx::give_registers<S::kFillRegisters>();
     const int role = threadIdx.x / 32 - S::kMultiplyThreads / 32;
@@ -799,6 +841,12 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   } else {
     ptx::take_registers<S::kMultiplyRegisters>();
     TileMultiply<S>(params, ring).run();
+  }
+  if constexpr (S::kClusterBlocks == 2) {
+    // The other block still arrives on barriers of this one.
+    __syncwarp();
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
   }
 }
 
