@@ -359,22 +359,24 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
     return sm80::plan(problem, limits, invariance);
   }
   const auto token_tiles = static_cast<std::int32_t>(ceil_div(std::max(problem.m, 1), 8));
-  constexpr std::int32_t kFewTokenTiles = 2;   // of strips, whatever tiles take, ...
-  constexpr std::int32_t kMostTokenTiles = 4;  // ... and at most
   GemmPlan best = no_plan();
-  if (token_tiles <= kFewTokenTiles || !w.scales_divide) {
-    best = plan_strips(problem, std::min(token_tiles, kFewTokenTiles), limits);  // slices of x
+  if (token_tiles == 1 || (!has_tiles && token_tiles == 2)) {
+    best = plan_strips(problem, token_tiles, limits);
+  } else if (!w.scales_divide) {
+    best = plan_strips(problem, 2, limits);  // a slice of x after the other
   } else if (has_tiles) {
+    // In us: the start, and 4 KB of codes for each block; for 2, 3 and 4 token tiles.
+    constexpr double kStart[] = {5.4, 4.2, 4.2};
+    constexpr double kItem[] = {0.155, 0.205, 0.245};
     double cost = 0;
     best = plan_tiles(problem, limits, cost);
-    if (token_tiles <= kMostTokenTiles) {
-      // In us: the start, and 4 KB of codes for each block.
-      constexpr double kStart = 4.2;
-      const double item = token_tiles == kMostTokenTiles ? 0.245 : 0.205;
+    if (const std::size_t which = static_cast<std::size_t>(token_tiles) - 2; which < 3) {
       const double items =
           static_cast<double>(w.n) * w.chunks * w.code_bits / 512 / limits.multiprocessors;
       const GemmPlan strips = plan_strips(problem, token_tiles, limits);
-      if (fits(strips, limits) && kStart + items * item < cost) best = strips;
+      if (fits(strips, limits) && kStart[which] + items * kItem[which] < cost) best = strips;
+      // A layer with too few items for strips.
+      if (token_tiles == 2 && !fits(strips, limits)) best = no_plan();
     }
   }
   return fits(best, limits) ? best : sm80::plan(problem, limits, invariance);
