@@ -246,7 +246,8 @@ GemmPlan plan_strips(const GemmProblem& problem, std::int32_t token_tiles,
   return one_each(division, kWarps, true);
 }
 
-double tile_cost(const Instance& kernel, const GemmPlan& plan, std::int64_t slabs) {
+double tile_cost(const GemmProblem& problem, const Instance& kernel, const GemmPlan& plan) {
+  const std::int64_t slabs = ceil_div(problem.weight.chunks, kSlabChunks);
   const TileCost& cost = kernel.cost;
   const TileSchedule& schedule = plan.schedule;
   double time = cost.start + static_cast<double>(schedule.whole_tiles) *
@@ -260,9 +261,11 @@ double tile_cost(const Instance& kernel, const GemmPlan& plan, std::int64_t slab
     time +=
         cost.cut + parts * cost.part + cost.block * (schedule.tail_blocks - schedule.tail_tiles);
     if (schedule.tail_blocks % schedule.tail_tiles != 0) {
+      time += cost.uneven;
       // Blocks in different places of K share less of what they read: up to 15% where the power limits.
+      constexpr std::int32_t kManyTokens = 128;
       constexpr double kShare = 1.03;
-      time = (time + cost.uneven) * kShare;
+      if (problem.m > kManyTokens) time *= kShare;
     }
   }
   return time;
@@ -287,7 +290,7 @@ GemmPlan plan_tiles(const GemmProblem& problem, const DeviceLimits& limits, doub
           static_cast<std::int32_t>(share == kAll ? most : std::int64_t{left} * share);
       if (share != 1 && (tail > most || tail <= left)) continue;
       const GemmPlan plan = tile_plan(problem, index, limits, tail);
-      const double cost = tile_cost(all[i], plan, slabs);
+      const double cost = tile_cost(problem, all[i], plan);
       if (fits(plan, limits) && cost < least) {
         least = cost;
         best = plan;
