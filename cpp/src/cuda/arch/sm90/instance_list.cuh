@@ -19,6 +19,7 @@ struct TileCosts {
   static constexpr TileCost k128x96{0.00, 0.638, 0.23, 1.33, 0.15, 0.031, 0.52};
   static constexpr TileCost k128x128{0.00, 0.757, 0.46, 2.18, 0.00, 0.025, 1.15};
   static constexpr TileCost k192x128{0.00, 1.043, 1.02, 1.27, 1.40, 0.023, 1.35};
+  static constexpr TileCost k256x16{1.50, 0.600, 0.00, 1.67, 0.52, 0.018, 0.91};
   static constexpr TileCost k256x32{0.81, 0.661, 0.00, 1.67, 0.52, 0.018, 0.91};
   static constexpr TileCost k256x48{1.01, 0.722, 1.61, 1.04, 0.38, 0.028, 1.54};
   static constexpr TileCost k256x64{0.00, 0.821, 3.25, 1.16, 0.48, 0.032, 1.18};
@@ -48,6 +49,7 @@ constexpr std::array<Instance, kInstanceCount> instance_list() {
       tile_instance<T, kBits, 2, 1, 96>(Costs::k128x96),
       tile_instance<T, kBits, 2, 1, 128>(Costs::k128x128),
       tile_instance<T, kBits, 3, 1, 128>(Costs::k192x128),
+      tile_instance<T, kBits, 2, 2, 16>(Costs::k256x16),
       tile_instance<T, kBits, 2, 2, 32>(Costs::k256x32),
       tile_instance<T, kBits, 2, 2, 48>(Costs::k256x48),
       tile_instance<T, kBits, 2, 2, 64>(Costs::k256x64),

@@ -246,7 +246,8 @@ GemmPlan plan_strips(const GemmProblem& problem, std::int32_t token_tiles,
   return one_each(division, kWarps, true);
 }
 
-double tile_cost(const Instance& kernel, const GemmPlan& plan, std::int64_t slabs) {
+double tile_cost(const GemmProblem& problem, const Instance& kernel, const GemmPlan& plan) {
+  const std::int64_t slabs = ceil_div(problem.weight.chunks, kSlabChunks);
   const TileCost& cost = kernel.cost;
   const TileSchedule& schedule = plan.schedule;
   double time = cost.start + static_cast<double>(schedule.whole_tiles) *
@@ -260,9 +261,11 @@ double tile_cost(const Instance& kernel, const GemmPlan& plan, std::int64_t slab
     time +=
         cost.cut + parts * cost.part + cost.block * (schedule.tail_blocks - schedule.tail_tiles);
     if (schedule.tail_blocks % schedule.tail_tiles != 0) {
+      time += cost.uneven;
       // Blocks in different places of K share less of what they read: up to 15% where the power limits.
+      constexpr std::int32_t kManyTokens = 128;
       constexpr double kShare = 1.03;
-      time = (time + cost.uneven) * kShare;
+      if (problem.m > kManyTokens) time *= kShare;
     }
   }
   return time;
@@ -287,7 +290,7 @@ GemmPlan plan_tiles(const GemmProblem& problem, const DeviceLimits& limits, doub
           static_cast<std::int32_t>(share == kAll ? most : std::int64_t{left} * share);
       if (share != 1 && (tail > most || tail <= left)) continue;
       const GemmPlan plan = tile_plan(problem, index, limits, tail);
-      const double cost = tile_cost(all[i], plan, slabs);
+      const double cost = tile_cost(problem, all[i], plan);
       if (fits(plan, limits) && cost < least) {
         least = cost;
         best = plan;
@@ -359,22 +362,24 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
     return sm80::plan(problem, limits, invariance);
   }
   const auto token_tiles = static_cast<std::int32_t>(ceil_div(std::max(problem.m, 1), 8));
-  constexpr std::int32_t kFewTokenTiles = 2;   // of strips, whatever tiles take, ...
-  constexpr std::int32_t kMostTokenTiles = 4;  // ... and at most
   GemmPlan best = no_plan();
-  if (token_tiles <= kFewTokenTiles || !w.scales_divide) {
-    best = plan_strips(problem, std::min(token_tiles, kFewTokenTiles), limits);  // slices of x
+  if (token_tiles == 1 || (!has_tiles && token_tiles == 2)) {
+    best = plan_strips(problem, token_tiles, limits);
+  } else if (!w.scales_divide) {
+    best = plan_strips(problem, 2, limits);  // a slice of x after the other
   } else if (has_tiles) {
+    // In us: the start, and 4 KB of codes for each block; for 2, 3 and 4 token tiles.
+    constexpr double kStart[] = {5.4, 4.2, 4.2};
+    constexpr double kItem[] = {0.155, 0.205, 0.245};
     double cost = 0;
     best = plan_tiles(problem, limits, cost);
-    if (token_tiles <= kMostTokenTiles) {
-      // In us: the start, and 4 KB of codes for each block.
-      constexpr double kStart = 4.2;
-      const double item = token_tiles == kMostTokenTiles ? 0.245 : 0.205;
+    if (const std::size_t which = static_cast<std::size_t>(token_tiles) - 2; which < 3) {
       const double items =
           static_cast<double>(w.n) * w.chunks * w.code_bits / 512 / limits.multiprocessors;
       const GemmPlan strips = plan_strips(problem, token_tiles, limits);
-      if (fits(strips, limits) && kStart + items * item < cost) best = strips;
+      if (fits(strips, limits) && kStart[which] + items * kItem[which] < cost) best = strips;
+      // A layer with too few items for strips.
+      if (token_tiles == 2 && !fits(strips, limits)) best = no_plan();
     }
   }
   return fits(best, limits) ? best : sm80::plan(problem, limits, invariance);

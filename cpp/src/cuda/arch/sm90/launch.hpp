@@ -45,7 +45,7 @@ struct Instance {
   void (*launch)(const GemmProblem&, const GemmPlan&, const SplitScratch&, cudaStream_t);
 };
 
-constexpr std::size_t kInstanceCount = 21;
+constexpr std::size_t kInstanceCount = 22;
 
 /// The kernels for activations of `type` and codes of `code_bits`. In a plan they come after those of
 /// sm80: GemmPlan::instance is sm80::kInstanceCount more than an index.

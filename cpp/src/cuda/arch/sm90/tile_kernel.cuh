@@ -19,6 +19,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/arch/sm80/group_values.cuh"
 #include "cuda/arch/sm80/layout.hpp"
@@ -344,6 +345,11 @@ class TileMultiply {
   }
 
  private:
+  // So few that every instruction of the loop counts: the operands of products are made by one addition each,
+  // which costs others registers that they need.
+  static constexpr bool kFewTokens = S::kTokens <= 48;
+  using XOperand = std::conditional_t<kFewTokens, uint64_t, uint32_t>;
+
   __device__ __forceinline__ void multiply(const TilePart& part) {
 #pragma unroll
     for (int b = 0; b < S::kGroupBlocks; ++b) {
@@ -352,10 +358,12 @@ class TileMultiply {
       ptx::keep_in_place(sum_[b]);
     }
     const bool half_scales = w_.scale_type == FloatType::kF16;
-    if (params_.slab_groups == 1) {
-      half_scales ? multiply_units<1, true>(part) : multiply_units<1, false>(part);
-    } else {
+    if (params_.slab_groups == 2) {
       half_scales ? multiply_units<2, true>(part) : multiply_units<2, false>(part);
+    } else if (kFewTokens && half_scales && params_.group_slabs == 1) {
+      multiply_slabs<1, true, true>(part);
+    } else {
+      half_scales ? multiply_units<1, true>(part) : multiply_units<1, false>(part);
     }
   }
 
@@ -364,7 +372,7 @@ class TileMultiply {
     if constexpr (S::kTokens > 128) {
       multiply_in_turn<kUnits, kHalfScales>(part);
     } else {
-      multiply_slabs<kUnits, kHalfScales>(part);
+      multiply_slabs<kUnits, kHalfScales, false>(part);
     }
   }
 
@@ -382,7 +390,9 @@ class TileMultiply {
     static constexpr bool begins_unit(int i) { return i % kOfUnit == 0; }
   };
 
-  template <int kUnits, bool kHalfScales>
+  // kEachSlab: each slab is a group, so that there is nothing to ask; what comes after the last slab is that
+  // group once more.
+  template <int kUnits, bool kHalfScales, bool kEachSlab>
   __device__ __forceinline__ void multiply_slabs(const TilePart& part) {
     using B = Batches<kUnits>;
     const int stages = params_.stages;
@@ -401,7 +411,7 @@ class TileMultiply {
       const int after = stage_ + 1 < stages ? stage_ + 1 : 0;
       const uint32_t parity_after = parity_ ^ (after == 0 ? 1 : 0);
       const int next = more ? after : stage_;
-      const uint32_t x = x_operand();
+      const XOperand x = x_operand();
 #pragma unroll
       for (int i = 0; i < B::kCount; ++i) {
         if (B::begins_unit(i)) rescale();
@@ -416,8 +426,9 @@ class TileMultiply {
         const int unit = following / B::kOfUnit;
         const int stage = last ? next : stage_;
         if (last) ptx::barrier_wait(ring_.filled(next), more ? parity_after : parity_);
-        const bool starts = last ? more && ((slab + 1) & (params_.group_slabs - 1)) == 0
-                                 : kUnits == 2 && slab * kSlabChunks + unit < w_.num_groups;
+        const bool starts =
+            kEachSlab || (last ? more && ((slab + 1) & (params_.group_slabs - 1)) == 0
+                               : kUnits == 2 && slab * kSlabChunks + unit < w_.num_groups);
         load_codes<B>(following, stage);
         if (B::begins_unit(following)) {
           load_scales<kHalfScales>(unit, stage);
@@ -449,7 +460,7 @@ class TileMultiply {
 #pragma unroll 1
     do {
       ptx::barrier_wait(ring_.filled(stage_), parity_);
-      const uint32_t x = x_operand();
+      const XOperand x = x_operand();
 #pragma unroll
       for (int unit = 0; unit < kUnits; ++unit) {
         const bool first = slab == part.begin && unit == 0;
@@ -499,8 +510,22 @@ class TileMultiply {
   }
 
   // The same in all lanes, as the compiler sees from this.
-  __device__ __forceinline__ uint32_t x_operand() const {
-    return __shfl_sync(0xffffffffu, x_operand_ + stage_ * (S::kStageBytes / 16), 0);
+  __device__ __forceinline__ XOperand x_operand() const {
+    return whole_operand(__shfl_sync(0xffffffffu, x_operand_ + stage_ * (S::kStageBytes / 16), 0));
+  }
+  __device__ __forceinline__ static XOperand whole_operand(uint32_t low) {
+    if constexpr (kFewTokens) {
+      return ptx::wgmma_operand_of(low);
+    } else {
+      return low;
+    }
+  }
+  __device__ __forceinline__ static uint64_t operand_at(XOperand x, int offset) {
+    if constexpr (kFewTokens) {
+      return x + offset;
+    } else {
+      return ptx::wgmma_operand_of(x + offset);
+    }
   }
 
   __device__ __forceinline__ void wait_for_products() {
@@ -604,11 +629,11 @@ class TileMultiply {
     }
   }
 
-  __device__ __forceinline__ void multiply_chunk(int b, int chunk, uint32_t x) {
+  __device__ __forceinline__ void multiply_chunk(int b, int chunk, XOperand x) {
 #pragma unroll
     for (int step = 0; step < Layout::kChunkSteps; ++step) {
       ptx::wgmma_k16<T>(sum_[b], fragment_[b][chunk * Layout::kChunkSteps + step],
-                        ptx::wgmma_operand_of(x + (chunk * S::kXTileBytes + step * 32) / 16));
+                        operand_at(x, (chunk * S::kXTileBytes + step * 32) / 16));
     }
   }
 
