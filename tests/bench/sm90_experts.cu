@@ -2,7 +2,10 @@
 // kind; the rest times large ones with tiles of every size, and those of sm80 beside them: one line of CSV each,
 // with its time in us and, of products, how far the outputs are from those of sm80.
 //
-// Usage: sm90_experts check | [uniform | zipf | one] [begin of model names] [T ...] [share=S ...] [rows=R ...] [aligned]
+// Usage: sm90_experts check | [uniform | zipf | one] [begin of model names] [T ...] [share=S ...] [rows=R ...]
+//        [kernel=I ...] [bits=8] [aligned] [products]
+// "aligned": through the lists of moe_align_block_size too, without an activation. "products": those of sm90 alone, or with
+// "aligned" of these lists alone.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -606,9 +609,10 @@ float time_us(cudaStream_t stream, F&& run) {
 
 class Bench {
  public:
-  Bench(const Model& model, std::string routing)
+  Bench(const Model& model, std::string routing, int bits)
       : model_(model),
         routing_(std::move(routing)),
+        bits_(bits),
         limits_(device_limits(0)),
         scratch_(limits_),
         up_(make_stack(2 * model.inner, model.hidden)),
@@ -691,7 +695,7 @@ class Bench {
   };
 
   Stack make_stack(int n, int k) const {
-    sm80::Layout layout{.code_bits = 4, .scale_bytes = 2, .has_zeros = false, .n = n};
+    sm80::Layout layout{.code_bits = bits_, .scale_bytes = 2, .has_zeros = false, .n = n};
     layout.chunks = k / 64;
     layout.groups = k / 128;
     const std::int64_t expert = round_up(layout.words() * 4 + layout.group_bytes(), 256);
@@ -711,6 +715,8 @@ class Bench {
                               .chunk_groups = reinterpret_cast<const std::int32_t*>(memory),
                               .chunk_shift = 1,
                               .step_shift = 3,
+                              .code_bits = bits_,
+                              .middle = 1 << (bits_ - 1),
                               .record_bytes = layout.record_bytes(),
                               .n = n,
                               .k = k,
@@ -874,6 +880,7 @@ class Bench {
 
   Model model_;
   std::string routing_;
+  int bits_;
   DeviceLimits limits_;
   Scratch scratch_;
   Stack up_, down_;
@@ -908,6 +915,7 @@ int main(int argc, char** argv) try {
   std::vector<int> tokens;
   std::vector<int> shares = {0}, rows, kernels;
   bool aligned = false, products = false;
+  int bits = 4;
   for (int i = 3; i < argc; ++i) {
     int share = 0;
     if (std::sscanf(argv[i], "share=%d", &share) == 1) {
@@ -916,6 +924,8 @@ int main(int argc, char** argv) try {
       rows.push_back(share);
     } else if (std::sscanf(argv[i], "kernel=%d", &share) == 1) {
       kernels.push_back(share);
+    } else if (std::sscanf(argv[i], "bits=%d", &share) == 1) {
+      bits = share;
     } else if (std::strcmp(argv[i], "products") == 0) {
       products = true;
     } else if (std::strcmp(argv[i], "aligned") == 0) {
@@ -928,7 +938,7 @@ int main(int argc, char** argv) try {
   std::printf("model,routing,tokens,tile_rows,kernel,step,share,us\n");
   for (const Model& model : kModels) {
     if (std::strncmp(model.name, only, std::strlen(only)) != 0) continue;
-    Bench bench(model, routing);
+    Bench bench(model, routing, bits);
     bench.shares = shares;
     bench.only_rows = rows;
     bench.only_kernels = kernels;

@@ -287,7 +287,7 @@ class ExpertMultiply {
     codes_ =
         S::kXBytes + group_ * S::kGroupBlocks * S::kSlabBytes + warp_ * S::kStripBytes + lane_ * 16;
     records_ = warp_ * w_.record_bytes;
-    plain_ = !w_.has_zeros && w_.scale_type == FloatType::kF16;
+    plain_ = !w_.has_zeros && w_.scale_type == FloatType::kF16 && params.group_slabs == 1;
   }
 
   __device__ __forceinline__ void run(SegmentQueue<S> queue) {
@@ -349,14 +349,29 @@ class ExpertMultiply {
     }
   }
 
-  // Between groups of scales no product of the warpgroup is under way, which the others make use of.
   template <int kTokens, bool kPlain>
   __device__ __forceinline__ void multiply_slabs(int begin, int end) {
     int slab = begin;
+    // Four warpgroups hide the ends of slabs anyway, and two have no registers for it.
+    if constexpr (kPlain && S::kGroups == 3) {
 #pragma unroll 1
-    do {
+      for (; slab + 1 < end; slab += 2) multiply_run<kTokens, kPlain, 2>(slab, begin);
+      if (slab < end) multiply_run<kTokens, kPlain, 1>(slab, begin);
+    } else {
+#pragma unroll 1
+      for (; slab < end; ++slab) multiply_run<kTokens, kPlain, 1>(slab, begin);
+    }
+  }
+
+  // Between runs no product of the warpgroup is under way, which the others make use of.
+  template <int kTokens, bool kPlain, int kSlabs>
+  __device__ __forceinline__ void multiply_run(int first, int begin) {
+    uint32_t before = 0;  // the stage of the slab before
+#pragma unroll
+    for (int i = 0; i < kSlabs; ++i) {
       ring_.wait_filled();
-      const bool changes = slab == begin || (slab & (params_.group_slabs - 1)) == 0;
+      const int slab = first + i;
+      const bool changes = kPlain || slab == begin || (slab & (params_.group_slabs - 1)) == 0;
       const uint32_t x = ptx::wgmma_operand_low(ring_.x());
       const uint32_t codes = ring_.x() + codes_;
       if (changes && kFragmentSets > 1) {
@@ -375,7 +390,11 @@ class ExpertMultiply {
         for (int chunk = 0; chunk < kSlabChunks; ++chunk) {
           uint32_t words[S::kBits];
           load_codes(codes + b * S::kSlabBytes + chunk * S::kChunkBytes, words);
-          if (kFragmentSets == 1 && b > 0) ptx::wgmma_wait<1>();
+          if (kFragmentSets == 1 && i + b > 0) {
+            ptx::wgmma_wait<1>();
+            if (i > 0 && chunk == 0) ptx::keep_in_place(sums<kTokens>(b));
+          }
+          if (i > 0 && b == 0 && chunk == 1) release(before);
           if (changes && kFragmentSets == 1 && chunk == 0) scale_sums<kTokens>(b, quotient);
           decode_chunk(b, chunk, words);
           ptx::wgmma_fence();
@@ -383,8 +402,11 @@ class ExpertMultiply {
           ptx::wgmma_commit();
         }
       }
-      finish_products<kTokens>();
-    } while (++slab < end);
+      before = ring_.emptied(ring_.stage());
+      ring_.advance();
+    }
+    wait_for_products<kTokens>();
+    release(before);
   }
 
   // Each chunk has a group of its own.
@@ -416,9 +438,10 @@ class ExpertMultiply {
           multiply_chunk<kTokens>(b, chunk, x);
           ptx::wgmma_commit();
         }
-        if (chunk == 0) wait_for_products<kTokens>();
+        wait_for_products<kTokens>();
       }
-      finish_products<kTokens>();
+      release(ring_.emptied(ring_.stage()));
+      ring_.advance();
     } while (++slab < end);
   }
 
@@ -434,13 +457,10 @@ class ExpertMultiply {
     for (int b = 0; b < S::kGroupBlocks; ++b) ptx::keep_in_place(sums<kTokens>(b));
   }
 
-  // And gives back the stage.
-  template <int kTokens>
-  __device__ __forceinline__ void finish_products() {
-    wait_for_products<kTokens>();
+  // Gives back a stage.
+  __device__ __forceinline__ void release(uint32_t emptied) const {
     __syncwarp();  // all lanes have read the codes
-    if (lane_ == 0) ptx::barrier_arrive(ring_.emptied(ring_.stage()));
-    ring_.advance();
+    if (lane_ == 0) ptx::barrier_arrive(emptied);
   }
 
   // `quotient` is what the sums of a packed block are to be multiplied by. `kPlain`: as plain_.
@@ -571,7 +591,7 @@ class ExpertMultiply {
   int group_, warp_, lane_;
   uint32_t codes_;    // of this lane, in a stage
   uint32_t records_;  // of this warp, in those of a packed block
-  bool plain_;        // scales are of float16, and there are no zero points
+  bool plain_;        // scales are of float16, a group is a slab, and there are no zero points
   GroupValues<T, S::kBits, 1> values_[S::kGroupBlocks];
   // Two sets where there are registers for them; both packed blocks of a warpgroup share one otherwise.
   static constexpr int kFragmentSets = S::kGroups == 2 ? 2 : 1;
