@@ -2,7 +2,10 @@
 // kind; the rest times large ones with tiles of every size, and those of sm80 beside them: one line of CSV each,
 // with its time in us and, of products, how far the outputs are from those of sm80.
 //
-// Usage: sm90_experts check | [uniform | zipf | one] [begin of model names] [T ...] [share=S ...] [rows=R ...] [aligned]
+// Usage: sm90_experts check | [uniform | zipf | one] [begin of model names] [T ...] [share=S ...] [rows=R ...]
+//        [kernel=I ...] [bits=8] [aligned] [products]
+// "aligned": through the lists of moe_align_block_size too, without an activation. "products": those of sm90 alone, or with
+// "aligned" of these lists alone.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -147,6 +150,7 @@ struct Case {
   bool f32 = false;
   int weighs = 0;                // 1: the bias too, 2: all but the bias
   const char* lists = "sorted";  // or "aligned", "dispatched"
+  bool turned = false;           // padding comes first in each tile of the aligned lists
   const char* routing = "uniform";
   int tile_rows = 128;
   int tokens = 300;
@@ -364,6 +368,17 @@ class Check {
                                  .expert_size = room / c_.tile_rows,
                                  .num_tokens_past_padded = list + room + room / c_.tile_rows};
       align_block_size(topk, c_.tile_rows, c_.experts, {}, aligned, false, nullptr);
+      if (c_.turned) {
+        std::vector<std::int32_t> slots(static_cast<std::size_t>(room));
+        MARLINQ_CUDA_CHECK(
+            cudaMemcpy(slots.data(), list, slots.size() * 4, cudaMemcpyDeviceToHost));
+        for (std::size_t i = 0; i < slots.size(); i += static_cast<std::size_t>(c_.tile_rows)) {
+          std::reverse(slots.begin() + static_cast<std::ptrdiff_t>(i),
+                       slots.begin() + static_cast<std::ptrdiff_t>(i) + c_.tile_rows);
+        }
+        MARLINQ_CUDA_CHECK(
+            cudaMemcpy(list, slots.data(), slots.size() * 4, cudaMemcpyHostToDevice));
+      }
       problem.tiles = {.experts = aligned.expert_ids,
                        .ids = aligned.sorted_token_ids,
                        .used = aligned.num_tokens_past_padded,
@@ -524,6 +539,21 @@ bool check_all() {
        .tokens = 700,
        .n = 256,
        .experts = 4},
+      {.name = "aligned 8, 20 experts", .lists = "aligned", .tile_rows = 8, .experts = 20},
+      {.name = "aligned 48, turned",
+       .lists = "aligned",
+       .turned = true,
+       .tile_rows = 48,
+       .tokens = 700,
+       .n = 384,
+       .experts = 9},
+      {.name = "aligned 16, turned, long",
+       .lists = "aligned",
+       .turned = true,
+       .tile_rows = 16,
+       .tokens = 90,
+       .n = 256,
+       .k = 4096},
       {.name = "aligned 16, one",
        .lists = "aligned",
        .routing = "one",
@@ -579,9 +609,10 @@ float time_us(cudaStream_t stream, F&& run) {
 
 class Bench {
  public:
-  Bench(const Model& model, std::string routing)
+  Bench(const Model& model, std::string routing, int bits)
       : model_(model),
         routing_(std::move(routing)),
+        bits_(bits),
         limits_(device_limits(0)),
         scratch_(limits_),
         up_(make_stack(2 * model.inner, model.hidden)),
@@ -595,9 +626,11 @@ class Bench {
     const std::int64_t ids = std::int64_t{tokens} * model_.top_k;
     ids_ = upload(chosen);
     tokens_ = tokens;
+    topk_ = {
+        .data = ids_.data(), .row_stride = model_.top_k, .tokens = tokens_, .top_k = model_.top_k};
     x_ = CudaBuffer(0, DType::kFloat16, std::int64_t{tokens} * model_.hidden);
-    hidden_ = CudaBuffer(0, DType::kFloat16, ids * model_.inner);
-    hidden_before_ = CudaBuffer(0, DType::kFloat16, ids * model_.inner);
+    hidden_ = CudaBuffer(0, DType::kFloat16, ids * 2 * model_.inner);
+    hidden_before_ = CudaBuffer(0, DType::kFloat16, ids * 2 * model_.inner);
     y_ = CudaBuffer(0, DType::kFloat32, ids * model_.hidden);
     y_before_ = CudaBuffer(0, DType::kFloat32, ids * model_.hidden);
     out_ = CudaBuffer(0, DType::kFloat16, std::int64_t{tokens} * model_.hidden);
@@ -610,33 +643,48 @@ class Bench {
     fill_normal<<<1024, 256, 0, stream_>>>(static_cast<__half*>(x_.data()),
                                            static_cast<std::size_t>(x_.size()));
     const double average = static_cast<double>(ids) / model_.experts;
-    measure(sm80::tile_rows(tokens, ids, model_.experts, BatchInvariance::kNotRequired), kSm80);
-    std::swap(hidden_, hidden_before_);
-    std::swap(y_, y_before_);
-    compares_ = true;
-    for (const int rows : {16, 32, 64, 96, 128}) {
+    if (!products) {
+      measure(sm80::tile_rows(tokens, ids, model_.experts, BatchInvariance::kNotRequired), kSm80);
+      std::swap(hidden_, hidden_before_);
+      std::swap(y_, y_before_);
+      compares_ = true;
+    }
+    for (const int rows : {16, 32, 64, 80, 128}) {
+      if (products && aligned) break;
       if (average * 8 < rows || average > rows * 5) continue;
       if (!only_rows.empty() &&
           std::find(only_rows.begin(), only_rows.end(), rows) == only_rows.end())
         continue;
       for (std::size_t i = 0; i < sm90::kExpertInstanceCount; ++i) {
         const int of = sm90::expert_instances(FloatType::kF16, 4)[i].tokens;
-        if (of < rows || (rows < 64 && of > 64)) continue;
+        if (of < rows || of > 3 * rows) continue;
+        if (!takes(static_cast<int>(i))) continue;
         measure(rows, static_cast<int>(i));
       }
     }
     // As a block does it.
-    measure(sm90::tile_rows(tokens, ids, model_.experts, BatchInvariance::kNotRequired), kChosen);
+    if (!products)
+      measure(sm90::tile_rows(tokens, ids, model_.experts, BatchInvariance::kNotRequired), kChosen);
     compares_ = false;
     if (!aligned) return;
-    for (const int rows : {16, 32, 64}) {
-      if (average * 2 < rows || average > rows * 8) continue;
+    for (const int rows : {8, 16, 32, 48, 64}) {
+      const bool likely = average * 2 >= rows && average <= rows * 8;
+      const bool asked = std::find(only_rows.begin(), only_rows.end(), rows) != only_rows.end();
+      if (only_rows.empty() ? !likely : !asked) continue;
       measure_aligned(rows, kSm80);
       measure_aligned(rows, kChosen);
+      for (std::size_t i = 0; i < sm90::kExpertInstanceCount; ++i) {
+        if (takes(static_cast<int>(i))) measure_aligned(rows, static_cast<int>(i));
+      }
     }
   }
 
  private:
+  bool takes(int kernel) const {
+    return only_kernels.empty() ||
+           std::find(only_kernels.begin(), only_kernels.end(), kernel) != only_kernels.end();
+  }
+
   static constexpr int kChosen = -2;
   static constexpr int kSm80 = -1;
 
@@ -647,7 +695,7 @@ class Bench {
   };
 
   Stack make_stack(int n, int k) const {
-    sm80::Layout layout{.code_bits = 4, .scale_bytes = 2, .has_zeros = false, .n = n};
+    sm80::Layout layout{.code_bits = bits_, .scale_bytes = 2, .has_zeros = false, .n = n};
     layout.chunks = k / 64;
     layout.groups = k / 128;
     const std::int64_t expert = round_up(layout.words() * 4 + layout.group_bytes(), 256);
@@ -667,6 +715,8 @@ class Bench {
                               .chunk_groups = reinterpret_cast<const std::int32_t*>(memory),
                               .chunk_shift = 1,
                               .step_shift = 3,
+                              .code_bits = bits_,
+                              .middle = 1 << (bits_ - 1),
                               .record_bytes = layout.record_bytes(),
                               .n = n,
                               .k = k,
@@ -686,8 +736,6 @@ class Bench {
                .first = list + ids + tiles,
                .rows = list + ids + 2 * tiles,
                .count = list + ids + 3 * tiles};
-    topk_ = {
-        .data = ids_.data(), .row_stride = model_.top_k, .tokens = tokens_, .top_k = model_.top_k};
     tiles_ = {.experts = sorted_.experts,
               .ids = sorted_.ids,
               .first = sorted_.first,
@@ -746,9 +794,10 @@ class Bench {
       if (share > 0 && kernel == kSm80) continue;
       print("up", share, time([&](int i) { launch(i, true, FloatType::kF16, false, share); }));
       print("down", share, time([&](int i) { launch(i, false, FloatType::kF16, false, share); }));
-      if (share > 0) continue;
+      if (share > 0 || products) continue;
       print("down f32", 0, time([&](int i) { launch(i, false, FloatType::kF32, false, share); }));
     }
+    if (products) return;
     const auto sum_of = [&](FloatType type) {
       return CombineProblem{.expert_output = {y_.data(), type, model_.hidden},
                             .topk_ids = topk_,
@@ -803,9 +852,13 @@ class Bench {
         ExpertProblem problem = problem_of(up ? up_ : down_, i, up);
         problem.x_by_slot = problem.y_by_slot = false;
         problem.matrix.y_type = FloatType::kF16;
+        problem.activates = false;
+        problem.matrix.y_stride = problem.matrix.weight.n;
         const ExpertPlan plan =
             kernel == kSm80 ? sm80::plan_experts(problem, limits_, BatchInvariance::kNotRequired)
-                            : sm90::plan_experts(problem, limits_, BatchInvariance::kNotRequired);
+            : kernel == kChosen
+                ? sm90::plan_experts(problem, limits_, BatchInvariance::kNotRequired)
+                : sm90::expert_tile_plan(static_cast<std::size_t>(kernel), problem, limits_);
         sm90::launch_experts(problem, plan, limits_, scratch_.view(), stream_);
       }));
       std::printf("%s,%s,%d,%d,%d,%s,0,%.4g\n", model_.name, routing_.c_str(), tokens_, rows,
@@ -827,6 +880,7 @@ class Bench {
 
   Model model_;
   std::string routing_;
+  int bits_;
   DeviceLimits limits_;
   Scratch scratch_;
   Stack up_, down_;
@@ -837,7 +891,9 @@ class Bench {
 
  public:
   std::vector<int> shares = {0};
-  std::vector<int> only_rows;  // of tiles; empty: all
+  std::vector<int> only_rows;     // of tiles; empty: all
+  std::vector<int> only_kernels;  // the same
+  bool products = false;          // only
   bool aligned = false;
 
  private:
@@ -857,14 +913,21 @@ int main(int argc, char** argv) try {
   const char* routing = argc > 1 ? argv[1] : "uniform";
   const char* only = argc > 2 ? argv[2] : "";
   std::vector<int> tokens;
-  std::vector<int> shares = {0}, rows;
-  bool aligned = false;
+  std::vector<int> shares = {0}, rows, kernels;
+  bool aligned = false, products = false;
+  int bits = 4;
   for (int i = 3; i < argc; ++i) {
     int share = 0;
     if (std::sscanf(argv[i], "share=%d", &share) == 1) {
       shares.push_back(share);
     } else if (std::sscanf(argv[i], "rows=%d", &share) == 1) {
       rows.push_back(share);
+    } else if (std::sscanf(argv[i], "kernel=%d", &share) == 1) {
+      kernels.push_back(share);
+    } else if (std::sscanf(argv[i], "bits=%d", &share) == 1) {
+      bits = share;
+    } else if (std::strcmp(argv[i], "products") == 0) {
+      products = true;
     } else if (std::strcmp(argv[i], "aligned") == 0) {
       aligned = true;
     } else {
@@ -875,10 +938,12 @@ int main(int argc, char** argv) try {
   std::printf("model,routing,tokens,tile_rows,kernel,step,share,us\n");
   for (const Model& model : kModels) {
     if (std::strncmp(model.name, only, std::strlen(only)) != 0) continue;
-    Bench bench(model, routing);
+    Bench bench(model, routing, bits);
     bench.shares = shares;
     bench.only_rows = rows;
+    bench.only_kernels = kernels;
     bench.aligned = aligned;
+    bench.products = products;
     for (const int t : tokens) bench.run(t);
   }
   return 0;

@@ -22,8 +22,8 @@ namespace marlinq::cuda::sm90 {
 /// Tiles as moe_align_block_size makes them lie one after the other.
 inline bool joins_tiles(const ExpertProblem& problem, std::int32_t tokens) {
   const TokenTileLists& tiles = problem.tiles;
-  return problem.dispatches.empty() && tiles.first == nullptr && tokens >= 2 * tiles.tile_rows &&
-         tiles.most_tiles <= JoinedTiles::kMost;
+  return problem.dispatches.empty() && tiles.first == nullptr && tokens > tiles.tile_rows &&
+         tiles.tile_rows % JoinedTiles::kSlots == 0 && tiles.most_tiles <= JoinedTiles::kMost;
 }
 
 template <class S, class Rows>
@@ -62,10 +62,10 @@ void launch_expert_tiles(const ExpertProblem& problem, const ExpertPlan& plan,
               slab_groups(w) > 1 ? 1 : 1 << std::min(w.step_shift - kSlabStepShift, 24)});
 }
 
-/// A kernel of the shape ExpertShape<T, kBits, tokens>.
-template <class T, int kBits, int kTokens>
+/// A kernel of the shape ExpertShape<T, kBits, groups, tokens>.
+template <class T, int kBits, int kGroups, int kTokens>
 constexpr ExpertInstance expert_tile_instance() {
-  using S = ExpertShape<T, kBits, kTokens>;
+  using S = ExpertShape<T, kBits, kGroups, kTokens>;
   return {.tokens = S::kTokens,
           .blocks = S::kBlocks,
           .stage_bytes = S::kStageBytes,
@@ -73,7 +73,7 @@ constexpr ExpertInstance expert_tile_instance() {
           .launch = [](const ExpertProblem& problem, const ExpertPlan& plan,
                        const SplitScratch& scratch, cudaStream_t stream) {
             constexpr ExpertTileCost kCost =
-                kTokens <= 64 ? ExpertTileCost{1.014F, 0.61F, 0.28F, 0.032F, 0.37F}
+                kTokens <= 80 ? ExpertTileCost{1.014F, 0.61F, 0.28F, 0.032F, 0.37F}
                               : ExpertTileCost{1.467F, 1.85F, 0.77F, 0.037F, 1.16F};
             if (problem.dispatches.empty()) {
               launch_expert_tiles<S>(problem, plan, scratch, kCost,
@@ -87,7 +87,8 @@ constexpr ExpertInstance expert_tile_instance() {
 
 template <class T, int kBits>
 constexpr std::array<ExpertInstance, kExpertInstanceCount> expert_instance_list() {
-  return {expert_tile_instance<T, kBits, 64>(), expert_tile_instance<T, kBits, 128>()};
+  return {expert_tile_instance<T, kBits, 4, 32>(), expert_tile_instance<T, kBits, 3, 80>(),
+          expert_tile_instance<T, kBits, 2, 128>()};
 }
 
 }  // namespace marlinq::cuda::sm90

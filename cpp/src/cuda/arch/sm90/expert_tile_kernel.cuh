@@ -1,8 +1,9 @@
 // The product over experts for many rows of each: wgmma with the weights in registers.
 //
-// A block has a tile of features x tokens of one expert at a time. Two warpgroups multiply, each with two packed
-// blocks of 64 features; of the others, a warp finds the tiles (expert_tiles.cuh), one copies codes and two
-// copy rows of x, wherever they lie, and group records into a ring, a slab of two chunks a stage.
+// A block has a tile of features x tokens of one expert at a time. Two to four warpgroups multiply, each with two
+// packed blocks of 64 features; of the others, a warp finds the tiles (expert_tiles.cuh), one copies codes and
+// two copy rows of x, wherever they lie, and group records into a ring, a slab of two chunks a stage. More
+// warpgroups hide more of each other's latency, but have fewer registers for tokens.
 // There is one set of sums, in units of the scale of the current group: when a group begins they are
 // multiplied by the quotient of the old scale and the new one.
 //
@@ -148,10 +149,8 @@ __device__ __forceinline__ void fill_codes(const ExpertTileParams<Rows>& params,
       const uint32_t barrier = ring.filled(ring.stage());
       // Beside an odd last chunk are codes of before, which meet zeros.
       const int bytes = min(kSlabChunks, w.chunks - slab * kSlabChunks) * S::kChunkBytes;
-      const int records =
-          weights.has_records(slab, at.begin) ? weights.record_bytes(slab, ring.record_bytes()) : 0;
       ring.wait_emptied();
-      if (lane == 0) ptx::barrier_expect(barrier, S::kBlocks * (bytes + records));
+      if (lane == 0) ptx::barrier_expect(barrier, S::kBlocks * bytes);
       if (lane < S::kBlocks) ptx::bulk_copy(ring.codes(lane), codes, bytes, barrier);
       codes += S::kSlabBytes;
       ring.advance();
@@ -160,44 +159,58 @@ __device__ __forceinline__ void fill_codes(const ExpertTileParams<Rows>& params,
   ptx::launch_dependents();
 }
 
-/// By each of ExpertRing::kXWarps warps: gathers rows of x. The first copies group records too.
+/// By each of ExpertRing::kXWarps warps: gathers rows of x, and group records.
 template <class S, class Rows>
 class ExpertGather {
  public:
   __device__ __forceinline__ ExpertGather(const ExpertTileParams<Rows>& params,
                                           const ExpertRing<S>& ring, int warp)
-      : params_(params), ring_(ring), copies_records_(warp == 0) {
+      : params_(params), ring_(ring) {
     // A lane has a piece of rows r, r + 8, ...
     const int row = warp * 4 + threadIdx.x % 32 / 8;
     first_row_ = row;
     piece_ = threadIdx.x % 8;
     place_ = sm80::x_piece_place(row, piece_);
     pieces_ = params.problem.x_columns / 8;
+    // And pieces q, q + kRecordLanes, ... of a packed block's records.
+    const int thread = warp * 32 + threadIdx.x % 32;
+    record_block_ = thread / kRecordLanes;
+    record_byte_ = record_block_ < S::kBlocks ? thread % kRecordLanes * 16 : kNoRecords;
   }
 
+  // What waits for these warps is the whole block, so that what is the same for all slabs of a tile is in
+  // registers.
   __device__ __forceinline__ void run(SegmentQueue<S> queue) {
     const TileWeights<S, Rows> weights{params_};
     const WeightView& w = params_.problem.weight;
-    const int lane = threadIdx.x % 32;
     ptx::wait_for_predecessor();
     for (;; queue.release()) {
       const ExpertSegment<S>& at = queue.wait();
       if (at.tokens == 0) break;
       if (at.expert < 0) continue;
+      const int begin = at.begin;
       const int end = at.end;
-      const unsigned char* records = w.groups + at.expert * params_.expert_bytes +
-                                     static_cast<int64_t>(weights.block(at.feature_tile, lane)) *
-                                         w.num_groups * ring_.record_bytes();
+      const int count = at.tokens / 8;
+      const uint32_t* rows = at.x + first_row_;
+      uint32_t held[kHeldRows];
+#pragma unroll
+      for (int i = 0; i < kHeldRows; ++i) held[i] = rows[i * 8];
+      const unsigned char* records =
+          w.groups + at.expert * params_.expert_bytes +
+          static_cast<int64_t>(weights.block(at.feature_tile, record_block_)) * w.num_groups *
+              ring_.record_bytes() +
+          record_byte_;
+      const unsigned char* x = static_cast<const unsigned char*>(params_.problem.x) +
+                               begin * kSlabRowBytes + piece_ * 16;
 #pragma unroll 1
-      for (int slab = at.begin; slab < end; ++slab) {
+      for (int slab = begin; slab < end; ++slab) {
         ring_.wait_emptied();
-        if (copies_records_ && weights.has_records(slab, at.begin) && lane < S::kBlocks) {
-          ptx::bulk_copy(ring_.records(lane),
-                         records + static_cast<int64_t>(weights.group(slab)) * ring_.record_bytes(),
-                         weights.record_bytes(slab, ring_.record_bytes()),
-                         ring_.filled(ring_.stage()));
+        if (weights.has_records(slab, begin)) {
+          copy_records(records + static_cast<uint32_t>(weights.group(slab) * ring_.record_bytes()),
+                       weights.record_bytes(slab, ring_.record_bytes()));
         }
-        copy_rows(at, slab);
+        copy_rows(held, rows, count, slab, x);
+        x += kSlabRowBytes;
         ptx::barrier_arrive_after_copies(ring_.filled(ring_.stage()));
         ring_.advance();
       }
@@ -205,31 +218,57 @@ class ExpertGather {
   }
 
  private:
+  static constexpr int kRecordLanes = 32 * ExpertRing<S>::kXWarps / S::kBlocks;
+  static constexpr int kSlabRowBytes = kSlabChunks * sm80::kXRowBytes;  // of x in memory
+  static constexpr int kNoRecords = 1 << 24;
+  static constexpr int kRowsAtOnce = S::kTokens % 32 == 0 ? 4 : 2;
+  static constexpr int kHeldRows = S::kTokens / 8 < 8 ? S::kTokens / 8 : 8;
   static_assert(ExpertRing<S>::kXWarps == 2, "a warp has rows r to r + 3 of each 8");
 
-  __device__ __forceinline__ void copy_rows(const ExpertSegment<S>& at, int slab) const {
-    const int first = slab * (kSlabChunks * Layout::kChunkRows / 8) + piece_;
-    const bool full[kSlabChunks] = {first < pieces_, first + Layout::kChunkRows / 8 < pieces_};
-    const auto* x = static_cast<const uint4*>(params_.problem.x) + first;
-    const uint32_t* rows = at.x + first_row_;
-    const int count = at.tokens / 8;
-    uint32_t place = ring_.x() + place_;
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) {
-      const uint32_t row = rows[i * 8];
+  __device__ __forceinline__ void copy_records(const unsigned char* records, int bytes) const {
+    const uint32_t place = ring_.records(record_block_);
+#pragma unroll 1
+    for (int byte = record_byte_; byte < bytes; byte += 16 * kRecordLanes) {
+      ptx::copy_async(place + byte, records);
+      records += 16 * kRecordLanes;
+    }
+  }
+
+  __device__ __forceinline__ void copy_rows(const uint32_t (&held)[kHeldRows], const uint32_t* rows,
+                                            int count, int slab, const unsigned char* x) const {
+    const int first = slab * (kSlabRowBytes / 16) + piece_;
+    const bool full[kSlabChunks] = {first < pieces_, first + sm80::kXRowBytes / 16 < pieces_};
+    const uint32_t place = ring_.x() + place_;
+    const auto copy = [&](int i, uint32_t row) {
       const bool on = row != ExpertSegment<S>::kNoRow;
-      const uint4* source = x + row;
-      ptx::copy_async_or_zero_if(on, place, source, full[0]);
-      ptx::copy_async_or_zero_if(on, place + S::kXTileBytes, source + Layout::kChunkRows / 8,
-                                 full[1]);
-      place += 8 * sm80::kXRowBytes;
+      const unsigned char* source = x + static_cast<uint64_t>(row) * 16;
+      const uint32_t to = place + i * 8 * sm80::kXRowBytes;
+      ptx::copy_async_or_zero_if(on, to, source, full[0]);
+      ptx::copy_async_or_zero_if(on, to + S::kXTileBytes, source + sm80::kXRowBytes, full[1]);
+    };
+    // Without a branch between them; past the last row there is none.
+#pragma unroll
+    for (int i = 0; i < kHeldRows; i += kRowsAtOnce) {
+      if (i >= count) return;
+#pragma unroll
+      for (int j = i; j < i + kRowsAtOnce; ++j) copy(j, held[j]);
+    }
+    if constexpr (kHeldRows < S::kTokens / 8) {
+#pragma unroll 1
+      for (int i = kHeldRows; i < count; i += kRowsAtOnce) {
+        uint32_t next[kRowsAtOnce];
+#pragma unroll
+        for (int j = 0; j < kRowsAtOnce; ++j) next[j] = rows[(i + j) * 8];
+#pragma unroll
+        for (int j = 0; j < kRowsAtOnce; ++j) copy(i + j, next[j]);
+      }
     }
   }
 
   const ExpertTileParams<Rows>& params_;
   ExpertRing<S> ring_;
-  bool copies_records_;
   int first_row_, piece_, pieces_;
+  int record_block_, record_byte_;
   uint32_t place_;
 };
 
@@ -245,6 +284,10 @@ class ExpertMultiply {
     group_ = threadIdx.x / 128;
     warp_ = threadIdx.x / 32 % 4;
     lane_ = threadIdx.x % 32;
+    codes_ =
+        S::kXBytes + group_ * S::kGroupBlocks * S::kSlabBytes + warp_ * S::kStripBytes + lane_ * 16;
+    records_ = warp_ * w_.record_bytes;
+    plain_ = !w_.has_zeros && w_.scale_type == FloatType::kF16 && params.group_slabs == 1;
   }
 
   __device__ __forceinline__ void run(SegmentQueue<S> queue) {
@@ -275,61 +318,95 @@ class ExpertMultiply {
     }
   }
 
-  // As many tokens as have rows.
   __device__ __forceinline__ void multiply(const ExpertSegment<S>& at) {
-    constexpr int kStep = S::kTokenStep;
 #pragma unroll
     for (int b = 0; b < S::kGroupBlocks; ++b) {
       values_[b].scale[0][0] = values_[b].scale[0][1] = 0.0f;
     }
-    switch (at.tokens / kStep) {
-      case 1:
-        multiply_tokens<kStep>(at);
-        break;
-      case 2:
-        multiply_tokens<2 * kStep>(at);
-        break;
-      case 3:
-        multiply_tokens<3 * kStep>(at);
-        break;
-      default:
-        multiply_tokens<4 * kStep>(at);
-        break;
+    multiply_as_many<S::kTokenStep>(at);
+  }
+
+  // As many tokens as have rows.
+  template <int kTokens>
+  __device__ __forceinline__ void multiply_as_many(const ExpertSegment<S>& at) {
+    if constexpr (kTokens < S::kTokens) {
+      if (at.tokens > kTokens) {
+        multiply_as_many<kTokens + S::kTokenStep>(at);
+        return;
+      }
     }
+    multiply_tokens<kTokens>(at);
   }
 
   template <int kTokens>
   __device__ __forceinline__ void multiply_tokens(const ExpertSegment<S>& at) {
-    if (params_.slab_groups == 1) {
-      multiply_slabs<kTokens>(at.begin, at.end);
-    } else {
+    if (params_.slab_groups > 1) {
       multiply_half_slabs<kTokens>(at.begin, at.end);
+    } else if (plain_) {
+      multiply_slabs<kTokens, true>(at.begin, at.end);
+    } else {
+      multiply_slabs<kTokens, false>(at.begin, at.end);
     }
   }
 
-  // Between groups of scales no product of the warpgroup is under way, which the others make use of.
-  template <int kTokens>
+  template <int kTokens, bool kPlain>
   __device__ __forceinline__ void multiply_slabs(int begin, int end) {
     int slab = begin;
+    // Four warpgroups hide the ends of slabs anyway, and two have no registers for it.
+    if constexpr (kPlain && S::kGroups == 3) {
 #pragma unroll 1
-    do {
-      ring_.wait_filled();
-      if (slab == begin || (slab & (params_.group_slabs - 1)) == 0) {
+      for (; slab + 1 < end; slab += 2) multiply_run<kTokens, kPlain, 2>(slab, begin);
+      if (slab < end) multiply_run<kTokens, kPlain, 1>(slab, begin);
+    } else {
+#pragma unroll 1
+      for (; slab < end; ++slab) multiply_run<kTokens, kPlain, 1>(slab, begin);
+    }
+  }
+
+  // Between runs no product of the warpgroup is under way, which the others make use of.
+  template <int kTokens, bool kPlain, int kSlabs>
+  __device__ __forceinline__ void multiply_run(int first, int begin) {
+    uint32_t before = 0;  // the stage of the slab before
 #pragma unroll
-        for (int b = 0; b < S::kGroupBlocks; ++b) change_group<kTokens>(b, 0);
-      }
+    for (int i = 0; i < kSlabs; ++i) {
+      ring_.wait_filled();
+      const int slab = first + i;
+      const bool changes = kPlain || slab == begin || (slab & (params_.group_slabs - 1)) == 0;
       const uint32_t x = ptx::wgmma_operand_low(ring_.x());
+      const uint32_t codes = ring_.x() + codes_;
+      if (changes && kFragmentSets > 1) {
+#pragma unroll
+        for (int b = 0; b < S::kGroupBlocks; ++b) {
+          float quotient[2];
+          load_group<kPlain>(b, 0, quotient);
+          scale_sums<kTokens>(b, quotient);
+        }
+      }
 #pragma unroll
       for (int b = 0; b < S::kGroupBlocks; ++b) {
-        decode_chunk(b, 0);
-        decode_chunk(b, 1);
-        ptx::wgmma_fence();
-        multiply_chunk<kTokens>(b, 0, x);
-        multiply_chunk<kTokens>(b, 1, x);
-        ptx::wgmma_commit();
+        float quotient[2];
+        if (changes && kFragmentSets == 1) load_group<kPlain>(b, 0, quotient);
+#pragma unroll
+        for (int chunk = 0; chunk < kSlabChunks; ++chunk) {
+          uint32_t words[S::kBits];
+          load_codes(codes + b * S::kSlabBytes + chunk * S::kChunkBytes, words);
+          if (kFragmentSets == 1 && i + b > 0) {
+            ptx::wgmma_wait<1>();
+            if (i > 0 && chunk == 0) ptx::keep_in_place(sums<kTokens>(b));
+          }
+          if (i > 0 && b == 0 && chunk == 1) release(before);
+          if (changes && kFragmentSets == 1 && chunk == 0) scale_sums<kTokens>(b, quotient);
+          decode_chunk(b, chunk, words);
+          ptx::wgmma_fence();
+          multiply_chunk<kTokens>(b, chunk, x);
+          ptx::wgmma_commit();
+        }
       }
-      finish_products<kTokens>();
-    } while (++slab < end);
+      before = ring_.emptied(ring_.stage());
+      ring_.advance();
+    }
+    wait_for_products<kTokens>();
+    release(before);
   }
 
   // Each chunk has a group of its own.
@@ -340,22 +417,31 @@ class ExpertMultiply {
     do {
       ring_.wait_filled();
       const uint32_t x = ptx::wgmma_operand_low(ring_.x());
+      const uint32_t codes = ring_.x() + codes_;
 #pragma unroll
       for (int chunk = 0; chunk < kSlabChunks; ++chunk) {
 #pragma unroll
         for (int b = 0; b < S::kGroupBlocks; ++b) {
-          if (slab * kSlabChunks + chunk < w_.num_groups) change_group<kTokens>(b, chunk);
+          if (slab * kSlabChunks + chunk < w_.num_groups) {
+            float quotient[2];
+            load_group<false>(b, chunk, quotient);
+            scale_sums<kTokens>(b, quotient);
+          }
         }
 #pragma unroll
         for (int b = 0; b < S::kGroupBlocks; ++b) {
-          decode_chunk(b, chunk);
+          uint32_t words[S::kBits];
+          load_codes(codes + b * S::kSlabBytes + chunk * S::kChunkBytes, words);
+          if (kFragmentSets == 1 && b > 0) ptx::wgmma_wait<0>();
+          decode_chunk(b, chunk, words);
           ptx::wgmma_fence();
           multiply_chunk<kTokens>(b, chunk, x);
           ptx::wgmma_commit();
         }
-        if (chunk == 0) wait_for_products<kTokens>();
+        wait_for_products<kTokens>();
       }
-      finish_products<kTokens>();
+      release(ring_.emptied(ring_.stage()));
+      ring_.advance();
     } while (++slab < end);
   }
 
@@ -371,44 +457,56 @@ class ExpertMultiply {
     for (int b = 0; b < S::kGroupBlocks; ++b) ptx::keep_in_place(sums<kTokens>(b));
   }
 
-  // And gives back the stage.
-  template <int kTokens>
-  __device__ __forceinline__ void finish_products() {
-    wait_for_products<kTokens>();
+  // Gives back a stage.
+  __device__ __forceinline__ void release(uint32_t emptied) const {
     __syncwarp();  // all lanes have read the codes
-    if (lane_ == 0) ptx::barrier_arrive(ring_.emptied(ring_.stage()));
-    ring_.advance();
+    if (lane_ == 0) ptx::barrier_arrive(emptied);
   }
 
-  template <int kTokens>
-  __device__ __forceinline__ void change_group(int b, int group) {
-    const uint32_t records = ring_.records(group_ * S::kGroupBlocks + b) +
-                             group * ring_.record_bytes() + warp_ * w_.record_bytes;
-    float quotient[1][2];
-    values_[b].change(records, w_, quotient);
-#pragma unroll
-    for (int i = 0; i < kTokens / 2; ++i) {
-      sum_[b][i] = __fmul_rn(sum_[b][i], quotient[0][i / 2 % 2]);
+  // `quotient` is what the sums of a packed block are to be multiplied by. `kPlain`: as plain_.
+  template <bool kPlain>
+  __device__ __forceinline__ void load_group(int b, int group, float (&quotient)[2]) {
+    const uint32_t records = ring_.records(group_ * S::kGroupBlocks + b) + records_;
+    GroupValues<T, S::kBits, 1>& values = values_[b];
+    if constexpr (kPlain) {
+      const uint32_t pair = ptx::load_shared_4(records + lane_ / 4 * 4);
+      const float2 scale = __half22float2(reinterpret_cast<const __half2&>(pair));
+      quotient[0] = ptx::divide_roughly(values.scale[0][0], scale.x);
+      quotient[1] = ptx::divide_roughly(values.scale[0][1], scale.y);
+      values.scale[0][0] = scale.x;
+      values.scale[0][1] = scale.y;
+    } else {
+      values.change(records + group * ring_.record_bytes(), w_,
+                    reinterpret_cast<float (&)[1][2]>(quotient));
     }
   }
 
-  __device__ __forceinline__ void decode_chunk(int b, int chunk) {
-    constexpr int kStepWords = S::kBits / 4;
-    const uint32_t codes = ring_.codes(group_ * S::kGroupBlocks + b) + chunk * S::kChunkBytes +
-                           warp_ * S::kStripBytes + lane_ * 16;
-    uint32_t words[4 * kStepWords];
+  // No product of the packed block is under way.
+  template <int kTokens>
+  __device__ __forceinline__ void scale_sums(int b, const float (&quotient)[2]) {
 #pragma unroll
-    for (int i = 0; i < kStepWords; ++i) {
+    for (int i = 0; i < kTokens / 2; ++i) {
+      sum_[b][i] = __fmul_rn(sum_[b][i], quotient[i / 2 % 2]);
+    }
+  }
+
+  __device__ __forceinline__ void load_codes(uint32_t codes, uint32_t (&words)[S::kBits]) const {
+#pragma unroll
+    for (int i = 0; i < S::kBits / 4; ++i) {
       const uint4 q = ptx::load_shared_16(codes + i * 512);
       words[4 * i] = q.x;
       words[4 * i + 1] = q.y;
       words[4 * i + 2] = q.z;
       words[4 * i + 3] = q.w;
     }
+  }
+
+  __device__ __forceinline__ void decode_chunk(int b, int chunk,
+                                               const uint32_t (&words)[S::kBits]) {
 #pragma unroll
     for (int step = 0; step < Layout::kChunkSteps; ++step) {
-      decode(fragment_[b][chunk * Layout::kChunkSteps + step], &words[step * kStepWords],
-             values_[b].zero[0], T());
+      decode(fragment_[b % kFragmentSets][chunk * Layout::kChunkSteps + step],
+             &words[step * (S::kBits / 4)], values_[b].zero[0], T());
     }
   }
 
@@ -416,7 +514,8 @@ class ExpertMultiply {
   __device__ __forceinline__ void multiply_chunk(int b, int chunk, uint32_t x) {
 #pragma unroll
     for (int step = 0; step < Layout::kChunkSteps; ++step) {
-      ptx::wgmma_k16<T>(sums<kTokens>(b), fragment_[b][chunk * Layout::kChunkSteps + step],
+      ptx::wgmma_k16<T>(sums<kTokens>(b),
+                        fragment_[b % kFragmentSets][chunk * Layout::kChunkSteps + step],
                         ptx::wgmma_operand_of(x + (chunk * S::kXTileBytes + step * 32) / 16));
     }
   }
@@ -490,8 +589,13 @@ class ExpertMultiply {
   const WeightView& w_;
   ExpertRing<S> ring_;
   int group_, warp_, lane_;
+  uint32_t codes_;    // of this lane, in a stage
+  uint32_t records_;  // of this warp, in those of a packed block
+  bool plain_;        // scales are of float16, a group is a slab, and there are no zero points
   GroupValues<T, S::kBits, 1> values_[S::kGroupBlocks];
-  uint32_t fragment_[S::kGroupBlocks][kSlabSteps][4];
+  // Two sets where there are registers for them; both packed blocks of a warpgroup share one otherwise.
+  static constexpr int kFragmentSets = S::kGroups == 2 ? 2 : 1;
+  uint32_t fragment_[kFragmentSets][kSlabSteps][4];
   float sum_[S::kGroupBlocks][S::kSums];
 };
 

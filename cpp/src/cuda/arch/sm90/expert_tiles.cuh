@@ -27,15 +27,21 @@ using sm80::Layout;
 using sm80::PlainDivider;
 using sm80::RowPlace;
 
-/// The tile of a block: packed blocks of 64 features x tokens that meet one expert. Two warpgroups of two: the codes of one packed block are decoded while the products of the other run, and
-/// two that meet in an activation have their sums in the same threads.
-template <class T, int kBits, int kTokens>
-struct ExpertShape : WgmmaShape<T, kBits, 2, 2, kTokens> {
+/// The tile of a block: packed blocks of 64 features x tokens that meet one expert. A warpgroup has two, which
+/// meet in an activation, so that both inputs of an output are sums of one thread.
+template <class T, int kBits, int kGroups_, int kTokens>
+struct ExpertShape : WgmmaShape<T, kBits, kGroups_, 2, kTokens> {
+  using Base = WgmmaShape<T, kBits, kGroups_, 2, kTokens>;
   // Tiles multiply as many tokens as they have rows, in steps of so many.
-  static constexpr int kTokenStep = kTokens / 4;
-  static constexpr int kOutputTokens = 64;  // that are stored at a time
+  static constexpr int kTokenStep = kTokens <= 80 ? 16 : 32;
+  static constexpr int kOutputTokens = kTokens <= 80 ? kTokens : 64;  // that are stored at a time
   static constexpr int kGroupOutputBytes = kOutputTokens * Layout::kBlockFeatures * 2;
-  static constexpr int kOutputBytes = ExpertShape::kGroups * kGroupOutputBytes;
+  static constexpr int kOutputBytes = Base::kGroups * kGroupOutputBytes;
+  // Registers move from the warpgroup that fills to the others.
+  static constexpr int kLaunchRegisters = 65536 / Base::kThreads / 8 * 8;
+  static constexpr int kFillRegisters = kGroups_ == 2 ? 56 : kGroups_ == 3 ? 48 : 64;
+  static constexpr int kMultiplyRegisters =
+      (kLaunchRegisters * Base::kThreads - kFillRegisters * 128) / Base::kMultiplyThreads / 8 * 8;
 };
 
 /// What a tile takes, in microseconds on an H100; a block compares these.
@@ -64,8 +70,8 @@ struct ExpertTileParams {
   bool activates;
   Activation activation;
   bool may_cut;
-  bool joins;    // neighbours of the lists that have one expert are one tile, as far as it has room
-  bool settled;  // the rows of the tiles are known before the kernel before has ended
+  bool joins;          // tiles go over neighbours of the lists that have one expert
+  bool settled;        // the rows of the tiles are known before the kernel before has ended
   bool rows_together;  // outputs are of type T, and may be stored 16 bytes at a time
   int share;           // as ExpertPlan's
   int stages;
@@ -140,11 +146,14 @@ class SegmentQueue {
   uint32_t parity_ = 0;
 };
 
-/// What is joined to tiles, in shared memory: the first tile of the lists of each, and their number.
+/// Tiles over neighbours of the lists, in shared memory: the first slot of each, and the end of the last.
 struct JoinedTiles {
-  static constexpr int kMost = 1536;
+  static constexpr int kMost = 1536;  // of the lists
+  static constexpr int kSlots = 8;    // of which tiles begin at multiples
 
   alignas(16) uint16_t first[kMost + 8];
+
+  __device__ __forceinline__ int begin(int tile) const { return first[tile] * kSlots; }
 };
 
 /// By one warp: finds the segments of its block, and writes them into the queue.
@@ -226,16 +235,33 @@ class SegmentLister {
     }
     int feature_tile;
     const int token_tile = place(tile, feature_tile);
+    const sm80::TokenTile rows = tile_of(params_.rows.entries(), token_tile);
+    write_rows(rows, feature_tile, begin, end, first_block);
+    if (!joins() || end < params_.slabs) return;
+    // join() found no row where another tile would have begun. There is none after that place either, if
+    // rows come before padding.
+    for (int past = S::kTokens; past < rows.rows; past += S::kTokens) {
+      write_rows({.expert = rows.expert,
+                  .rows = rows.rows - past,
+                  .first = rows.first + past,
+                  .y = rows.y},
+                 feature_tile, 0, end, 0);
+    }
+  }
+
+  __device__ __forceinline__ void write_rows(const sm80::TokenTile& rows, int feature_tile,
+                                             int begin, int end, int first_block) {
     const auto entries = params_.rows.entries();
-    const sm80::TokenTile rows = tile_of(entries, token_tile);
     const bool here =
         static_cast<uint32_t>(rows.expert) < static_cast<uint32_t>(params_.num_experts);
     if (!here && end < params_.slabs) return;  // whoever has the end of the tile stores zeros
-    RowPlace places[S::kTokens / 32];
+    RowPlace places[kPlaces];
     int last = 0;
 #pragma unroll
-    for (int i = 0; i < S::kTokens / 32; ++i) {
-      places[i] = params_.rows.row(entries, rows, i * 32 + lane());
+    for (int i = 0; i < kPlaces; ++i) {
+      if (i * 32 + lane() < S::kTokens) {
+        places[i] = params_.rows.row(entries, rows, i * 32 + lane());
+      }
       const uint32_t present = __ballot_sync(0xffffffffu, places[i].x >= 0);
       if (present != 0) last = i * 32 + 32 - __clz(present);
     }
@@ -250,9 +276,10 @@ class SegmentLister {
       segment.first_block = first_block;
     }
 #pragma unroll
-    for (int i = 0; i < S::kTokens / 32; ++i) {
+    for (int i = 0; i < kPlaces; ++i) {
       const RowPlace& row = places[i];
       const int at = i * 32 + lane();
+      if (at >= S::kTokens) break;
       segment.x[at] = row.x < 0 ? ExpertSegment<S>::kNoRow
                                 : static_cast<uint32_t>(row.x * params_.problem.x_stride / 8);
       segment.y[at] = row.x < 0 ? -1 : row.y;
@@ -261,6 +288,8 @@ class SegmentLister {
     }
     queue_.publish();
   }
+
+  static constexpr int kPlaces = (S::kTokens + 31) / 32;  // of a lane
 
   // The token tile and the feature tile of a tile. Token tiles of one expert that stand side by side in an
   // aligned group of 8 are walked through before the next feature tile, so that they share its weights.
@@ -281,15 +310,19 @@ class SegmentLister {
     return first + begin + within - feature_tile * width;
   }
 
-  // --- tiles of the lists that are joined ---
+  // --- tiles over neighbours of the lists ---
 
   static constexpr bool kJoins = std::is_same_v<Rows, sm80::ListedTiles>;
 
-  // Every tile begins one, or belongs to the one that began last. Returns how many there are.
+  __device__ __forceinline__ bool joins() const { return kJoins && params_.joins; }
+
+  // Slots of neighbours that have one expert are cut into tiles from the first of them on; where a tile would
+  // begin with padding, there is none. Returns how many there are. No more than one begins in a tile of
+  // the lists, which has fewer rows.
   __device__ __forceinline__ int join(int listed) {
     constexpr int kAtOnce = 4;
-    const int most = S::kTokens / params_.rows.tile_rows.divisor;
-    const int32_t* experts = params_.rows.lists.experts;
+    const int rows = params_.rows.tile_rows.divisor;
+    const auto& lists = params_.rows.lists;
     int count = 0;
     int run = 0;       // tiles of the run that goes on
     int previous = 0;  // its expert
@@ -299,8 +332,10 @@ class SegmentLister {
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int tile = first + 32 * i + lane();
-        expert[i] = tile < listed ? experts[tile] : 0;
+        expert[i] = tile < listed ? lists.experts[tile] : 0;
       }
+      int slot[kAtOnce];  // where a tile begins; negative: none does
+      int id[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int tile = first + 32 * i + lane();
@@ -309,24 +344,36 @@ class SegmentLister {
         const uint32_t starts =
             __ballot_sync(0xffffffffu, differs) & (0xffffffffu >> (31 - lane()));
         const int at = starts != 0 ? lane() - 31 + __clz(starts) : run + lane();
-        const bool begins = tile < listed && at % most == 0;
-        const uint32_t all = __ballot_sync(0xffffffffu, begins);
-        if (begins) {
-          joined_.first[count + __popc(all & ((1u << lane()) - 1))] = static_cast<uint16_t>(tile);
-        }
-        count += __popc(all);
+        const unsigned passed = at * rows;
+        const int within = (passed + S::kTokens - 1) / S::kTokens * S::kTokens - passed;
+        slot[i] = tile < listed && within < rows ? tile * rows + within : -1;
+        id[i] = slot[i] >= 0 && at > 0 ? lists.ids[slot[i]] : 0;
         run = __shfl_sync(0xffffffffu, at, 31) + 1;
         previous = __shfl_sync(0xffffffffu, expert[i], 31);
       }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const bool begins =
+            slot[i] >= 0 && static_cast<unsigned>(id[i]) < static_cast<unsigned>(lists.num_ids);
+        const uint32_t all = __ballot_sync(0xffffffffu, begins);
+        if (begins) {
+          joined_.first[count + __popc(all & ((1u << lane()) - 1))] =
+              static_cast<uint16_t>(slot[i] / JoinedTiles::kSlots);
+        }
+        count += __popc(all);
+      }
     }
-    if (lane() == 0) joined_.first[count] = static_cast<uint16_t>(listed);
+    if (lane() == 0)
+      joined_.first[count] = static_cast<uint16_t>(listed * rows / JoinedTiles::kSlots);
     __syncwarp();
     return count;
   }
 
   __device__ __forceinline__ int expert_of(int tile) const {
     if constexpr (kJoins) {
-      if (params_.joins) return params_.rows.lists.experts[joined_.first[tile]];
+      if (params_.joins) {
+        return params_.rows.lists.experts[params_.rows.tile_rows.divide(joined_.begin(tile))];
+      }
     }
     return params_.rows.expert(tile);
   }
@@ -334,11 +381,10 @@ class SegmentLister {
                                                      int tile) const {
     if constexpr (kJoins) {
       if (params_.joins) {
-        const int first = joined_.first[tile];
-        const int rows = params_.rows.tile_rows.divisor;
-        return {.expert = entries.experts[first],
-                .rows = (joined_.first[tile + 1] - first) * rows,
-                .first = first * rows,
+        const int first = joined_.begin(tile);
+        return {.expert = entries.experts[params_.rows.tile_rows.divide(first)],
+                .rows = joined_.begin(tile + 1) - first,
+                .first = first,
                 .y = 0};
       }
     }

@@ -25,9 +25,18 @@ namespace {
 
 constexpr std::int32_t kFirstInstance = sm80::kExpertInstanceCount;
 
-constexpr std::int32_t kTileTokens = 64;  // of the first kernel; the other has twice as many
-constexpr std::int32_t kFewRows = 16;     // tiles of fewer are left to sm80
-constexpr std::int64_t kManyRows = 44;    // of an expert on average: for tiles of the other
+constexpr std::int32_t kFewRows = 16;  // tiles of fewer are left to sm80
+
+// Of an expert on average, for tiles of the first kernel, and of the second. Rows are uneven: with the first number,
+// most experts of a random routing have one tile.
+constexpr std::int64_t kFirstRows = 24;
+constexpr std::int64_t kSecondRows = 180;
+
+constexpr std::int32_t kTileTokens[kExpertInstanceCount] = {32, 80, 128};
+
+std::size_t instance_for(std::int64_t ids, std::int64_t experts) {
+  return ids <= kFirstRows * experts ? 0 : ids <= kSecondRows * experts ? 1 : 2;
+}
 
 }  // namespace
 
@@ -61,10 +70,12 @@ ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits
                      (!problem.activates || w.n % (2 * sm80::Layout::kBlockFeatures) == 0);
   const std::int32_t rows = sm80::most_rows(problem);
   if (!takes || rows < kFewRows) return sm80::plan_experts(problem, limits, invariance);
-  // Tiles of the caller's lists may be joined to larger ones.
-  const bool joined = problem.dispatches.empty() && problem.tiles.first == nullptr &&
-                      problem.tiles.num_ids >= kManyRows * std::int64_t{problem.num_experts};
-  const ExpertPlan plan = expert_tile_plan(rows <= kTileTokens && !joined ? 0 : 1, problem, limits);
+  std::size_t index = 0;
+  while (index + 1 < kExpertInstanceCount && kTileTokens[index] < rows) ++index;
+  // Tiles of the kernel may go over several of the caller's lists.
+  if (problem.dispatches.empty() && problem.tiles.first == nullptr)
+    index = std::max(index, instance_for(problem.tiles.num_ids, problem.num_experts));
+  const ExpertPlan plan = expert_tile_plan(index, problem, limits);
   return plan.shared_bytes <= sm80::usable_shared(limits)
              ? plan
              : sm80::plan_experts(problem, limits, invariance);
@@ -75,7 +86,7 @@ std::int32_t tile_rows(std::int64_t tokens, std::int64_t ids, std::int64_t exper
   const std::int32_t rows = sm80::tile_rows(tokens, ids, experts, invariance);
   if (rows < kFewRows || invariance == BatchInvariance::kRequired) return rows;
   // An expert with more rows than a tile has another tile, which reads its weights again.
-  return ids < kManyRows * experts ? kTileTokens : 2 * kTileTokens;
+  return kTileTokens[instance_for(ids, experts)];
 }
 
 void launch_experts(const ExpertProblem& problem, const ExpertPlan& plan,

@@ -23,7 +23,7 @@ struct ExpertInstance {
 
 /// By rising tokens. In a plan they come after those of sm80: ExpertPlan::instance is
 /// sm80::kExpertInstanceCount more than an index.
-constexpr std::size_t kExpertInstanceCount = 2;
+constexpr std::size_t kExpertInstanceCount = 3;
 
 /// The kernels for activations of `type` and codes of `code_bits`.
 std::span<const ExpertInstance> expert_instances(FloatType type, std::int32_t code_bits);
