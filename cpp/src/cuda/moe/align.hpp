@@ -28,7 +28,7 @@ struct ExpertTiles {
   std::int32_t* count = nullptr;    // [1]: tiles
 };
 
-/// Sorts the ids by expert. num_experts 1 to 1024; max_rows 8, 16, 32, 64 or 128. `dependent_launch` as in
+/// Sorts the ids by expert. num_experts 1 to 1024; max_rows a multiple of 8 up to 128. `dependent_launch` as in
 /// GemmPlan. No ids: count is 0.
 void sort_by_expert(const TopkIds& topk_ids, std::int32_t num_experts, std::int32_t max_rows,
                     const ExpertTiles& tiles, bool dependent_launch, void* stream);
