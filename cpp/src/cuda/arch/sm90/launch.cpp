@@ -176,16 +176,18 @@ GemmPlan plan_strips(const GemmProblem& problem, std::int32_t token_tiles,
       return no_plan();
     return strip_plan(problem, strip_index(problem, token_tiles, streams_x, warps), choice);
   };
-  // More that is asked for before x would only delay it.
-  const auto choice_of = [&](const StripDivision& division) {
+  const auto choice_of = [&](const StripDivision& division, std::int32_t stages,
+                             std::int32_t early) {
     return StripChoice{.clusters = static_cast<std::int32_t>(ceil_div(halves, division.busiest)),
                        .cluster_blocks = division.cluster_blocks,
                        .share_halves = division.busiest % 2 == 0 ? 2 : 1,
-                       .stages = 2,
-                       .early_stages = 1};
+                       .stages = stages,
+                       .early_stages = early};
   };
-  const auto one_each = [&](const StripDivision& division, std::int32_t warps, bool streams_x) {
-    GemmPlan plan = plan_of(choice_of(division), warps, streams_x);
+  // More that is asked for before x would only delay it.
+  const auto one_each = [&](const StripDivision& division, std::int32_t warps, bool streams_x,
+                            std::int32_t stages = 2, std::int32_t early = 1) {
+    GemmPlan plan = plan_of(choice_of(division, stages, early), warps, streams_x);
     // Where a multiprocessor has no block of this kernel or of the one before, it would get two.
     if (plan.blocks < limits.multiprocessors) {
       plan.shared_bytes = std::max(plan.shared_bytes, limits.multiprocessor_shared_bytes / 2);
@@ -208,15 +210,24 @@ GemmPlan plan_strips(const GemmProblem& problem, std::int32_t token_tiles,
       return plan_of({.clusters = clusters, .cluster_blocks = most_slices}, kWarps,
                      tokens > kFewTokens);
     }
+    // 8 bits are half the work for a byte: one block, whose rings are long.
+    if (w.code_bits == 8) {
+      constexpr std::int64_t kManyRings = 8;
+      for (std::int32_t stages = rings >= kManyRings ? 4 : 3; stages > 2; --stages) {
+        const GemmPlan plan =
+            one_each(single, kWarps, tokens > kFewTokens, stages, rings >= kManyRings ? stages : 2);
+        if (fits(plan, limits)) return plan;
+      }
+    }
     // Two blocks on a multiprocessor have enough warps to hide what each waits for. K is cut where it takes
     // that for all of them to have features.
-    for (std::int32_t slices = 1; slices <= most_slices; ++slices) {
+    for (std::int32_t slices = 1; slices <= most_slices && w.code_bits == 4; ++slices) {
       const StripDivision twice = divide_strips(w, 2 * limits.multiprocessors, slices);
       const std::int64_t least_halves = slices == 1 ? 3 : 2;
       if (twice.busiest < least_halves) continue;
       for (const bool streams_x : {false, true}) {
         if (!streams_x && tokens > kFewTokens) continue;
-        const GemmPlan plan = plan_of(choice_of(twice), kWarps, streams_x);
+        const GemmPlan plan = plan_of(choice_of(twice, 2, 1), kWarps, streams_x);
         if (plan.shared_bytes <= limits.multiprocessor_shared_bytes / 2 - sm80::kReservedShared)
           return plan;
       }
@@ -363,7 +374,8 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
   }
   const auto token_tiles = static_cast<std::int32_t>(ceil_div(std::max(problem.m, 1), 8));
   GemmPlan best = no_plan();
-  if (token_tiles == 1 || (!has_tiles && token_tiles == 2)) {
+  // What strips and tiles take is known for 4 bits.
+  if (token_tiles == 1 || (token_tiles == 2 && (!has_tiles || w.code_bits == 8))) {
     best = plan_strips(problem, token_tiles, limits);
   } else if (!w.scales_divide) {
     best = plan_strips(problem, 2, limits);  // a slice of x after the other
