@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "core/integers.hpp"
 #include "cuda/arch/sm80/plan.hpp"
@@ -108,6 +109,28 @@ TEST(Sm90PlanTest, FitsAndCovers) {
       }
     }
   }
+}
+
+TEST(Sm90PlanTest, FewRowsOfLargeLayersHaveTwoBlocksOnAMultiprocessor) {
+  constexpr std::int32_t kGroups128 = 3;
+  const DeviceLimits limits = hopper(132);
+  const auto plan_of = [&](std::int32_t n, std::int32_t k, std::int32_t m, std::int32_t bits) {
+    return sm90::plan(problem_of(n, k, m, bits, kGroups128), limits, BatchInvariance::kNotRequired);
+  };
+  for (const std::int32_t m : {1, 2, 3, 8}) {
+    for (const auto& [n, k] : {std::pair{28672, 4096}, {57344, 8192}, {8192, 28672}}) {
+      const GemmPlan plan = plan_of(n, k, m, 4);
+      EXPECT_EQ(plan.kind, KernelKind::kStrip);
+      EXPECT_GT(plan.blocks, limits.multiprocessors) << n << " x " << k << ", m " << m;
+      EXPECT_LE(plan_of(n, k, m, 8).blocks, limits.multiprocessors)
+          << n << " x " << k << ", m " << m;
+    }
+    // A block of this kernel and one of the next, on each.
+    const GemmPlan small = plan_of(4096, 4096, m, 4);
+    EXPECT_EQ(small.blocks, limits.multiprocessors);
+    EXPECT_LE(2 * (small.shared_bytes + 1024), limits.multiprocessor_shared_bytes);
+  }
+  EXPECT_LE(plan_of(57344, 8192, 16, 4).blocks, limits.multiprocessors);
 }
 
 TEST(Sm90PlanTest, CutsTilesOfInvariantLayersInOneWay) {
