@@ -27,12 +27,15 @@ constexpr std::int32_t kFirstInstance = sm80::kExpertInstanceCount;
 
 constexpr std::int32_t kFewRows = 16;  // tiles of fewer are left to sm80
 
-// Of an expert on average, for tiles of the first kernel, and of the second. Rows are uneven: with the first number,
-// most experts of a random routing have one tile.
+// Of an expert on average, for tiles of the first kernel, and of the second. Rows are uneven: with the first
+// number, most experts of a random routing have one tile.
 constexpr std::int64_t kFirstRows = 24;
 constexpr std::int64_t kSecondRows = 180;
 
-constexpr std::int32_t kTileTokens[kExpertInstanceCount] = {32, 80, 128};
+/// The same for all types and bits.
+std::int32_t tile_tokens(std::size_t index) {
+  return expert_instances(FloatType::kF16, 4)[index].tokens;
+}
 
 std::size_t instance_for(std::int64_t ids, std::int64_t experts) {
   return ids <= kFirstRows * experts ? 0 : ids <= kSecondRows * experts ? 1 : 2;
@@ -71,7 +74,7 @@ ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits
   const std::int32_t rows = sm80::most_rows(problem);
   if (!takes || rows < kFewRows) return sm80::plan_experts(problem, limits, invariance);
   std::size_t index = 0;
-  while (index + 1 < kExpertInstanceCount && kTileTokens[index] < rows) ++index;
+  while (index + 1 < kExpertInstanceCount && tile_tokens(index) < rows) ++index;
   // Tiles of the kernel may go over several of the caller's lists.
   if (problem.dispatches.empty() && problem.tiles.first == nullptr)
     index = std::max(index, instance_for(problem.tiles.num_ids, problem.num_experts));
@@ -86,7 +89,7 @@ std::int32_t tile_rows(std::int64_t tokens, std::int64_t ids, std::int64_t exper
   const std::int32_t rows = sm80::tile_rows(tokens, ids, experts, invariance);
   if (rows < kFewRows || invariance == BatchInvariance::kRequired) return rows;
   // An expert with more rows than a tile has another tile, which reads its weights again.
-  return kTileTokens[instance_for(ids, experts)];
+  return tile_tokens(instance_for(ids, experts));
 }
 
 void launch_experts(const ExpertProblem& problem, const ExpertPlan& plan,

@@ -141,121 +141,172 @@ std::int32_t strip_index(const GemmProblem& problem, std::int32_t token_tiles, b
   return static_cast<std::int32_t>(found - all.begin());
 }
 
-/// How the features are divided: so many halves of packed blocks for the busiest cluster, as few as can be,
-/// and then as few clusters as that takes.
+// Of packed blocks: what the features are divided by.
+std::int64_t halves_of(const WeightView& w) {
+  return ceil_div(w.n, sm80::Layout::kBlockFeatures) * 2;
+}
+
+/// How the features are divided: as few halves as can be for the busiest cluster, and then as few clusters
+/// as that takes.
 struct StripDivision {
   std::int32_t cluster_blocks;
   std::int64_t busiest;
+  std::int32_t clusters;
 };
 
 StripDivision divide_strips(const WeightView& w, std::int32_t blocks, std::int32_t cluster_blocks) {
-  const std::int64_t halves = ceil_div(w.n, sm80::Layout::kBlockFeatures) * 2;
-  return {cluster_blocks, ceil_div(halves, std::max(blocks / cluster_blocks, 1))};
+  const std::int64_t halves = halves_of(w);
+  const std::int64_t busiest = ceil_div(halves, std::max(blocks / cluster_blocks, 1));
+  return {cluster_blocks, busiest, static_cast<std::int32_t>(ceil_div(halves, busiest))};
 }
 
-GemmPlan plan_strips(const GemmProblem& problem, std::int32_t token_tiles,
-                     const DeviceLimits& limits) {
-  const WeightView& w = problem.weight;
-  constexpr std::int32_t kWarps = 8;
-  constexpr std::int32_t kMoreWarps = 12;
-  const std::int32_t tokens = std::min(problem.m, token_tiles * 8);
-  const std::int64_t halves = ceil_div(w.n, sm80::Layout::kBlockFeatures) * 2;
-  const Instance& kernel = instance_of(problem, strip_index(problem, token_tiles, true, kWarps));
-  const std::int64_t items = ceil_div(w.chunks, kernel.item_chunks);
-  // A slice of K for each of two blocks, where both have some items.
-  constexpr std::int64_t kLeastChunks = 16;
-  const std::int32_t most_slices = w.chunks >= kLeastChunks ? 2 : 1;
-  // x comes with the codes, unless it is short.
-  constexpr std::int32_t kFewTokens = 2;
+/// Plans of strips for so many token tiles of 8.
+class StripPlanner {
+ public:
+  StripPlanner(const GemmProblem& problem, std::int32_t token_tiles, const DeviceLimits& limits)
+      : problem_(problem),
+        w_(problem.weight),
+        limits_(limits),
+        token_tiles_(token_tiles),
+        tokens_(std::min(problem.m, token_tiles * 8)) {
+    const Instance& kernel = instance_of(problem, strip_index(problem, token_tiles, true, kWarps));
+    items_ = ceil_div(w_.chunks, kernel.item_chunks);
+    // A slice of K for each of two blocks, where both have some items.
+    constexpr std::int64_t kLeastChunks = 16;
+    most_slices_ = w_.chunks >= kLeastChunks ? 2 : 1;
+  }
 
-  const auto plan_of = [&](const StripChoice& choice, std::int32_t warps, bool streams_x) {
-    // Some items for each warp, also of the block that has the fewest (strip_kernel.cuh: an item of one
-    // segment takes 3 or 2).
-    const std::int64_t least = strip_shares(w, choice) / choice.clusters * choice.share_halves;
-    if ((least + ceil_div(least, 2)) * (items / choice.cluster_blocks) < 3 * warps)
-      return no_plan();
-    return strip_plan(problem, strip_index(problem, token_tiles, streams_x, warps), choice);
-  };
-  const auto choice_of = [&](const StripDivision& division, std::int32_t stages,
-                             std::int32_t early) {
-    return StripChoice{.clusters = static_cast<std::int32_t>(ceil_div(halves, division.busiest)),
-                       .cluster_blocks = division.cluster_blocks,
-                       .share_halves = division.busiest % 2 == 0 ? 2 : 1,
-                       .stages = stages,
-                       .early_stages = early};
+  GemmPlan plan() const { return token_tiles_ == 1 ? plan_one_tile() : plan_more_tiles(); }
+
+ private:
+  static constexpr std::int32_t kWarps = 8;
+  static constexpr std::int32_t kMoreWarps = 12;
+
+  /// Stages of a ring, and those filled before the kernel before has ended.
+  struct Rings {
+    std::int32_t stages;
+    std::int32_t early;
   };
   // More that is asked for before x would only delay it.
-  const auto one_each = [&](const StripDivision& division, std::int32_t warps, bool streams_x,
-                            std::int32_t stages = 2, std::int32_t early = 1) {
-    GemmPlan plan = plan_of(choice_of(division, stages, early), warps, streams_x);
+  static constexpr Rings kShortRings{2, 1};
+
+  // x comes with the codes, unless it is short.
+  bool may_have_whole_x() const {
+    constexpr std::int32_t kFewTokens = 2;
+    return tokens_ <= kFewTokens;
+  }
+
+  GemmPlan plan_of(const StripChoice& choice, std::int32_t warps, bool streams_x) const {
+    // Some items for each warp, also of the block that has the fewest (strip_kernel.cuh: an item of one
+    // segment takes 3 or 2).
+    const std::int64_t least = strip_shares(w_, choice) / choice.clusters * choice.share_halves;
+    if ((least + ceil_div(least, 2)) * (items_ / choice.cluster_blocks) < 3 * warps)
+      return no_plan();
+    return strip_plan(problem_, strip_index(problem_, token_tiles_, streams_x, warps), choice);
+  }
+
+  GemmPlan plan_of(const StripDivision& division, const Rings& rings, std::int32_t warps,
+                   bool streams_x) const {
+    return plan_of({.clusters = division.clusters,
+                    .cluster_blocks = division.cluster_blocks,
+                    .share_halves = division.busiest % 2 == 0 ? 2 : 1,
+                    .stages = rings.stages,
+                    .early_stages = rings.early},
+                   warps, streams_x);
+  }
+
+  // A block at most on a multiprocessor.
+  GemmPlan one_each(const StripDivision& division, const Rings& rings, std::int32_t warps,
+                    bool streams_x) const {
+    GemmPlan plan = plan_of(division, rings, warps, streams_x);
     // Where a multiprocessor has no block of this kernel or of the one before, it would get two.
-    if (plan.blocks < limits.multiprocessors) {
-      plan.shared_bytes = std::max(plan.shared_bytes, limits.multiprocessor_shared_bytes / 2);
+    if (plan.blocks < limits_.multiprocessors) {
+      plan.shared_bytes = std::max(plan.shared_bytes, limits_.multiprocessor_shared_bytes / 2);
     }
     return plan;
-  };
+  }
 
-  if (token_tiles == 1) {
-    const StripDivision single = divide_strips(w, limits.multiprocessors, most_slices);
+  GemmPlan plan_one_tile() const {
+    const StripDivision single = divide_strips(w_, limits_.multiprocessors, most_slices_);
     // What a block streams, in rings of one stage.
-    constexpr std::int64_t kRingBytes = 8 * 4096;
-    const std::int64_t rings =
-        ceil_div(single.busiest * (sm80::Layout::kBlockFeatures / 2) *
-                     ceil_div(w.chunks, most_slices) * sm80::Layout::kChunkRows * w.code_bits / 8,
-                 kRingBytes);
-    const std::int32_t clusters = limits.multiprocessors / most_slices;
-    if (rings <= 2 && halves >= clusters) {
+    constexpr std::int64_t kRingBytes = kWarps * 4096;
+    const std::int64_t rings = ceil_div(single.busiest * (sm80::Layout::kBlockFeatures / 2) *
+                                            ceil_div(w_.chunks, most_slices_) *
+                                            sm80::Layout::kChunkRows * w_.code_bits / 8,
+                                        kRingBytes);
+    const std::int32_t clusters = limits_.multiprocessors / most_slices_;
+    if (rings <= 2 && halves_of(w_) >= clusters) {
       // All of the layer is in the rings before the kernel before has ended, beside which a block has room
       // on every multiprocessor.
-      return plan_of({.clusters = clusters, .cluster_blocks = most_slices}, kWarps,
-                     tokens > kFewTokens);
+      return plan_of({.clusters = clusters, .cluster_blocks = most_slices_}, kWarps,
+                     !may_have_whole_x());
     }
-    // 8 bits are half the work for a byte: one block, whose rings are long.
-    if (w.code_bits == 8) {
-      constexpr std::int64_t kManyRings = 8;
-      for (std::int32_t stages = rings >= kManyRings ? 4 : 3; stages > 2; --stages) {
-        const GemmPlan plan =
-            one_each(single, kWarps, tokens > kFewTokens, stages, rings >= kManyRings ? stages : 2);
-        if (fits(plan, limits)) return plan;
-      }
+    const GemmPlan plan = w_.code_bits == 8 ? plan_long_rings(single, rings) : plan_two_each();
+    if (fits(plan, limits_)) return plan;
+    if (may_have_whole_x()) {
+      const GemmPlan whole = one_each(single, kShortRings, kWarps, false);
+      if (fits(whole, limits_)) return whole;
     }
-    // Two blocks on a multiprocessor have enough warps to hide what each waits for. K is cut where it takes
-    // that for all of them to have features.
-    for (std::int32_t slices = 1; slices <= most_slices && w.code_bits == 4; ++slices) {
-      const StripDivision twice = divide_strips(w, 2 * limits.multiprocessors, slices);
+    return one_each(single, kShortRings, kWarps, true);
+  }
+
+  // Two blocks on a multiprocessor have enough warps to hide what each waits for. K is cut where it takes
+  // that for all of them to have features.
+  GemmPlan plan_two_each() const {
+    for (std::int32_t slices = 1; slices <= most_slices_; ++slices) {
+      const StripDivision twice = divide_strips(w_, 2 * limits_.multiprocessors, slices);
       const std::int64_t least_halves = slices == 1 ? 3 : 2;
       if (twice.busiest < least_halves) continue;
       for (const bool streams_x : {false, true}) {
-        if (!streams_x && tokens > kFewTokens) continue;
-        const GemmPlan plan = plan_of(choice_of(twice, 2, 1), kWarps, streams_x);
-        if (plan.shared_bytes <= limits.multiprocessor_shared_bytes / 2 - sm80::kReservedShared)
+        if (!streams_x && !may_have_whole_x()) continue;
+        const GemmPlan plan = plan_of(twice, kShortRings, kWarps, streams_x);
+        if (plan.shared_bytes <= limits_.multiprocessor_shared_bytes / 2 - sm80::kReservedShared)
           return plan;
       }
     }
-    if (tokens <= kFewTokens) {
-      const GemmPlan plan = one_each(single, kWarps, false);
-      if (fits(plan, limits)) return plan;
+    return no_plan();
+  }
+
+  // 8 bits are half the work for a byte: one block, whose rings are long.
+  GemmPlan plan_long_rings(const StripDivision& single, std::int64_t rings) const {
+    constexpr std::int64_t kManyRings = 8;
+    const bool many = rings >= kManyRings;
+    for (std::int32_t stages = many ? 4 : 3; stages > 2; --stages) {
+      const GemmPlan plan =
+          one_each(single, {stages, many ? stages : 2}, kWarps, !may_have_whole_x());
+      if (fits(plan, limits_)) return plan;
     }
-    return one_each(single, kWarps, true);
+    return no_plan();
   }
-  // As even as it can be, and K not cut where that is as even and blocks have whole segments.
-  StripDivision division = divide_strips(w, limits.multiprocessors, 1);
-  if (most_slices == 2) {
-    constexpr double kBetter = 1.05;
-    const StripDivision cut = divide_strips(w, limits.multiprocessors, 2);
-    if (division.busiest < 2 ||
-        static_cast<double>(division.busiest) * 2 > static_cast<double>(cut.busiest) * kBetter)
-      division = cut;
+
+  GemmPlan plan_more_tiles() const {
+    // As even as it can be, and K not cut where that is as even and blocks have whole segments.
+    StripDivision division = divide_strips(w_, limits_.multiprocessors, 1);
+    if (most_slices_ == 2) {
+      constexpr double kBetter = 1.05;
+      const StripDivision cut = divide_strips(w_, limits_.multiprocessors, 2);
+      if (division.busiest < 2 ||
+          static_cast<double>(division.busiest) * 2 > static_cast<double>(cut.busiest) * kBetter)
+        division = cut;
+    }
+    // Items of a warp, of two halves each: many are quicker with more warps, few are shared out unevenly.
+    constexpr std::int64_t kManyItems = 4;
+    if (token_tiles_ == 2 &&
+        division.busiest * items_ / division.cluster_blocks >= 2 * kManyItems * kMoreWarps) {
+      const GemmPlan plan = one_each(division, kShortRings, kMoreWarps, true);
+      if (fits(plan, limits_)) return plan;
+    }
+    return one_each(division, kShortRings, kWarps, true);
   }
-  // Items of a warp, of two halves each: many are quicker with more warps, few are shared out unevenly.
-  constexpr std::int64_t kManyItems = 4;
-  if (token_tiles == 2 &&
-      division.busiest * items / division.cluster_blocks >= 2 * kManyItems * kMoreWarps) {
-    const GemmPlan plan = one_each(division, kMoreWarps, true);
-    if (fits(plan, limits)) return plan;
-  }
-  return one_each(division, kWarps, true);
-}
+
+  const GemmProblem& problem_;
+  const WeightView& w_;
+  const DeviceLimits& limits_;
+  std::int32_t token_tiles_;
+  std::int32_t tokens_;  // of a launch, at most
+  std::int64_t items_;   // along K
+  std::int32_t most_slices_;
+};
 
 double tile_cost(const GemmProblem& problem, const Instance& kernel, const GemmPlan& plan) {
   const std::int64_t slabs = ceil_div(problem.weight.chunks, kSlabChunks);
@@ -280,6 +331,15 @@ double tile_cost(const GemmProblem& problem, const Instance& kernel, const GemmP
     }
   }
   return time;
+}
+
+// In the units of TileCost: the start, and 4 KB of codes for each block; for 2, 3 and 4 token tiles.
+double strip_cost(const WeightView& w, std::int32_t token_tiles, const DeviceLimits& limits) {
+  constexpr double kStart[] = {5.4, 4.2, 4.2};
+  constexpr double kItem[] = {0.155, 0.205, 0.245};
+  const double items =
+      static_cast<double>(w.n) * w.chunks * w.code_bits / 512 / limits.multiprocessors;
+  return kStart[token_tiles - 2] + items * kItem[token_tiles - 2];
 }
 
 // The cheapest plan of a tile kernel; shared_bytes tells whether there is one.
@@ -373,26 +433,21 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
     return sm80::plan(problem, limits, invariance);
   }
   const auto token_tiles = static_cast<std::int32_t>(ceil_div(std::max(problem.m, 1), 8));
+  constexpr std::int32_t kFewTokenTiles = 2;   // for which tiles do not stand in for strips, ...
+  constexpr std::int32_t kMostTokenTiles = 4;  // ... and those of strips at most
   GemmPlan best = no_plan();
-  // What strips and tiles take is known for 4 bits.
-  if (token_tiles == 1 || (token_tiles == 2 && (!has_tiles || w.code_bits == 8))) {
-    best = plan_strips(problem, token_tiles, limits);
+  if (token_tiles <= (has_tiles ? kMostTokenTiles : kFewTokenTiles)) {
+    best = StripPlanner(problem, token_tiles, limits).plan();
   } else if (!w.scales_divide) {
-    best = plan_strips(problem, 2, limits);  // a slice of x after the other
-  } else if (has_tiles) {
-    // In us: the start, and 4 KB of codes for each block; for 2, 3 and 4 token tiles.
-    constexpr double kStart[] = {5.4, 4.2, 4.2};
-    constexpr double kItem[] = {0.155, 0.205, 0.245};
+    best = StripPlanner(problem, kFewTokenTiles, limits).plan();  // a slice of x after the other
+  }
+  const bool has_strips = fits(best, limits);
+  // Which of both is quicker for 2 token tiles is known for 4 bits.
+  const bool strips_only = token_tiles == 1 || (token_tiles == kFewTokenTiles && w.code_bits == 8);
+  if (has_tiles && !strips_only && (has_strips || token_tiles > kFewTokenTiles)) {
     double cost = 0;
-    best = plan_tiles(problem, limits, cost);
-    if (const std::size_t which = static_cast<std::size_t>(token_tiles) - 2; which < 3) {
-      const double items =
-          static_cast<double>(w.n) * w.chunks * w.code_bits / 512 / limits.multiprocessors;
-      const GemmPlan strips = plan_strips(problem, token_tiles, limits);
-      if (fits(strips, limits) && kStart[which] + items * kItem[which] < cost) best = strips;
-      // A layer with too few items for strips.
-      if (token_tiles == 2 && !fits(strips, limits)) best = no_plan();
-    }
+    const GemmPlan tiles = plan_tiles(problem, limits, cost);
+    if (!has_strips || strip_cost(w, token_tiles, limits) >= cost) best = tiles;
   }
   return fits(best, limits) ? best : sm80::plan(problem, limits, invariance);
 }

@@ -54,8 +54,8 @@ std::span<const Instance> instances(FloatType type, std::int32_t code_bits);
 /// A plan of a strip kernel. shared_bytes tells whether it fits.
 GemmPlan strip_plan(const GemmProblem& problem, std::int32_t index, const StripChoice& choice);
 
-/// A plan of a tile kernel on at most `multiprocessors` blocks, of which `tail_units` (blocks, or clusters) share what is left
-/// after whole waves. shared_bytes tells whether it fits.
+/// A plan of a tile kernel on at most `multiprocessors` blocks. `tail_units` of them, or of their clusters, share
+/// what is left after whole waves. shared_bytes tells whether it fits.
 GemmPlan tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceLimits& limits,
                    std::int32_t tail_units);
 
