@@ -4,6 +4,7 @@
 //
 // Usage: sm90_experts check | [uniform | zipf | one] [begin of model names] [T ...] [share=S ...] [rows=R ...]
 //        [kernel=I ...] [bits=8] [aligned] [products]
+// Kernels are tiles by rising rows, and last the one for few rows, which has no activations.
 // "aligned": through the lists of moe_align_block_size too, without an activation. "products": those of sm90 alone, or with
 // "aligned" of these lists alone.
 #include <cuda_bf16.h>
@@ -135,6 +136,15 @@ std::vector<std::int32_t> route(const std::string& how, int tokens, int top_k, i
     }
   }
   return ids;
+}
+
+constexpr int kStrips = static_cast<int>(sm90::kExpertInstanceCount);
+constexpr int kKernels = kStrips + 1;
+
+ExpertPlan plan_of(int kernel, const ExpertProblem& problem, const DeviceLimits& limits) {
+  return kernel == kStrips
+             ? sm90::expert_strip_plan(problem, limits)
+             : sm90::expert_tile_plan(static_cast<std::size_t>(kernel), problem, limits);
 }
 
 // --- check ---
@@ -394,10 +404,11 @@ class Check {
     }
     const std::vector<double> expected = expect(expert_of, x_row_of, id_of, token_weights, x, ids);
     bool right = true;
-    for (std::size_t index = 0; index < sm90::kExpertInstanceCount; ++index) {
-      ExpertPlan plan = sm90::expert_tile_plan(index, problem, limits_);
+    for (int index = 0; index < kKernels; ++index) {
+      if (index == kStrips && c_.activates) continue;
+      ExpertPlan plan = plan_of(index, problem, limits_);
       if (plan.shared_bytes > limits_.shared_bytes - 512) {
-        std::printf("%s,%zu,does not fit\n", c_.name, index);
+        std::printf("%s,%d,does not fit\n", c_.name, index);
         continue;
       }
       for (const int share : {0, 1, 2, 32}) {
@@ -452,7 +463,7 @@ class Check {
 
   bool compare(const ExpertProblem& problem, const ExpertPlan& plan, const CudaBuffer& y,
                const std::vector<double>& expected, const std::vector<std::int32_t>& expert_of,
-               std::size_t index, int outputs, bool single) {
+               int index, int outputs, bool single) {
     const std::size_t count = expected.size();
     std::vector<unsigned char> bytes(count * (single ? 4 : 2)), again(bytes.size());
     for (std::vector<unsigned char>* result : {&bytes, &again}) {
@@ -487,8 +498,8 @@ class Check {
     const double relative = std::sqrt(error / norm);
     const double bound = std::is_same_v<T, __half> ? 4e-4 : 3e-3;
     const bool right = relative < bound && strays == 0 && bytes == again;
-    std::printf("%s,%zu,share %d,%.2e,most %.2e%s%s%s\n", c_.name, index, plan.share, relative,
-                most, relative < bound ? "" : ",WRONG", strays > 0 ? ",STRAYS" : "",
+    std::printf("%s,%d,share %d,%.2e,most %.2e%s%s%s\n", c_.name, index, plan.share, relative, most,
+                relative < bound ? "" : ",WRONG", strays > 0 ? ",STRAYS" : "",
                 bytes == again ? "" : ",NOT THE SAME");
     std::fflush(stdout);
     return right;
@@ -655,11 +666,11 @@ class Bench {
       if (!only_rows.empty() &&
           std::find(only_rows.begin(), only_rows.end(), rows) == only_rows.end())
         continue;
-      for (std::size_t i = 0; i < sm90::kExpertInstanceCount; ++i) {
-        const int of = sm90::expert_instances(FloatType::kF16, 4)[i].tokens;
+      for (int i = 0; i < kStrips; ++i) {
+        const int of =
+            sm90::expert_kernels(FloatType::kF16, 4).tiles[static_cast<std::size_t>(i)].tokens;
         if (of < rows || of > 3 * rows) continue;
-        if (!takes(static_cast<int>(i))) continue;
-        measure(rows, static_cast<int>(i));
+        if (takes(i)) measure(rows, i);
       }
     }
     // As a block does it.
@@ -673,8 +684,8 @@ class Bench {
       if (only_rows.empty() ? !likely : !asked) continue;
       measure_aligned(rows, kSm80);
       measure_aligned(rows, kChosen);
-      for (std::size_t i = 0; i < sm90::kExpertInstanceCount; ++i) {
-        if (takes(static_cast<int>(i))) measure_aligned(rows, static_cast<int>(i));
+      for (int i = 0; i < kKernels; ++i) {
+        if (takes(i) && (i != kStrips || rows <= 16)) measure_aligned(rows, i);
       }
     }
   }
@@ -778,9 +789,8 @@ class Bench {
       problem.tiles.settled = settled;
       ExpertPlan plan =
           kernel == kChosen ? sm90::plan_experts(problem, limits_, BatchInvariance::kNotRequired)
-          : kernel == kSm80
-              ? sm80::plan_experts(problem, limits_, BatchInvariance::kNotRequired)
-              : sm90::expert_tile_plan(static_cast<std::size_t>(kernel), problem, limits_);
+          : kernel == kSm80 ? sm80::plan_experts(problem, limits_, BatchInvariance::kNotRequired)
+                            : plan_of(kernel, problem, limits_);
       plan.share = share;
       sm90::launch_experts(problem, plan, limits_, scratch_.view(), stream_);
     };
@@ -858,7 +868,7 @@ class Bench {
             kernel == kSm80 ? sm80::plan_experts(problem, limits_, BatchInvariance::kNotRequired)
             : kernel == kChosen
                 ? sm90::plan_experts(problem, limits_, BatchInvariance::kNotRequired)
-                : sm90::expert_tile_plan(static_cast<std::size_t>(kernel), problem, limits_);
+                : plan_of(kernel, problem, limits_);
         sm90::launch_experts(problem, plan, limits_, scratch_.view(), stream_);
       }));
       std::printf("%s,%s,%d,%d,%d,%s,0,%.4g\n", model_.name, routing_.c_str(), tokens_, rows,

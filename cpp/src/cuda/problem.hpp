@@ -113,7 +113,8 @@ struct ExpertPlan {
   bool may_cut = true;  // tiles along K
   /// Blocks that share each tile of the tail, for benchmarks; 0: what the kernel estimates to be quickest.
   std::int32_t share = 0;
-  std::int32_t stages = 0;  // of the ring, where an architecture leaves them to the plan
+  std::int32_t stages = 0;  // of the ring, where an architecture leaves them to the plan, ...
+  std::int32_t warps = 0;   // ... and these of a block
   bool dependent_launch = false;
 };
 

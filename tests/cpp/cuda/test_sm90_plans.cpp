@@ -206,12 +206,21 @@ TEST(Sm90ExpertPlanTest, FitsAndHoldsATile) {
               const ExpertProblem problem = experts_of(n, k, rows, bits, step_shift);
               const ExpertPlan plan =
                   sm90::plan_experts(problem, limits, BatchInvariance::kNotRequired);
-              ASSERT_EQ(is_of_sm80(plan), rows < 16);
+              ASSERT_FALSE(is_of_sm80(plan));
               ASSERT_LE(plan.shared_bytes, sm80::usable_shared(limits));
               ASSERT_GE(plan.blocks, 1);
-              if (is_of_sm80(plan)) continue;
-              ASSERT_LE(plan.blocks, multiprocessors);
               ASSERT_GE(plan.tokens, rows);
+              if (rows < 16) {
+                // Two of its blocks fit on a multiprocessor, and have a thread for each id that they sort.
+                ASSERT_EQ(plan.instance, sm90::kExpertStrips);
+                ASSERT_LE(plan.blocks, 2 * multiprocessors);
+                ASSERT_LE(2 * (plan.shared_bytes + sm80::kReservedShared),
+                          limits.multiprocessor_shared_bytes);
+                ASSERT_GE(plan.warps * 32, sm80::kMostSortedIds);
+                continue;
+              }
+              ASSERT_NE(plan.instance, sm90::kExpertStrips);
+              ASSERT_LE(plan.blocks, multiprocessors);
               ASSERT_GE(plan.stages, 2);
             }
           }
@@ -241,6 +250,27 @@ TEST(Sm90ExpertPlanTest, TakesTheKernelsOfSm80WhereItHasNone) {
   problem.activates = false;
   problem.matrix.weight.scales_divide = false;
   EXPECT_TRUE(is_older(problem, kAny));
+  // With a few rows it matters only that groups have one length, and an activation.
+  problem = experts_of(1536, 2048, 8, 4, kGroups128);
+  problem.matrix.weight.scales_divide = false;
+  EXPECT_FALSE(is_older(problem, kAny));
+  EXPECT_TRUE(is_older(problem, BatchInvariance::kRequired));
+  EXPECT_TRUE(is_older(experts_of(1536, 2048, 8, 4, kIrregular), kAny));
+  problem.activates = true;
+  EXPECT_TRUE(is_older(problem, kAny));
+}
+
+// A block's two products have tiles of one kind: both sort by themselves, or none.
+TEST(Sm90ExpertPlanTest, SortsAsManyIdsWithAnActivationAsWithout) {
+  const DeviceLimits limits = hopper(132);
+  ExpertProblem problem = experts_of(1536, 2048, 8, 4, 3);
+  constexpr auto kAny = BatchInvariance::kNotRequired;
+  problem.tiles.num_ids = 64;
+  problem.tiles.most_tiles = 64;
+  const std::int32_t plain = sm90::most_sorted_ids(problem, limits, kAny);
+  problem.activates = true;
+  EXPECT_EQ(sm90::most_sorted_ids(problem, limits, kAny), plain);
+  EXPECT_EQ(plain, sm80::kMostSortedIds);
 }
 
 TEST(Sm90ExpertPlanTest, TilesGrowWithTheRowsOfAnExpert) {

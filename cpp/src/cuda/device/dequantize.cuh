@@ -5,6 +5,10 @@
 // mantissa bits: 0x4300 is 128 + q and each nibble needs its shift. All sums are of integers below
 // 2^11 (fp16) or 2^8 (bf16), hence exact. 8 bits: fp16 by bytes permuted into 0x64xx; bf16 through
 // float32, as 128 + q does not fit 8 bits.
+//
+// Where the zero point is left to the sums, Σ (q - z) x = Σ q x - z Σ x, a code needs no subtraction
+// (OffsetCodes). fp16: the bits of q alone are the subnormal number q 2^-24, or 16 q 2^-24 for the nibble
+// above, a unit for each of a lane's two features. bf16: 128 + q.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -125,5 +129,66 @@ __device__ __forceinline__ void decode(uint32_t (&a)[4], const uint32_t* words,
     a[2 * h + 1] = reinterpret_cast<const uint32_t&>(high);
   }
 }
+
+/// Zero points for sums of OffsetCodes.
+struct ZeroFloats {
+  float low, high;
+  __device__ __forceinline__ void set(uint32_t feature, uint32_t feature_8) {
+    low = static_cast<float>(feature);
+    high = static_cast<float>(feature_8);
+  }
+};
+
+/// Codes of 16 rows as (kOffset + q) / kUnit, or those of the feature 8 above over kUpperUnit. Products with x, by the
+/// unit, are (kOffset + z) Σ x too large.
+template <class T, int kBits>
+struct OffsetCodes {
+  static constexpr bool kHas = false;  // as q - z alone
+};
+
+template <>
+struct OffsetCodes<__half, 4> {
+  static constexpr bool kHas = true;
+  static constexpr uint32_t kOnes = 0x3c003c00u;
+  static constexpr float kOffset = 0.0f;
+  static constexpr float kUnit = 0x1p24f;
+  static constexpr float kUpperUnit = 0x1p20f;
+  __device__ __forceinline__ static void decode(uint32_t (&a)[4], const uint32_t* words) {
+    const uint32_t upper = words[0] >> 8;
+    a[0] = words[0] & 0x000f000fu;
+    a[1] = words[0] & 0x00f000f0u;
+    a[2] = upper & 0x000f000fu;
+    a[3] = upper & 0x00f000f0u;
+  }
+};
+
+template <>
+struct OffsetCodes<__half, 8> {
+  static constexpr bool kHas = true;
+  static constexpr uint32_t kOnes = 0x3c003c00u;
+  static constexpr float kOffset = 0.0f;
+  static constexpr float kUnit = 0x1p24f;
+  static constexpr float kUpperUnit = 0x1p24f;
+  __device__ __forceinline__ static void decode(uint32_t (&a)[4], const uint32_t* words) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      a[2 * h] = __byte_perm(words[h], 0, 0x4140);
+      a[2 * h + 1] = __byte_perm(words[h], 0, 0x4342);
+    }
+  }
+};
+
+template <>
+struct OffsetCodes<__nv_bfloat16, 4> {
+  static constexpr bool kHas = true;
+  static constexpr uint32_t kOnes = 0x3f803f80u;
+  static constexpr float kOffset = 128.0f;
+  static constexpr float kUnit = 1.0f;
+  static constexpr float kUpperUnit = 1.0f;
+  __device__ __forceinline__ static void decode(uint32_t (&a)[4], const uint32_t* words) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) a[r] = and_or(words[0] >> (4 * r), 0x000f000fu, 0x43004300u);
+  }
+};
 
 }  // namespace marlinq::cuda

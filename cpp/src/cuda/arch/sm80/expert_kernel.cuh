@@ -433,9 +433,11 @@ class ExpertLoop : public ExpertFill<S, Rows, ExpertLoop<S, Rows>> {
       return;
     }
     if (at.begin > 0) this->add_parts(walk_.tail.block_of(at.tail_tile * w_.chunks));
+    const int features = output_features(params_);
+    const int feature = (at.feature_tile * S::kFeatureWarps + feature_warp_) * features;
     ExpertOutput<T, S::kTokenTiles, ExpertParams<Rows>>(params_, sum_, tables_.y[table_],
                                                         tables_.weight[table_], token_tiles_)
-        .store(at.feature_tile * S::kFeatureWarps + feature_warp_, tables_.expert[table_]);
+        .store(feature, feature + features, tables_.expert[table_]);
   }
 
   SegmentWalk<S, Rows>& walk_;

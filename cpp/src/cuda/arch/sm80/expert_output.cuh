@@ -31,26 +31,25 @@ class ExpertOutput {
                                           const float* weight, int token_tiles)
       : params_(params), sum_(sum), y_(y), weight_(weight), token_tiles_(token_tiles) {}
 
-  /// Of the 64 features of a block, or 32 pairs of them.
-  __device__ __forceinline__ void store(int block, int expert) {
+  /// To features `feature` to `last` - 1 of y at most.
+  __device__ __forceinline__ void store(int feature, int last, int expert) {
     const WeightView& w = params_.problem.weight;
     const float* bias = w.bias != nullptr ? w.bias + expert * (params_.expert_bytes / 4) : nullptr;
     if (params_.weights != nullptr && !params_.weights_bias) weigh();
     if (params_.activates) {
-      store_activated(block * (Layout::kBlockFeatures / 2), bias);
+      store_activated(feature, last, bias);
       return;
     }
-    const int feature = block * Layout::kBlockFeatures;
     if (bias != nullptr) add_bias<0, kStrips>(bias, feature, w.n);
     if (params_.weights != nullptr && params_.weights_bias) weigh();
     if (params_.pairs) {
-      store_pairs<kStrips>(feature, w.n);
+      store_pairs<kStrips>(feature, min(last, w.n));
     } else if (params_.problem.y_type == FloatType::kF32) {
-      store_singles<float>(feature);
+      store_singles<float>(feature, min(last, w.n));
     } else if (params_.problem.y_type == FloatType::kF16) {
-      store_singles<__half>(feature);
+      store_singles<__half>(feature, min(last, w.n));
     } else {
-      store_singles<__nv_bfloat16>(feature);
+      store_singles<__nv_bfloat16>(feature, min(last, w.n));
     }
   }
 
@@ -91,7 +90,7 @@ class ExpertOutput {
     }
   }
 
-  __device__ __forceinline__ void store_activated(int feature, const float* bias) {
+  __device__ __forceinline__ void store_activated(int feature, int last, const float* bias) {
     const int outputs = params_.problem.weight.n / 2;
     if (bias != nullptr) {
       add_bias<0, kHalf>(bias, feature, outputs);
@@ -111,7 +110,7 @@ class ExpertOutput {
         activate<Activation::kClampedSwiglu>();
         break;
     }
-    store_pairs<kHalf>(feature, outputs);
+    store_pairs<kHalf>(feature, min(last, outputs));
   }
 
   template <Activation kActivation>
@@ -153,10 +152,10 @@ class ExpertOutput {
   }
 
   template <class Y>
-  __device__ __forceinline__ void store_singles(int first_feature) {
+  __device__ __forceinline__ void store_singles(int first_feature, int outputs) {
     const GemmProblem& p = params_.problem;
     const int feature = first_feature + lane() / 4;
-    const int features = p.weight.n - feature;
+    const int features = outputs - feature;
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
       if (t >= token_tiles_) break;
@@ -186,6 +185,12 @@ class ExpertOutput {
   int token_tiles_;
 };
 
+/// Features of y that a packed block has.
+template <class Params>
+__device__ __forceinline__ int output_features(const Params& params) {
+  return Layout::kBlockFeatures / (params.activates ? 2 : 1);
+}
+
 /// The rows of a tile whose expert is not here become 0, in `blocks` blocks of features from `block` on; by
 /// `threads` threads.
 template <class Params, class Entries>
@@ -194,7 +199,7 @@ __device__ __forceinline__ void store_zero_rows(const Params& params, const Entr
                                                 int blocks, int thread, int threads) {
   const GemmProblem& p = params.problem;
   const int outputs = params.activates ? p.weight.n / 2 : p.weight.n;
-  const int width = Layout::kBlockFeatures / (params.activates ? 2 : 1);
+  const int width = output_features(params);
   const int first = block * width;
   const int last = min(first + blocks * width, outputs);
 #pragma unroll 1

@@ -101,8 +101,9 @@ class ExpertStripLoop : public ExpertFill<S, Rows, ExpertStripLoop<S, Rows>> {
       }
       if (stores) {
         const StripSegment<S>& at = here();
+        const int features = output_features(params_);
         ExpertOutput<T, 1, ExpertParams<Rows>>(params_, sum_, at.y, at.weight, 1)
-            .store(at.block, at.expert);
+            .store(at.block * features, (at.block + 1) * features, at.expert);
       }
     }
   }

@@ -120,14 +120,17 @@ struct ListedTiles {
             .first = (whole ? listed * tile_rows.divisor : of.first[listed]) + before,
             .y = 0};
   }
-  /// Row `at` of a tile.
-  __device__ __forceinline__ RowPlace row(const Entries& /*of*/, const TokenTile& tile,
-                                          int at) const {
-    if (at >= tile.rows) return {};
-    const int slot = tile.first + at;
-    const int id = lists.ids[slot];
+  /// The id of row `at` of a tile.
+  __device__ __forceinline__ int id(const Entries& /*of*/, const TokenTile& tile, int at) const {
+    return at < tile.rows ? lists.ids[tile.first + at] : -1;
+  }
+  /// Where the row of that id is.
+  __device__ __forceinline__ RowPlace place(const TokenTile& tile, int at, int id) const {
     if (id < 0 || id >= lists.num_ids) return {};
-    return slots.place(slot, id);
+    return slots.place(tile.first + at, id);
+  }
+  __device__ __forceinline__ RowPlace row(const Entries& of, const TokenTile& tile, int at) const {
+    return place(tile, at, id(of, tile, at));
   }
 };
 
@@ -142,7 +145,7 @@ struct SortedTiles {
   int num_experts;
   SlotPlaces slots;
 
-  /// By all `threads` of a block, NearTiles::kMost of them, which meet at its end.
+  /// By all `threads` of a block, at least as many as there are ids, which meet at its end.
   __device__ __forceinline__ Entries bring_near(NearTiles& near, int threads) const {
     static_assert(NearTiles::kMost >= kMostSortedIds);
     constexpr int kNone = INT_MAX;  // sorts behind all experts
@@ -156,7 +159,7 @@ struct SortedTiles {
                                    : static_cast<const int32_t*>(topk.data)[place];
       if (id >= 0 && id < num_experts) expert = static_cast<int>(id);
     }
-    near.experts[thread] = expert;
+    if (thread < NearTiles::kMost) near.experts[thread] = expert;
     __syncthreads();
     int before = 0;  // ids that come before this one, ...
     int same = 0;    // ... those of its expert among them, ...
@@ -207,9 +210,15 @@ struct SortedTiles {
             .first = of.near->first[tile],
             .y = 0};
   }
+  __device__ __forceinline__ int id(const Entries& of, const TokenTile& tile, int at) const {
+    return at < tile.rows ? of.near->ids[tile.first + at] : -1;
+  }
+  __device__ __forceinline__ RowPlace place(const TokenTile& tile, int at, int id) const {
+    if (id < 0) return {};
+    return slots.place(tile.first + at, id);
+  }
   __device__ __forceinline__ RowPlace row(const Entries& of, const TokenTile& tile, int at) const {
-    if (at >= tile.rows) return {};
-    return slots.place(tile.first + at, of.near->ids[tile.first + at]);
+    return place(tile, at, id(of, tile, at));
   }
 
  private:
@@ -243,10 +252,15 @@ struct DispatchedTiles {
             .first = x_by_slot ? tile * tokens : rows[dispatch].input_row + before,
             .y = rows[dispatch].output_row + before};
   }
-  __device__ __forceinline__ RowPlace row(const Entries& /*of*/, const TokenTile& tile,
-                                          int at) const {
-    if (at >= tile.rows) return {};
+  __device__ __forceinline__ int id(const Entries& /*of*/, const TokenTile& tile, int at) const {
+    return at < tile.rows ? at : -1;
+  }
+  __device__ __forceinline__ RowPlace place(const TokenTile& tile, int at, int id) const {
+    if (id < 0) return {};
     return {.x = tile.first + at, .y = tile.y + at};
+  }
+  __device__ __forceinline__ RowPlace row(const Entries& of, const TokenTile& tile, int at) const {
+    return place(tile, at, id(of, tile, at));
   }
 
  private:

@@ -14,9 +14,9 @@
 namespace marlinq::cuda::sm80 {
 
 /// A lane holds those of features g and g + 8 of each strip.
-template <class T, int kBits, int kStrips>
+template <class T, int kBits, int kStrips, class Zero = ZeroPair<T, kBits>>
 struct GroupValues {
-  ZeroPair<T, kBits> zero[kStrips];
+  Zero zero[kStrips];
   float scale[kStrips][2];
 
   /// Before the first group, where records hold no zero points.
@@ -25,16 +25,17 @@ struct GroupValues {
     for (int s = 0; s < kStrips; ++s) zero[s].set(w.middle, w.middle);
   }
 
-  /// From the records of the strips in shared memory, one after the other.
-  __device__ __forceinline__ void load(uint32_t records, const WeightView& w) {
-    load_scales(records, w);
-    load_zeros(records, w);
+  /// From the records of the strips in shared memory, one after the other or every so many.
+  __device__ __forceinline__ void load(uint32_t records, const WeightView& w, int every = 1) {
+    load_scales(records, w, every);
+    load_zeros(records, w, every);
   }
 
-  __device__ __forceinline__ void load_scales(uint32_t records, const WeightView& w) {
+  __device__ __forceinline__ void load_scales(uint32_t records, const WeightView& w,
+                                              int every = 1) {
     const uint32_t first =
         records + threadIdx.x % 32 / 4 * (w.scale_type == FloatType::kF32 ? 8 : 4);
-    const int step = w.record_bytes;
+    const int step = w.record_bytes * every;
     if (w.scale_type == FloatType::kF16) {
 #pragma unroll
       for (int s = 0; s < kStrips; ++s) {
@@ -59,11 +60,11 @@ struct GroupValues {
     }
   }
 
-  __device__ __forceinline__ void load_zeros(uint32_t records, const WeightView& w) {
-    const int step = w.record_bytes;
+  __device__ __forceinline__ void load_zeros(uint32_t records, const WeightView& w, int every = 1) {
+    const int step = w.record_bytes * every;
     if (w.has_zeros) {
       // After 16 scales, which are all of the record but its last 16 bytes.
-      const uint32_t zeros = records + step - 16 + threadIdx.x % 32 / 4 * 2;
+      const uint32_t zeros = records + w.record_bytes - 16 + threadIdx.x % 32 / 4 * 2;
 #pragma unroll
       for (int s = 0; s < kStrips; ++s) {
         const uint32_t pair = ptx::load_shared_2(zeros + s * step);

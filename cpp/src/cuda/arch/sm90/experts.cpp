@@ -2,30 +2,28 @@
 #include "cuda/arch/sm90/experts.hpp"
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 
 #include "core/integers.hpp"
 #include "cuda/arch/sm80/plan.hpp"
+#include "cuda/arch/sm90/strip_plan.hpp"
 #include "cuda/arch/sm90/tile_plan.hpp"
 
 namespace marlinq::cuda::sm90 {
 
-extern const std::array<ExpertInstance, kExpertInstanceCount> kExperts_fp16_w4;
-extern const std::array<ExpertInstance, kExpertInstanceCount> kExperts_fp16_w8;
-extern const std::array<ExpertInstance, kExpertInstanceCount> kExperts_bf16_w4;
-extern const std::array<ExpertInstance, kExpertInstanceCount> kExperts_bf16_w8;
+extern const ExpertKernels kExperts_fp16_w4;
+extern const ExpertKernels kExperts_fp16_w8;
+extern const ExpertKernels kExperts_bf16_w4;
+extern const ExpertKernels kExperts_bf16_w8;
 
-std::span<const ExpertInstance> expert_instances(FloatType type, std::int32_t code_bits) {
+const ExpertKernels& expert_kernels(FloatType type, std::int32_t code_bits) {
   if (type == FloatType::kF16) return code_bits == 4 ? kExperts_fp16_w4 : kExperts_fp16_w8;
   return code_bits == 4 ? kExperts_bf16_w4 : kExperts_bf16_w8;
 }
 
 namespace {
 
-constexpr std::int32_t kFirstInstance = sm80::kExpertInstanceCount;
-
-constexpr std::int32_t kFewRows = 16;  // tiles of fewer are left to sm80
+constexpr std::int32_t kFewRows = 16;  // tiles of fewer are for the strip kernel
 
 // Of an expert on average, for tiles of the first kernel, and of the second. Rows are uneven: with the first
 // number, most experts of a random routing have one tile.
@@ -34,7 +32,11 @@ constexpr std::int64_t kSecondRows = 180;
 
 /// The same for all types and bits.
 std::int32_t tile_tokens(std::size_t index) {
-  return expert_instances(FloatType::kF16, 4)[index].tokens;
+  return expert_kernels(FloatType::kF16, 4).tiles[index].tokens;
+}
+
+const ExpertKernels& kernels_of(const ExpertProblem& problem) {
+  return expert_kernels(problem.matrix.x_type, problem.matrix.weight.code_bits);
 }
 
 std::size_t instance_for(std::int64_t ids, std::int64_t experts) {
@@ -46,14 +48,14 @@ std::size_t instance_for(std::int64_t ids, std::int64_t experts) {
 ExpertPlan expert_tile_plan(std::size_t index, const ExpertProblem& problem,
                             const DeviceLimits& limits) {
   const WeightView& w = problem.matrix.weight;
-  const ExpertInstance& kernel = expert_instances(problem.matrix.x_type, w.code_bits)[index];
+  const ExpertInstance& kernel = kernels_of(problem).tiles[index];
   const std::int32_t stage = kernel.stage_bytes + stage_rest(w, kernel.blocks);
   const std::int32_t stages = std::max(sm80::usable_shared(limits) - kernel.other_bytes, 0) / stage;
   // Half of the slabs at most have a block of their own.
   const std::int64_t work = sm80::most_tiles(problem, kernel.tokens) *
                             ceil_div(w.n, kernel.blocks * sm80::Layout::kBlockFeatures) *
                             ceil_div(w.chunks, 2 * kSlabChunks);
-  return {.instance = kFirstInstance + static_cast<std::int32_t>(index),
+  return {.instance = kFirstExpertTiles + static_cast<std::int32_t>(index),
           .tokens = kernel.tokens,
           .blocks =
               static_cast<std::int32_t>(std::clamp<std::int64_t>(work, 1, limits.multiprocessors)),
@@ -63,16 +65,51 @@ ExpertPlan expert_tile_plan(std::size_t index, const ExpertProblem& problem,
           .dependent_launch = true};
 }
 
+ExpertPlan expert_strip_plan(const ExpertProblem& problem, const DeviceLimits& limits) {
+  const WeightView& w = problem.matrix.weight;
+  const ExpertStripInstance& kernel = kernels_of(problem).strips;
+  const std::int32_t stage =
+      expert_stage_bytes(w, kernel.stage_bytes, kernel.item_chunks * sm80::Layout::kChunkSteps);
+  const std::int32_t warp = kernel.stages * stage + kernel.part_bytes;
+  const std::int32_t room =
+      std::min(sm80::usable_shared(limits),
+               limits.multiprocessor_shared_bytes / kernel.blocks_together - sm80::kReservedShared);
+  const std::int32_t warps = std::min((room - kernel.other_bytes) / warp, kernel.most_warps);
+  // As many halves of units as there may be at most.
+  const std::int64_t work = 2 * sm80::most_tiles(problem, kernel.tokens) *
+                            ceil_div(w.n, sm80::Layout::kBlockFeatures) *
+                            ceil_div(w.chunks, kernel.item_chunks);
+  constexpr std::int32_t kLeastWarps = ceil_div(sm80::kMostSortedIds, 32);  // a thread sorts one
+  // The kernel counts in 32 bits.
+  constexpr std::int64_t kMostWork = std::int64_t{1} << 30;
+  return {.instance = kExpertStrips,
+          .tokens = kernel.tokens,
+          .blocks = static_cast<std::int32_t>(std::clamp<std::int64_t>(
+              work, 1, std::int64_t{kernel.blocks_together} * limits.multiprocessors)),
+          .shared_bytes = warps >= kLeastWarps && work < kMostWork
+                              ? kernel.other_bytes + warps * warp
+                              : INT32_MAX,
+          .may_cut = true,
+          .warps = warps,
+          .dependent_launch = true};
+}
+
 ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits,
                         BatchInvariance invariance) {
-  const WeightView& w = problem.matrix.weight;
   constexpr std::int32_t kTileShift = 2;  // groups of whole chunks
-  const bool takes = invariance != BatchInvariance::kRequired &&
-                     problem.tiles.topk.data == nullptr && w.scales_divide &&
-                     w.step_shift >= kTileShift &&
-                     (!problem.activates || w.n % (2 * sm80::Layout::kBlockFeatures) == 0);
+  const WeightView& w = problem.matrix.weight;
   const std::int32_t rows = sm80::most_rows(problem);
-  if (!takes || rows < kFewRows) return sm80::plan_experts(problem, limits, invariance);
+  if (invariance == BatchInvariance::kRequired)
+    return sm80::plan_experts(problem, limits, invariance);
+  // An activation takes two places of codes at a time, which the older kernel does no worse.
+  if (rows < kFewRows && !problem.activates && w.step_shift >= 0) {
+    const ExpertPlan plan = expert_strip_plan(problem, limits);
+    if (plan.shared_bytes <= sm80::usable_shared(limits)) return plan;
+  }
+  const bool has_tiles = problem.tiles.topk.data == nullptr && w.scales_divide &&
+                         w.step_shift >= kTileShift &&
+                         (!problem.activates || w.n % (2 * sm80::Layout::kBlockFeatures) == 0);
+  if (!has_tiles || rows < kFewRows) return sm80::plan_experts(problem, limits, invariance);
   std::size_t index = 0;
   while (index + 1 < kExpertInstanceCount && tile_tokens(index) < rows) ++index;
   // Tiles of the kernel may go over several of the caller's lists.
@@ -92,16 +129,25 @@ std::int32_t tile_rows(std::int64_t tokens, std::int64_t ids, std::int64_t exper
   return tile_tokens(instance_for(ids, experts));
 }
 
+std::int32_t most_sorted_ids(const ExpertProblem& problem, const DeviceLimits& limits,
+                             BatchInvariance invariance) {
+  const ExpertPlan plan = plan_experts(problem, limits, invariance);
+  return plan.instance == kExpertStrips ? sm80::kMostSortedIds
+                                        : sm80::most_sorted_ids(problem, limits, invariance);
+}
+
 void launch_experts(const ExpertProblem& problem, const ExpertPlan& plan,
                     const DeviceLimits& limits, const SplitScratch& scratch, void* stream) {
-  if (plan.instance < kFirstInstance) {
+  if (plan.instance < kFirstExpertTiles) {
     sm80::launch_experts(problem, plan, limits, scratch, stream);
     return;
   }
-  expert_instances(
-      problem.matrix.x_type,
-      problem.matrix.weight.code_bits)[static_cast<std::size_t>(plan.instance - kFirstInstance)]
-      .launch(problem, plan, scratch, static_cast<cudaStream_t>(stream));
+  const ExpertKernels& kernels = kernels_of(problem);
+  const auto launch =
+      plan.instance == kExpertStrips
+          ? kernels.strips.launch
+          : kernels.tiles[static_cast<std::size_t>(plan.instance - kFirstExpertTiles)].launch;
+  launch(problem, plan, scratch, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace marlinq::cuda::sm90

@@ -58,7 +58,7 @@ constexpr Instance strip_instance() {
             const auto slice = static_cast<int>(ceil_div(items, plan.cluster_blocks));
             int part_shift = 0;
             while (S::kWarps << part_shift < slice) ++part_shift;
-            const int group_steps = w.step_shift < 8 ? 1 << w.step_shift : S::kItemSteps;
+            const std::int32_t item_groups = groups_of_steps(w, S::kItemSteps);
             launch_clusters(
                 strip_gemm<S>, dim3(static_cast<unsigned>(plan.blocks)), plan.cluster_blocks,
                 S::kThreads, plan.shared_bytes, plan.dependent_launch, stream,
@@ -71,8 +71,8 @@ constexpr Instance strip_instance() {
                             .early_stages = plan.early_stages,
                             .items = items,
                             .part_shift = part_shift,
-                            .item_groups = std::max(S::kItemSteps / group_steps, 1),
-                            .sub_steps = std::min(group_steps, S::kItemSteps),
+                            .item_groups = item_groups,
+                            .sub_steps = S::kItemSteps / item_groups,
                             .pairs = sm80::stores_together(problem, 2),
                             .x_map = kStreamsX ? map_x(problem, S::kTokens) : TensorMap{}});
           }};

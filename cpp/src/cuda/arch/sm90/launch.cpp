@@ -472,7 +472,7 @@ void scratch_need(const DeviceLimits& limits, std::int64_t& partial_floats, std:
     if (instance.kind == KernelKind::kTile)
       most = std::max(most, instance.blocks * instance.tokens);
   }
-  for (const ExpertInstance& instance : expert_instances(FloatType::kF16, 4)) {
+  for (const ExpertInstance& instance : expert_kernels(FloatType::kF16, 4).tiles) {
     most = std::max(most, instance.blocks * instance.tokens);
   }
   partial_floats = std::int64_t{limits.multiprocessors} * most * sm80::Layout::kBlockFeatures;
@@ -495,6 +495,6 @@ constinit const ArchKernels kKernels = {.name = "sm90",
                                         .launch_experts = launch_experts,
                                         .most_dispatches = sm80::kMostDispatches,
                                         .tile_rows = tile_rows,
-                                        .most_sorted_ids = sm80::most_sorted_ids};
+                                        .most_sorted_ids = most_sorted_ids};
 
 }  // namespace marlinq::cuda::sm90

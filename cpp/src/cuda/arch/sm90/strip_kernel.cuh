@@ -16,27 +16,25 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cstdint>
 
-#include "cuda/arch/sm80/group_values.cuh"
 #include "cuda/arch/sm80/layout.hpp"
 #include "cuda/arch/sm80/output.cuh"
 #include "cuda/arch/sm80/share.hpp"
 #include "cuda/arch/sm80/x_tile.cuh"
 #include "cuda/arch/sm90/strip_plan.hpp"
-#include "cuda/device/dequantize.cuh"
+#include "cuda/arch/sm90/strip_product.cuh"
 #include "cuda/problem.hpp"
 #include "cuda/ptx/bulk_copy.cuh"
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/copy.cuh"
 #include "cuda/ptx/launch.cuh"
 #include "cuda/ptx/mbarrier.cuh"
-#include "cuda/ptx/mma.cuh"
 
 namespace marlinq::cuda::sm90 {
 
 using sm80::EvenShare;
-using sm80::GroupValues;
 
 template <class T_, int kBits_, int kTokenTiles_, bool kStreamsX_, int kWarps_>
 struct StripShape {
@@ -377,8 +375,9 @@ class StripLoop {
         for (int i = 0; i < 4; ++i) sum_[s][t][i] = 0.0f;
       }
     }
-    GroupValues<T, S::kBits, kWidth> values;
-    values.set_middle(w_);
+    ProductValues<kWidth> values[kWidth / kTogether<kWidth>];
+#pragma unroll
+    for (ProductValues<kWidth>& of : values) of.set_middle(w_);
     const uint32_t records = records_ + first_strip(segment) * w_.record_bytes;
     uint32_t x_rows[S::kTokenTiles];
 #pragma unroll
@@ -397,7 +396,7 @@ class StripLoop {
       const uint32_t x_move = S::kStreamsX ? stage : item * (S::kItemRows * 2);
       const int steps = params_.sub_steps;
       if (steps >= S::kItemSteps) {
-        values.load(records + stage_ * params_.memory.record_bytes, w_);
+        load<kWidth>(values, records + stage_ * params_.memory.record_bytes);
         multiply<kWidth, S::kItemSteps>(stage, 0, x_rows, x_move, values);
       } else {
         const int present =
@@ -405,7 +404,7 @@ class StripLoop {
         uint32_t group_records = records + stage_ * params_.memory.record_bytes;
 #pragma unroll 1
         for (int step = 0; step < present; step += steps) {
-          values.load(group_records, w_);
+          load<kWidth>(values, group_records);
           group_records += group_bytes();
           if (S::kItemSteps > 4 && steps == 4) {
             multiply<kWidth, 4>(stage, step, x_rows, x_move, values);
@@ -438,60 +437,38 @@ class StripLoop {
     parts_there_ |= 1 << part;
   }
 
+  template <int kWidth>
+  static constexpr int kTogether = std::min(kWidth, S::kStripsTogether);
+  template <int kWidth>
+  using Product = StripProduct<T, S::kBits, S::kTokenTiles, kTogether<kWidth>>;
+  template <int kWidth>
+  using ProductValues = typename Product<kWidth>::Values;
+
+  template <int kWidth, class Values>
+  __device__ __forceinline__ void load(Values& values, uint32_t records) const {
+#pragma unroll
+    for (int i = 0; i < kWidth / kTogether<kWidth>; ++i)
+      values[i].load(records + i * kTogether<kWidth> * w_.record_bytes, w_);
+  }
+
   // kSteps steps of one group, from step `first` of the item on.
   template <int kWidth, int kSteps, class Values>
   __device__ __forceinline__ void multiply(uint32_t stage, int first,
                                            const uint32_t (&x_rows)[S::kTokenTiles],
                                            uint32_t x_move, const Values& values) {
-    constexpr int kStepWords = S::kBits / 4;
-    constexpr int kUnitSteps = 4 / kStepWords;  // of the 16 bytes of a lane
-    constexpr int kTogether = kWidth < S::kStripsTogether ? kWidth : S::kStripsTogether;
-    constexpr int kLoadSteps = kSteps < kUnitSteps ? kSteps : kUnitSteps;
-    // 4 bits: units are chunks of all strips; 8 bits: pieces of one strip.
-    constexpr int kUnitStride = S::kBits == 4 ? S::kChunkBytes : 512;
-    const uint32_t codes = stage + lane_ * 16 + first / kUnitSteps * kUnitStride +
-                           first % kUnitSteps * (kStepWords * 4);
-#pragma unroll
-    for (int begin = 0; begin < kWidth; begin += kTogether) {
-      float part[kTogether][S::kTokenTiles][4] = {};
-#pragma unroll
-      for (int unit = 0; unit < kSteps; unit += kLoadSteps) {
-        uint32_t words[kTogether][kLoadSteps * kStepWords];
-#pragma unroll
-        for (int s = 0; s < kTogether; ++s) {
-          load_words(words[s],
-                     codes + unit / kUnitSteps * kUnitStride + (begin + s) * S::kStripBytes);
-        }
-#pragma unroll
-        for (int pair = 0; pair < (kLoadSteps + 1) / 2; ++pair) {
-          uint32_t x[S::kTokenTiles][4];
-#pragma unroll
-          for (int t = 0; t < S::kTokenTiles; ++t)
-            ptx::ldmatrix_x4(x[t], x_address(x_rows[t], x_move, first + unit + pair * 2));
-#pragma unroll
-          for (int i = 0; i < 2 && pair * 2 + i < kLoadSteps; ++i) {
-#pragma unroll
-            for (int s = 0; s < kTogether; ++s) {
-              uint32_t a[4];
-              decode(a, &words[s][(pair * 2 + i) * kStepWords], values.zero[begin + s], T());
-#pragma unroll
-              for (int t = 0; t < S::kTokenTiles; ++t)
-                ptx::mma_m16n8k16<T>(part[s][t], a, x[t][i * 2], x[t][i * 2 + 1]);
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (int s = 0; s < kTogether; ++s) {
-#pragma unroll
-        for (int t = 0; t < S::kTokenTiles; ++t) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            sum_[begin + s][t][i] =
-                __fmaf_rn(values.scale[begin + s][i / 2], part[s][t][i], sum_[begin + s][t][i]);
-          }
-        }
-      }
+    const uint32_t codes = stage + lane_ * 16;
+    const auto x_of = [&](int t, int step) { return x_address(x_rows[t], x_move, step); };
+    Product<kWidth> product;
+    product.template add<kSteps, S::kChunkBytes, true>(codes, S::kStripBytes, first, values[0],
+                                                       x_of);
+    product.template finish<0>(sum_, values[0], w_.has_zeros);
+    if constexpr (kTogether<kWidth> < kWidth) {
+      static_assert(kWidth == 2 * kTogether<kWidth>);
+      Product<kWidth> second;
+      second.template add<kSteps, S::kChunkBytes, false>(codes + kTogether<kWidth> * S::kStripBytes,
+                                                         S::kStripBytes, first, values[1], x_of);
+      second.take_x(product);
+      second.template finish<kTogether<kWidth>>(sum_, values[1], w_.has_zeros);
     }
   }
 
@@ -500,20 +477,6 @@ class StripLoop {
     if constexpr (!S::kStreamsX) return row + move + step * 32;
     const uint32_t tile = row + move + step / Layout::kChunkSteps * S::kXTileBytes;
     return tile ^ (step % Layout::kChunkSteps * 32);
-  }
-
-  template <int kCount>
-  __device__ __forceinline__ static void load_words(uint32_t (&words)[kCount], uint32_t address) {
-    if constexpr (kCount == 4) {
-      const uint4 q = ptx::load_shared_16(address);
-      words[0] = q.x;
-      words[1] = q.y;
-      words[2] = q.z;
-      words[3] = q.w;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) words[i] = ptx::load_shared_4(address + i * 4);
-    }
   }
 
   // --- the end ---

@@ -13,6 +13,17 @@ namespace marlinq::cuda::sm90 {
 
 using sm80::Layout;
 
+/// Groups that `steps` packed steps have at most, where all groups have as many steps, a power of two.
+inline std::int32_t groups_of_steps(const WeightView& w, std::int32_t steps) {
+  return std::max(w.step_shift < 8 ? steps >> w.step_shift : 1, 1);
+}
+
+/// A stage of the strip kernel over experts: `bytes` and the records of an item of so many steps.
+inline std::int32_t expert_stage_bytes(const WeightView& w, std::int32_t bytes,
+                                       std::int32_t steps) {
+  return bytes + groups_of_steps(w, steps) * Layout::kBlockStrips * w.record_bytes;
+}
+
 /// What a plan may choose.
 struct StripChoice {
   std::int32_t clusters = 1;
@@ -53,8 +64,7 @@ inline StripMemory strip_memory(const GemmProblem& problem, std::int32_t tokens,
       ceil_div(strip_shares(w, choice), choice.clusters) * choice.share_halves;
   // At most: a run of single halves may begin inside a block.
   const std::int64_t segments = choice.share_halves == 2 ? halves / 2 : halves / 2 + 1;
-  const std::int64_t groups =
-      std::max<std::int64_t>((choice.item_chunks * Layout::kChunkSteps) >> w.step_shift, 1);
+  const std::int64_t groups = groups_of_steps(w, choice.item_chunks * Layout::kChunkSteps);
   const std::int64_t codes =
       std::int64_t{choice.item_chunks} * Layout::kBlockStrips * 128 * w.code_bits;
   constexpr std::int64_t kXPadding = 16;  // spreads the rows of an ldmatrix over all banks

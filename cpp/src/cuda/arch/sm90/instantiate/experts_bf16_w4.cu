@@ -2,8 +2,7 @@
 
 namespace marlinq::cuda::sm90 {
 
-extern const std::array<ExpertInstance, kExpertInstanceCount> kExperts_bf16_w4;
-constinit const std::array<ExpertInstance, kExpertInstanceCount> kExperts_bf16_w4 =
-    expert_instance_list<__nv_bfloat16, 4>();
+extern const ExpertKernels kExperts_bf16_w4;
+constinit const ExpertKernels kExperts_bf16_w4 = make_expert_kernels<__nv_bfloat16, 4>();
 
 }  // namespace marlinq::cuda::sm90

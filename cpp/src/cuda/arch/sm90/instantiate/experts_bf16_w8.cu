@@ -2,8 +2,7 @@
 
 namespace marlinq::cuda::sm90 {
 
-extern const std::array<ExpertInstance, kExpertInstanceCount> kExperts_bf16_w8;
-constinit const std::array<ExpertInstance, kExpertInstanceCount> kExperts_bf16_w8 =
-    expert_instance_list<__nv_bfloat16, 8>();
+extern const ExpertKernels kExperts_bf16_w8;
+constinit const ExpertKernels kExperts_bf16_w8 = make_expert_kernels<__nv_bfloat16, 8>();
 
 }  // namespace marlinq::cuda::sm90

@@ -2,8 +2,7 @@
 
 namespace marlinq::cuda::sm90 {
 
-extern const std::array<ExpertInstance, kExpertInstanceCount> kExperts_fp16_w4;
-constinit const std::array<ExpertInstance, kExpertInstanceCount> kExperts_fp16_w4 =
-    expert_instance_list<__half, 4>();
+extern const ExpertKernels kExperts_fp16_w4;
+constinit const ExpertKernels kExperts_fp16_w4 = make_expert_kernels<__half, 4>();
 
 }  // namespace marlinq::cuda::sm90

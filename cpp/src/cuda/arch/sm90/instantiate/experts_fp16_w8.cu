@@ -2,8 +2,7 @@
 
 namespace marlinq::cuda::sm90 {
 
-extern const std::array<ExpertInstance, kExpertInstanceCount> kExperts_fp16_w8;
-constinit const std::array<ExpertInstance, kExpertInstanceCount> kExperts_fp16_w8 =
-    expert_instance_list<__half, 8>();
+extern const ExpertKernels kExperts_fp16_w8;
+constinit const ExpertKernels kExperts_fp16_w8 = make_expert_kernels<__half, 8>();
 
 }  // namespace marlinq::cuda::sm90
