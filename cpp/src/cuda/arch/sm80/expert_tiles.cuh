@@ -145,7 +145,7 @@ struct SortedTiles {
   int num_experts;
   SlotPlaces slots;
 
-  /// By all `threads` of a block, at least as many as there are ids, which meet at its end.
+  /// By all `threads` of a block, NearTiles::kMost of them, which meet at its end.
   __device__ __forceinline__ Entries bring_near(NearTiles& near, int threads) const {
     static_assert(NearTiles::kMost >= kMostSortedIds);
     constexpr int kNone = INT_MAX;  // sorts behind all experts
@@ -159,7 +159,7 @@ struct SortedTiles {
                                    : static_cast<const int32_t*>(topk.data)[place];
       if (id >= 0 && id < num_experts) expert = static_cast<int>(id);
     }
-    if (thread < NearTiles::kMost) near.experts[thread] = expert;
+    near.experts[thread] = expert;
     __syncthreads();
     int before = 0;  // ids that come before this one, ...
     int same = 0;    // ... those of its expert among them, ...

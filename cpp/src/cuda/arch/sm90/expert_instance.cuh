@@ -134,9 +134,7 @@ constexpr ExpertStripInstance expert_strip_instance() {
           .blocks_together = S::kBlocksTogether,
           .launch = [](const ExpertProblem& problem, const ExpertPlan& plan,
                        const SplitScratch& scratch, cudaStream_t stream) {
-            if (problem.tiles.topk.data != nullptr) {
-              launch_expert_strips<S>(problem, plan, scratch, sm80::sorted_tiles(problem), stream);
-            } else if (problem.dispatches.empty()) {
+            if (problem.dispatches.empty()) {
               launch_expert_strips<S>(problem, plan, scratch,
                                       sm80::listed_tiles(problem, S::kTokens), stream);
             } else {

@@ -1,10 +1,10 @@
 // The product over experts of sm90 for tiles of a few rows: bound by the stream of codes, so nothing else may
 // wait.
 //
-// A unit is a packed block of features of a token tile. The blocks, one
-// a multiprocessor, share all units in contiguous runs: by halves of units, or where that leaves them too uneven
-// by items, each 128 rows of K (4 bits). The warps of a block share its run, each a contiguous part, with a
-// ring of its own, whose stages hold an item: codes and the records of their groups, which come by bulk copies, and x.
+// A unit is a packed block of features of a token tile. The blocks share all units in contiguous runs: by halves of
+// units, or where that leaves them too uneven by items, each 128 rows of K (4 bits). The warps of a block share its
+// run, each a contiguous part, with a ring of its own. Its stages hold an item: codes and the records of their groups,
+// which come by bulk copies and so cost a warp little, and rows of x.
 //
 // A unit that is cut between warps is added up at the end of the block, through shared memory, in the order of the
 // warps, by the one whose part comes first. One that is cut between blocks: all but the last leave their sum in
@@ -43,8 +43,8 @@ struct ExpertStripShape {
   static constexpr int kBits = kBits_;
   static constexpr int kTokens = 8;
   static constexpr int kMostWarps = 6;
-  static constexpr int kBlocksTogether =
-      2;  // on a multiprocessor: of one kernel, or of it and the next
+  // On a multiprocessor: of one kernel, or of it and the next.
+  static constexpr int kBlocksTogether = 2;
   static constexpr int kStages = 2;
   static constexpr int kItemChunks = 8 / kBits;  // 4 KB of codes
   static constexpr int kItemSteps = kItemChunks * Layout::kChunkSteps;
@@ -58,7 +58,7 @@ struct ExpertStripShape {
   static constexpr int kPartBytes = Layout::kBlockStrips * 32 * 16;
 };
 
-/// That share a unit, about.
+/// Blocks that share a unit, about.
 constexpr int kMostStripBlocks = 24;
 
 /// What a warp keeps of a segment from when it is asked for until it is stored.

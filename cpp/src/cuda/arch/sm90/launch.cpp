@@ -466,15 +466,16 @@ namespace {
 
 void scratch_need(const DeviceLimits& limits, std::int64_t& partial_floats, std::int32_t& flags) {
   // A block leaves one part at most, and has one flag.
-  flags = limits.multiprocessors;
+  const ExpertKernels& experts = expert_kernels(FloatType::kF16, 4);
+  flags = limits.multiprocessors * experts.strips.blocks_together;
   std::int32_t most = 0;  // packed blocks x tokens of a tile
   for (const Instance& instance : instances(FloatType::kF16, 4)) {
     if (instance.kind == KernelKind::kTile)
       most = std::max(most, instance.blocks * instance.tokens);
   }
-  for (const ExpertInstance& instance : expert_kernels(FloatType::kF16, 4).tiles) {
+  for (const ExpertInstance& instance : experts.tiles)
     most = std::max(most, instance.blocks * instance.tokens);
-  }
+  most = std::max(most, experts.strips.blocks_together * experts.strips.tokens);
   partial_floats = std::int64_t{limits.multiprocessors} * most * sm80::Layout::kBlockFeatures;
 }
 
@@ -495,6 +496,6 @@ constinit const ArchKernels kKernels = {.name = "sm90",
                                         .launch_experts = launch_experts,
                                         .most_dispatches = sm80::kMostDispatches,
                                         .tile_rows = tile_rows,
-                                        .most_sorted_ids = most_sorted_ids};
+                                        .most_sorted_ids = sm80::most_sorted_ids};
 
 }  // namespace marlinq::cuda::sm90
