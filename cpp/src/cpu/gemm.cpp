@@ -245,11 +245,9 @@ class RowGroupProduct {
     float values[Layout::kMaxRowBlock];
     float largest = 0.0F;
     for (std::size_t first = 0, last = 0; first < runs.size(); first = last) {
-      // As many runs as share a scale of integers.
-      std::int64_t count = 0;
-      for (; last < runs.size() && count + runs[last].count <= Layout::kMaxRowBlock; ++last) {
-        count += runs[last].count;
-      }
+      last += static_cast<std::size_t>(
+          runs_of_one_scale(&runs[first], static_cast<std::int32_t>(runs.size() - first)));
+      const std::int64_t count = runs[last - 1].first + runs[last - 1].count - runs[first].first;
       read_values(order, source, runs[first].first, count, values);
       std::fill(values + count, values + Layout::kMaxRowBlock, 0.0F);
       if (factor != 1.0F) {

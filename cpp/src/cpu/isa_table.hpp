@@ -81,6 +81,16 @@ inline constexpr std::int32_t kMaxRowBlock = 128;
 // 64 rows) stay within L1 and L2 of any processor of the last ten years.
 inline constexpr std::int32_t kMaxTaskRows = 64;
 
+/// How many of the runs, from the first on, have one scale where x is held as integers: as many as are at most
+/// kMaxRowBlock packed rows.
+[[gnu::always_inline]] inline std::int32_t runs_of_one_scale(const RowBlock* runs,
+                                                             std::int32_t num_runs) {
+  std::int32_t rows = 0;
+  std::int32_t run = 0;
+  for (; run < num_runs && rows + runs[run].count <= kMaxRowBlock; ++run) rows += runs[run].count;
+  return run;
+}
+
 /// One compute type on one instruction set.
 struct Arithmetic {
   bool native;             // false: x is rounded as the compute type says, the product is float32's

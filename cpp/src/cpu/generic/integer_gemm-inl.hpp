@@ -6,6 +6,7 @@
 //   sum     = (q - middle) * i + ... over the run, exact in 32 bits: at most 128 * 32600 * 128
 //   sum    -= (zero - middle) * (sum of i), in float32             where zero points differ
 //   result += sum * (scale of the weight * scale of x), float32
+// Where several runs share a scale of x, int8 adds up their sums before it applies that scale.
 // Sums of integers have no order, and the runs come one after the other, so a row's result does
 // not depend on its batch. The middle enters as the value that an accumulator starts with.
 //
@@ -190,6 +191,20 @@ MARLINQ_INLINE void apply_run(const BlockTask& task, const RunInput* inputs, std
   });
 }
 
+template <int kRows, int kVectors, int kHalves, int kChains>
+MARLINQ_INLINE void start_sums(const RunInput* inputs,
+                               IntegerSums<kRows, kVectors, kHalves, kChains>& sum) {
+  unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
+    const I start = Vec::broadcast_word(&inputs[r].start);
+    unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
+      unrolled<kHalves * kChains>([&]<int i>() __attribute__((always_inline)) {
+        sum[r][v][i / kChains][i % kChains] = Vec::zero_words();
+      });
+      sum[r][v][kHalves - 1][0] = start;
+    });
+  });
+}
+
 template <bool kAlone, int kBits, int kHalves, int kRows, int kVectors>
 [[gnu::noinline]] void integer_tile(const IntegerTile& tile, int column) {
   constexpr int kOwnChains = kChains<kBits, kHalves, kRows>;
@@ -205,15 +220,7 @@ template <bool kAlone, int kBits, int kHalves, int kRows, int kVectors>
     constexpr int kSums = kRows * kVectors * kHalves * (HasDot<Vec> ? kOwnChains : 2);
     if constexpr (kSums + (kRows + 1) * kVectors + 3 > Vec::kRegisters) __asm__("" : "+r"(result));
     IntegerSums<kRows, kVectors, kHalves, kOwnChains> sum;
-    unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
-      const I start = Vec::broadcast_word(&inputs[r].start);
-      unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
-        unrolled<kHalves * kOwnChains>([&]<int i>() __attribute__((always_inline)) {
-          sum[r][v][i / kOwnChains][i % kOwnChains] = Vec::zero_words();
-        });
-        sum[r][v][kHalves - 1][0] = start;
-      });
-    });
+    start_sums<kRows, kVectors, kHalves, kOwnChains>(inputs, sum);
     accumulate<Vec, kAlone, kBits, kRows, kVectors, kHalves, kOwnChains>(place,
                                                                          task.runs[run].count, sum);
     const std::int64_t first = std::int64_t{task.runs[run].group} * task.columns + column;
@@ -225,8 +232,79 @@ template <bool kAlone, int kBits, int kHalves, int kRows, int kVectors>
   }
 }
 
+// Sums of several runs fit into registers beside those of a run. So it is for any number of rows, whose
+// results must not depend on it.
+template <int kHalves>
+constexpr bool kSharesScales = kHalves == 1 && HasDot<Vec> && Vec::kRegisters == 32;
+
+// int8, of runs of which several share a scale of x.
+template <bool kAlone, int kBits, int kRows, int kVectors>
+[[gnu::noinline]] void tile_of_shared_scales(const IntegerTile& tile, int column) {
+  // Of sums and parts as many as registers hold.
+  constexpr int kOwnChains = kRows * kVectors < 8 ? kChains<kBits, 1, kRows> : 1;
+  const BlockTask task = tile.task;
+  const RunInput* inputs = tile.inputs;
+  float* result = tile.result + column;
+  TilePlace place{.codes = task.codes + std::int64_t{4} * column,
+                  .x = tile.x,
+                  .ahead = share_of_next_block(tile, column),
+                  .stride = std::int64_t{4} * task.columns};
+  int last = -1;  // run of those that share the scale
+  F part[kRows][kVectors];
+  for (int run = 0; run < task.num_runs; ++run, inputs += kRows) {
+    if (run > last) {
+      last = run + runs_of_one_scale(task.runs + run, task.num_runs - run) - 1;
+      unrolled<kRows * kVectors>([&]<int i>() __attribute__((always_inline)) {
+        part[i / kVectors][i % kVectors] = Vec::zero();
+      });
+    }
+    IntegerSums<kRows, kVectors, 1, kOwnChains> sum;
+    start_sums<kRows, kVectors, 1, kOwnChains>(inputs, sum);
+    accumulate<Vec, kAlone, kBits, kRows, kVectors, 1, kOwnChains>(place, task.runs[run].count,
+                                                                   sum);
+    const std::int64_t first = std::int64_t{task.runs[run].group} * task.columns + column;
+    F scale[kVectors];
+    load_scales(task, first, scale);
+    unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
+      F total[kRows];
+      unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
+        total[r] = Vec::to_float(add_chains(sum[r][v][0]));
+      });
+      if (task.zeros != nullptr) {
+        const F zero = load_zeros(task, first + v * Vec::kLanes);
+        unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
+          total[r] = Vec::negative_multiply_add(zero, Vec::broadcast(inputs[r].sum), total[r]);
+        });
+      }
+      unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
+        part[r][v] = Vec::multiply_add(total[r], scale[v], part[r][v]);
+      });
+    });
+    if (run < last) continue;
+    unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
+      const F factor = Vec::broadcast(inputs[r].scale);
+      unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
+        float* to = result + r * kBlockColumns + v * Vec::kLanes;
+        Vec::store(to, Vec::multiply_add(part[r][v], factor, Vec::load(to)));
+      });
+    });
+  }
+}
+
 template <bool kAlone, int kHalves, int kRows, int kVectors>
 MARLINQ_INLINE void integer_tile(const IntegerTile& tile, int column) {
+  if constexpr (kSharesScales<kHalves>) {
+    // Sums in units of other scales, without that of x, may leave the range of float32.
+    if (tile.task.scale_type == FloatType::kF16 &&
+        runs_of_one_scale(tile.task.runs, tile.task.num_runs) > 1) {
+      if (tile.task.code_bits == 4) {
+        tile_of_shared_scales<kAlone, 4, kRows, kVectors>(tile, column);
+      } else {
+        tile_of_shared_scales<kAlone, 8, kRows, kVectors>(tile, column);
+      }
+      return;
+    }
+  }
   if (tile.task.code_bits == 4) {
     integer_tile<kAlone, 4, kHalves, kRows, kVectors>(tile, column);
   } else {
