@@ -6,7 +6,7 @@
 //   sum     = (q - middle) * i + ... over the run, exact in 32 bits: at most 128 * 32600 * 128
 //   sum    -= (zero - middle) * (sum of i), in float32             where zero points differ
 //   result += sum * (scale of the weight * scale of x), float32
-// Where several runs share a scale of x, int8 adds up their sums before it applies that scale.
+// Where several runs share a scale of x, and registers hold them, their sums are added up before that scale is applied.
 // Sums of integers have no order, and the runs come one after the other, so a row's result does
 // not depend on its batch. The middle enters as the value that an accumulator starts with.
 //
@@ -162,6 +162,13 @@ MARLINQ_INLINE I add_chains(const I (&sum)[kChains]) {
   return kChains == 2 ? Vec::add_words(sum[0], Vec::shift_right_4(sum[kChains - 1])) : sum[0];
 }
 
+template <int kHalves, int kChains>
+MARLINQ_INLINE I add_halves(const I (&sum)[kHalves][kChains]) {
+  const I words = add_chains(sum[kHalves - 1]);
+  if constexpr (kHalves == 1) return words;
+  return Vec::add_words(Vec::shift_left_8(add_chains(sum[0])), words);
+}
+
 template <bool kZeros, int kRows, int kVectors, int kHalves, int kChains>
 MARLINQ_INLINE void apply_run(const BlockTask& task, const RunInput* inputs, std::int64_t first,
                               float* result,
@@ -171,11 +178,7 @@ MARLINQ_INLINE void apply_run(const BlockTask& task, const RunInput* inputs, std
   unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
     F total[kRows];
     unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
-      I words = add_chains(sum[r][v][kHalves - 1]);
-      if constexpr (kHalves == 2) {
-        words = Vec::add_words(Vec::shift_left_8(add_chains(sum[r][v][0])), words);
-      }
-      total[r] = Vec::to_float(words);
+      total[r] = Vec::to_float(add_halves(sum[r][v]));
     });
     if constexpr (kZeros) {
       const F zero = load_zeros(task, first + v * Vec::kLanes);
@@ -234,14 +237,15 @@ template <bool kAlone, int kBits, int kHalves, int kRows, int kVectors>
 
 // Sums of several runs fit into registers beside those of a run. So it is for any number of rows, whose
 // results must not depend on it.
-template <int kHalves>
-constexpr bool kSharesScales = kHalves == 1 && HasDot<Vec> && Vec::kRegisters == 32;
+template <int kBits, int kHalves>
+constexpr bool kSharesScales = (kHalves == 1 || kBits == 4) && HasDot<Vec> && Vec::kRegisters == 32;
 
-// int8, of runs of which several share a scale of x.
-template <bool kAlone, int kBits, int kRows, int kVectors>
+// Runs of which several share a scale of x.
+template <bool kAlone, int kBits, int kHalves, int kRows, int kVectors>
 [[gnu::noinline]] void tile_of_shared_scales(const IntegerTile& tile, int column) {
   // Of sums and parts as many as registers hold.
-  constexpr int kOwnChains = kRows * kVectors < 8 ? kChains<kBits, 1, kRows> : 1;
+  constexpr bool kRoom = kRows * kVectors * (2 * kHalves + 1) < 20;
+  constexpr int kOwnChains = kRoom ? kChains<kBits, kHalves, kRows> : 1;
   const BlockTask task = tile.task;
   const RunInput* inputs = tile.inputs;
   float* result = tile.result + column;
@@ -258,17 +262,17 @@ template <bool kAlone, int kBits, int kRows, int kVectors>
         part[i / kVectors][i % kVectors] = Vec::zero();
       });
     }
-    IntegerSums<kRows, kVectors, 1, kOwnChains> sum;
-    start_sums<kRows, kVectors, 1, kOwnChains>(inputs, sum);
-    accumulate<Vec, kAlone, kBits, kRows, kVectors, 1, kOwnChains>(place, task.runs[run].count,
-                                                                   sum);
+    IntegerSums<kRows, kVectors, kHalves, kOwnChains> sum;
+    start_sums<kRows, kVectors, kHalves, kOwnChains>(inputs, sum);
+    accumulate<Vec, kAlone, kBits, kRows, kVectors, kHalves, kOwnChains>(place,
+                                                                         task.runs[run].count, sum);
     const std::int64_t first = std::int64_t{task.runs[run].group} * task.columns + column;
     F scale[kVectors];
     load_scales(task, first, scale);
     unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
       F total[kRows];
       unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
-        total[r] = Vec::to_float(add_chains(sum[r][v][0]));
+        total[r] = Vec::to_float(add_halves(sum[r][v]));
       });
       if (task.zeros != nullptr) {
         const F zero = load_zeros(task, first + v * Vec::kLanes);
@@ -293,16 +297,20 @@ template <bool kAlone, int kBits, int kRows, int kVectors>
 
 template <bool kAlone, int kHalves, int kRows, int kVectors>
 MARLINQ_INLINE void integer_tile(const IntegerTile& tile, int column) {
-  if constexpr (kSharesScales<kHalves>) {
-    // Sums in units of other scales, without that of x, may leave the range of float32.
-    if (tile.task.scale_type == FloatType::kF16 &&
-        runs_of_one_scale(tile.task.runs, tile.task.num_runs) > 1) {
+  // Sums in units of other scales, without that of x, may leave the range of float32.
+  if (tile.task.scale_type == FloatType::kF16 &&
+      runs_of_one_scale(tile.task.runs, tile.task.num_runs) > 1) {
+    if constexpr (kSharesScales<4, kHalves>) {
       if (tile.task.code_bits == 4) {
-        tile_of_shared_scales<kAlone, 4, kRows, kVectors>(tile, column);
-      } else {
-        tile_of_shared_scales<kAlone, 8, kRows, kVectors>(tile, column);
+        tile_of_shared_scales<kAlone, 4, kHalves, kRows, kVectors>(tile, column);
+        return;
       }
-      return;
+    }
+    if constexpr (kSharesScales<8, kHalves>) {
+      if (tile.task.code_bits == 8) {
+        tile_of_shared_scales<kAlone, 8, kHalves, kRows, kVectors>(tile, column);
+        return;
+      }
     }
   }
   if (tile.task.code_bits == 4) {
