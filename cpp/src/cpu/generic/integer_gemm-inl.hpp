@@ -169,10 +169,10 @@ MARLINQ_INLINE I add_halves(const I (&sum)[kHalves][kChains]) {
   return Vec::add_words(Vec::shift_left_8(add_chains(sum[0])), words);
 }
 
-template <bool kZeros, int kRows, int kVectors, int kHalves, int kChains>
-MARLINQ_INLINE void apply_run(const BlockTask& task, const RunInput* inputs, std::int64_t first,
-                              float* result,
-                              const IntegerSums<kRows, kVectors, kHalves, kChains>& sum) {
+template <bool kZeros, int kRows, int kVectors, int kHalves, int kChains, class End>
+MARLINQ_INLINE void end_run_of(const BlockTask& task, const RunInput* inputs, std::int64_t first,
+                               const IntegerSums<kRows, kVectors, kHalves, kChains>& sum,
+                               const End& end) {
   F scale[kVectors];
   load_scales(task, first, scale);
   unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
@@ -187,11 +187,21 @@ MARLINQ_INLINE void apply_run(const BlockTask& task, const RunInput* inputs, std
       });
     }
     unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
-      float* place = result + r * kBlockColumns + v * Vec::kLanes;
-      const F factor = Vec::multiply(scale[v], Vec::broadcast(inputs[r].scale));
-      Vec::store(place, Vec::multiply_add(total[r], factor, Vec::load(place)));
+      end.template operator()<r, v>(total[r], scale[v]);
     });
   });
+}
+
+// Calls end.template operator()<row, vector>(sum, scale of the weight) for each sum of a run, less zero points.
+template <int kRows, int kVectors, int kHalves, int kChains, class End>
+MARLINQ_INLINE void end_run(const BlockTask& task, const RunInput* inputs, std::int64_t first,
+                            const IntegerSums<kRows, kVectors, kHalves, kChains>& sum,
+                            const End& end) {
+  if (task.zeros == nullptr) {
+    end_run_of<false, kRows, kVectors, kHalves, kChains>(task, inputs, first, sum, end);
+  } else {
+    end_run_of<true, kRows, kVectors, kHalves, kChains>(task, inputs, first, sum, end);
+  }
 }
 
 template <int kRows, int kVectors, int kHalves, int kChains>
@@ -227,11 +237,13 @@ template <bool kAlone, int kBits, int kHalves, int kRows, int kVectors>
     accumulate<Vec, kAlone, kBits, kRows, kVectors, kHalves, kOwnChains>(place,
                                                                          task.runs[run].count, sum);
     const std::int64_t first = std::int64_t{task.runs[run].group} * task.columns + column;
-    if (task.zeros == nullptr) {
-      apply_run<false, kRows, kVectors, kHalves, kOwnChains>(task, inputs, first, result, sum);
-    } else {
-      apply_run<true, kRows, kVectors, kHalves, kOwnChains>(task, inputs, first, result, sum);
-    }
+    end_run<kRows, kVectors, kHalves, kOwnChains>(
+        task, inputs, first, sum,
+        [&]<int r, int v>(F total, F scale) __attribute__((always_inline)) {
+          float* place_of_sum = result + r * kBlockColumns + v * Vec::kLanes;
+          const F factor = Vec::multiply(scale, Vec::broadcast(inputs[r].scale));
+          Vec::store(place_of_sum, Vec::multiply_add(total, factor, Vec::load(place_of_sum)));
+        });
   }
 }
 
@@ -267,23 +279,11 @@ template <bool kAlone, int kBits, int kHalves, int kRows, int kVectors>
     accumulate<Vec, kAlone, kBits, kRows, kVectors, kHalves, kOwnChains>(place,
                                                                          task.runs[run].count, sum);
     const std::int64_t first = std::int64_t{task.runs[run].group} * task.columns + column;
-    F scale[kVectors];
-    load_scales(task, first, scale);
-    unrolled<kVectors>([&]<int v>() __attribute__((always_inline)) {
-      F total[kRows];
-      unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
-        total[r] = Vec::to_float(add_halves(sum[r][v]));
-      });
-      if (task.zeros != nullptr) {
-        const F zero = load_zeros(task, first + v * Vec::kLanes);
-        unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
-          total[r] = Vec::negative_multiply_add(zero, Vec::broadcast(inputs[r].sum), total[r]);
+    end_run<kRows, kVectors, kHalves, kOwnChains>(
+        task, inputs, first, sum,
+        [&]<int r, int v>(F total, F scale) __attribute__((always_inline)) {
+          part[r][v] = Vec::multiply_add(total, scale, part[r][v]);
         });
-      }
-      unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
-        part[r][v] = Vec::multiply_add(total[r], scale[v], part[r][v]);
-      });
-    });
     if (run < last) continue;
     unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
       const F factor = Vec::broadcast(inputs[r].scale);

@@ -139,19 +139,26 @@ struct ZeroFloats {
   }
 };
 
+/// Codes are multiplied as q - z.
+struct NoOffsetCodes {
+  static constexpr bool kHas = false;
+};
+
+/// What all float16 codes have in common.
+struct SubnormalCodes {
+  static constexpr bool kHas = true;
+  static constexpr uint32_t kOnes = 0x3c003c00u;  // a pair of 1
+  static constexpr float kOffset = 0.0f;
+  static constexpr float kUnit = 0x1p24f;
+};
+
 /// Codes of 16 rows as (kOffset + q) / kUnit, or those of the feature 8 above over kUpperUnit. Products with x, by the
 /// unit, are (kOffset + z) Σ x too large.
 template <class T, int kBits>
-struct OffsetCodes {
-  static constexpr bool kHas = false;  // as q - z alone
-};
+struct OffsetCodes : NoOffsetCodes {};
 
 template <>
-struct OffsetCodes<__half, 4> {
-  static constexpr bool kHas = true;
-  static constexpr uint32_t kOnes = 0x3c003c00u;
-  static constexpr float kOffset = 0.0f;
-  static constexpr float kUnit = 0x1p24f;
+struct OffsetCodes<__half, 4> : SubnormalCodes {
   static constexpr float kUpperUnit = 0x1p20f;
   __device__ __forceinline__ static void decode(uint32_t (&a)[4], const uint32_t* words) {
     const uint32_t upper = words[0] >> 8;
@@ -163,12 +170,8 @@ struct OffsetCodes<__half, 4> {
 };
 
 template <>
-struct OffsetCodes<__half, 8> {
-  static constexpr bool kHas = true;
-  static constexpr uint32_t kOnes = 0x3c003c00u;
-  static constexpr float kOffset = 0.0f;
-  static constexpr float kUnit = 0x1p24f;
-  static constexpr float kUpperUnit = 0x1p24f;
+struct OffsetCodes<__half, 8> : SubnormalCodes {
+  static constexpr float kUpperUnit = kUnit;
   __device__ __forceinline__ static void decode(uint32_t (&a)[4], const uint32_t* words) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

@@ -638,8 +638,8 @@ class ExpertStrips {
                                                  typename Product<kWidth>::Values& values) {
     values.load(records, w_);
     Product<kWidth> product;
-    product.template add<kSteps, S::kChunkBytes, true>(
-        stage + lane_ * 16, S::kStripBytes, first, values,
+    product.template add<kSteps, S::kChunkBytes>(
+        stage + lane_ * 16, first, values,
         [&](int, int step) { return stage + x_row_place_ + step * 32; });
     product.template finish<0>(sum_, values, w_.has_zeros);
   }

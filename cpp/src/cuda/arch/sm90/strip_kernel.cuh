@@ -459,15 +459,13 @@ class StripLoop {
     const uint32_t codes = stage + lane_ * 16;
     const auto x_of = [&](int t, int step) { return x_address(x_rows[t], x_move, step); };
     Product<kWidth> product;
-    product.template add<kSteps, S::kChunkBytes, true>(codes, S::kStripBytes, first, values[0],
-                                                       x_of);
+    product.template add<kSteps, S::kChunkBytes>(codes, first, values[0], x_of);
     product.template finish<0>(sum_, values[0], w_.has_zeros);
     if constexpr (kTogether<kWidth> < kWidth) {
       static_assert(kWidth == 2 * kTogether<kWidth>);
       Product<kWidth> second;
-      second.template add<kSteps, S::kChunkBytes, false>(codes + kTogether<kWidth> * S::kStripBytes,
-                                                         S::kStripBytes, first, values[1], x_of);
-      second.take_x(product);
+      second.template add<kSteps, S::kChunkBytes>(codes + kTogether<kWidth> * S::kStripBytes, first,
+                                                  values[1], x_of);
       second.template finish<kTogether<kWidth>>(sum_, values[1], w_.has_zeros);
     }
   }

@@ -21,7 +21,7 @@ using sm80::Layout;
 template <class T, int kBits, int kTokenTiles, int kStrips>
 class StripProduct {
   // With more tokens the sums of x cost more than they save.
-  using Codes = std::conditional_t<kTokenTiles == 1, OffsetCodes<T, kBits>, OffsetCodes<float, 0>>;
+  using Codes = std::conditional_t<kTokenTiles == 1, OffsetCodes<T, kBits>, NoOffsetCodes>;
 
  public:
   static constexpr int kStripBytes = 128 * kBits;  // codes of a strip and chunk
@@ -42,11 +42,10 @@ class StripProduct {
   }
 
   /// Adds kSteps steps, from step `first` on. `codes`: where those of this lane begin, [chunk][strip][piece], from a
-  /// strip to the next `strip_bytes`, from a chunk to the next kChunkBytes. x_address(t, step): of this lane's row of
-  /// token tile t, for that step and the next. kSumsX: as finish() needs it, once.
-  template <int kSteps, int kChunkBytes, bool kSumsX, class XAddress>
-  __device__ __forceinline__ void add(uint32_t codes, int strip_bytes, int first,
-                                      const Values& values, const XAddress& x_address) {
+  /// chunk to the next kChunkBytes. x_address(t, step): of this lane's row of token tile t, for that step and the next.
+  template <int kSteps, int kChunkBytes, class XAddress>
+  __device__ __forceinline__ void add(uint32_t codes, int first, const Values& values,
+                                      const XAddress& x_address) {
     constexpr int kStepWords = kBits / 4;
     constexpr int kUnitSteps = 4 / kStepWords;  // of the 16 bytes of a lane
     constexpr int kLoadSteps = kSteps < kUnitSteps ? kSteps : kUnitSteps;
@@ -58,7 +57,7 @@ class StripProduct {
       uint32_t words[kStrips][kLoadSteps * kStepWords];
 #pragma unroll
       for (int s = 0; s < kStrips; ++s)
-        load_words(words[s], codes + unit / kUnitSteps * kUnitStride + s * strip_bytes);
+        load_words(words[s], codes + unit / kUnitSteps * kUnitStride + s * kStripBytes);
 #pragma unroll
       for (int pair = 0; pair < (kLoadSteps + 1) / 2; ++pair) {
         uint32_t x[kTokenTiles][4];
@@ -80,7 +79,7 @@ class StripProduct {
             for (int t = 0; t < kTokenTiles; ++t)
               ptx::mma_m16n8k16<T>(part_[s][t], a, x[t][i * 2], x[t][i * 2 + 1]);
           }
-          if constexpr (Codes::kHas && kSumsX) {
+          if constexpr (Codes::kHas) {
             const uint32_t ones[4] = {Codes::kOnes, Codes::kOnes, Codes::kOnes, Codes::kOnes};
 #pragma unroll
             for (int t = 0; t < kTokenTiles; ++t)
@@ -90,17 +89,6 @@ class StripProduct {
       }
     }
   }
-
-  /// The sums of x of another, which was there for the same steps.
-  template <class Other>
-  __device__ __forceinline__ void take_x(const Other& other) {
-#pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) x_[t][i] = other.x_sum(t, i);
-    }
-  }
-  __device__ __forceinline__ float x_sum(int t, int i) const { return x_[t][i]; }
 
   /// Adds it to the sums of the strips from kFirst on.
   template <int kFirst, int kAll>
