@@ -23,6 +23,7 @@
 #include "cuda/cuda_check.hpp"
 #include "cuda/layers_to_load.hpp"
 #include "marlinq/gptq.hpp"
+#include "replay.cuh"
 
 namespace marlinq::bench {
 
@@ -247,42 +248,17 @@ class Bench {
     const double flops = 2.0 * problem.m * shape_.n * shape_.k;
     const double guess = std::max(5e-6, flops / 3e14);
     const int launches = std::clamp(static_cast<int>(1.5e-3 / guess), 2, 400);
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    MARLINQ_CUDA_CHECK(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
-    for (int i = 0; i < launches; ++i) {
+    const double us = time_us(stream_, launches, guess > 2e-3 ? 1 : 4, [&](int) {
       problem.weight = copies_[next_copy_];
       next_copy_ = (next_copy_ + 1) % copies_.size();
       arch_->launch(problem, plan, scratch, stream_);
-    }
-    MARLINQ_CUDA_CHECK(cudaStreamEndCapture(stream_, &graph));
-    MARLINQ_CUDA_CHECK(cudaGraphInstantiate(&exec, graph, 0));
-    cudaEvent_t begin, end;
-    cudaEventCreate(&begin);
-    cudaEventCreate(&end);
-    std::vector<float> times;
-    const int repeats = guess > 2e-3 ? 2 : 5;
-    for (int i = 0; i < repeats; ++i) {
-      MARLINQ_CUDA_CHECK(cudaEventRecord(begin, stream_));
-      MARLINQ_CUDA_CHECK(cudaGraphLaunch(exec, stream_));
-      MARLINQ_CUDA_CHECK(cudaEventRecord(end, stream_));
-      MARLINQ_CUDA_CHECK(cudaEventSynchronize(end));
-      float ms = 0;
-      cudaEventElapsedTime(&ms, begin, end);
-      if (i > 0) times.push_back(ms);
-    }
-    std::sort(times.begin(), times.end());
-    const double us = times[times.size() / 2] * 1e3 / launches;
+    });
     std::printf("%dx%d,%s,%d,%s,%.2f,%.2e%s\n", shape_.n, shape_.k, type, problem.m, name, us,
                 error,
                 error < 6e-4 || (sizeof(T) == 2 && !std::is_same_v<T, __half> && error < 3.2e-3)
                     ? ""
                     : ",WRONG");
     std::fflush(stdout);
-    cudaGraphExecDestroy(exec);
-    cudaGraphDestroy(graph);
-    cudaEventDestroy(begin);
-    cudaEventDestroy(end);
   }
 
   const PlansOf& plans_;

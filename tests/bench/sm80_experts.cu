@@ -22,11 +22,13 @@
 #include "cuda/cuda_check.hpp"
 #include "cuda/moe/align.hpp"
 #include "cuda/moe/elementwise.hpp"
+#include "replay.cuh"
 
 namespace {
 
 using namespace marlinq;
 using namespace marlinq::cuda;
+using bench::time_us;
 
 struct Model {
   const char* name;
@@ -35,27 +37,6 @@ struct Model {
 constexpr Model kModels[] = {{"qwen3-30b-a3b", 128, 8, 2048, 768},
                              {"mixtral-8x7b", 8, 2, 4096, 14336},
                              {"deepseek-v3", 256, 8, 7168, 2048}};
-
-template <class F>
-float time_us(cudaStream_t stream, int repeats, F&& run) {
-  cudaEvent_t begin, end;
-  MARLINQ_CUDA_CHECK(cudaEventCreate(&begin));
-  MARLINQ_CUDA_CHECK(cudaEventCreate(&end));
-  std::vector<float> times;
-  for (int round = 0; round < 5; ++round) {
-    MARLINQ_CUDA_CHECK(cudaEventRecord(begin, stream));
-    for (int i = 0; i < repeats; ++i) run(i);
-    MARLINQ_CUDA_CHECK(cudaEventRecord(end, stream));
-    MARLINQ_CUDA_CHECK(cudaEventSynchronize(end));
-    float ms = 0;
-    MARLINQ_CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-    times.push_back(ms * 1000 / repeats);
-  }
-  std::sort(times.begin(), times.end());
-  MARLINQ_CUDA_CHECK(cudaEventDestroy(begin));
-  MARLINQ_CUDA_CHECK(cudaEventDestroy(end));
-  return times[times.size() / 2];
-}
 
 class Bench {
  public:
@@ -125,14 +106,13 @@ class Bench {
                    .most_tiles = static_cast<std::int32_t>(tiles_),
                    .most_slots = ids,
                    .num_ids = static_cast<std::int32_t>(ids)};
-    print("sort", tokens, rows, 0, 0, time_us(stream_, 50, [&](int) { run_sort(rows); }));
+    print("sort", tokens, rows, 0, 0, time_us(stream_, 50, 5, [&](int) { run_sort(rows); }));
   }
 
   void run_sort(int rows) { sort_by_expert(topk_, model_.experts, rows, sorted_, true, stream_); }
 
-  void print(const char* step, int tokens, int rows, int kernel, int share, float us) const {
-    std::printf("%s,%s,%d,%d,%d,%d,%.2f\n", model_.name, step, tokens, rows, kernel, share,
-                static_cast<double>(us));
+  void print(const char* step, int tokens, int rows, int kernel, int share, double us) const {
+    std::printf("%s,%s,%d,%d,%d,%d,%.2f\n", model_.name, step, tokens, rows, kernel, share, us);
     std::fflush(stdout);
   }
 
@@ -198,7 +178,7 @@ class Bench {
       product.plan.share = share;
       const int repeats = std::max(20, static_cast<int>(product.problems.size()));
       print(step, tokens, rows, product.plan.instance, share,
-            time_us(stream_, repeats, [&](int i) { launch(product, i); }));
+            time_us(stream_, repeats, 5, [&](int i) { launch(product, i); }));
     };
     const ExpertPlan chosen = product.plan;
     if (rows <= 8) {
@@ -235,13 +215,13 @@ class Bench {
                              .out = {y.data(), FloatType::kF16, model_.hidden},
                              .hidden = model_.hidden};
     print("combine", tokens, rows, 0, 0,
-          time_us(stream_, 50, [&](int) { combine(sum, limits_, true, stream_); }));
+          time_us(stream_, 50, 5, [&](int) { combine(sum, limits_, true, stream_); }));
     const int repeats = std::max(20, static_cast<int>(up.problems.size()));
-    print("products", tokens, rows, 0, 0, time_us(stream_, repeats, [&](int i) {
+    print("products", tokens, rows, 0, 0, time_us(stream_, repeats, 5, [&](int i) {
             launch(up, i);
             launch(down, i);
           }));
-    print("block", tokens, rows, 0, 0, time_us(stream_, repeats, [&](int i) {
+    print("block", tokens, rows, 0, 0, time_us(stream_, repeats, 5, [&](int i) {
             run_sort(rows);
             launch(up, i);
             launch(down, i);
@@ -253,7 +233,7 @@ class Bench {
       product->plan =
           sm80::plan_experts(product->problems[0], limits_, BatchInvariance::kNotRequired);
     }
-    print("sorting block", tokens, rows, 0, 0, time_us(stream_, repeats, [&](int i) {
+    print("sorting block", tokens, rows, 0, 0, time_us(stream_, repeats, 5, [&](int i) {
             launch(up, i);
             launch(down, i);
             combine(sum, limits_, true, stream_);

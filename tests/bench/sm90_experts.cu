@@ -32,11 +32,13 @@
 #include "cuda/moe/align.hpp"
 #include "cuda/moe/elementwise.hpp"
 #include "marlinq/gptq.hpp"
+#include "replay.cuh"
 
 namespace {
 
 using namespace marlinq;
 using namespace marlinq::cuda;
+using bench::time_us;
 
 __host__ __device__ std::uint64_t mix(std::uint64_t i) {
   std::uint64_t z = (i + 1) * 0x9E3779B97F4A7C15ULL;
@@ -593,29 +595,15 @@ struct Model {
 };
 constexpr Model kModels[] = {{"qwen3-30b-a3b", 128, 8, 2048, 768},
                              {"mixtral-8x7b", 8, 2, 4096, 14336},
-                             {"deepseek-v3", 256, 8, 7168, 2048}};
+                             {"deepseek-v3", 256, 8, 7168, 2048},
+                             {"qwen2-moe", 60, 4, 2048, 1408},
+                             {"v2-lite", 64, 6, 2048, 1408}};
 
+// As many launches as take some 5 ms.
 template <class F>
-float time_us(cudaStream_t stream, F&& run) {
-  cudaEvent_t begin, end;
-  MARLINQ_CUDA_CHECK(cudaEventCreate(&begin));
-  MARLINQ_CUDA_CHECK(cudaEventCreate(&end));
-  const auto measure = [&](int repeats) {
-    MARLINQ_CUDA_CHECK(cudaEventRecord(begin, stream));
-    for (int i = 0; i < repeats; ++i) run(i);
-    MARLINQ_CUDA_CHECK(cudaEventRecord(end, stream));
-    MARLINQ_CUDA_CHECK(cudaEventSynchronize(end));
-    float ms = 0;
-    MARLINQ_CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-    return ms * 1000 / static_cast<float>(repeats);
-  };
-  const int repeats = std::clamp(static_cast<int>(5000 / measure(2)), 3, 40);
-  std::vector<float> times;
-  for (int round = 0; round < 5; ++round) times.push_back(measure(repeats));
-  std::sort(times.begin(), times.end());
-  MARLINQ_CUDA_CHECK(cudaEventDestroy(begin));
-  MARLINQ_CUDA_CHECK(cudaEventDestroy(end));
-  return times[times.size() / 2];
+double time_some(cudaStream_t stream, F&& run) {
+  const double us = time_us(stream, 2, 1, run);
+  return time_us(stream, std::clamp(static_cast<int>(5000 / us), 3, 200), 5, run);
 }
 
 class Bench {
@@ -786,7 +774,7 @@ class Bench {
     const auto launch = [&](int i, bool up, FloatType type, bool settled, int share) {
       ExpertProblem problem = problem_of(up ? up_ : down_, i, up);
       problem.matrix.y_type = type;
-      problem.tiles.settled = settled;
+      problem.tiles.settled = problem.follows_product = settled;
       ExpertPlan plan =
           kernel == kChosen ? sm90::plan_experts(problem, limits_, BatchInvariance::kNotRequired)
           : kernel == kSm80 ? sm80::plan_experts(problem, limits_, BatchInvariance::kNotRequired)
@@ -799,7 +787,7 @@ class Bench {
                   kernel, step, share, value);
       std::fflush(stdout);
     };
-    const auto time = [&](auto&& run) { return static_cast<double>(time_us(stream_, run)); };
+    const auto time = [&](auto&& run) { return time_some(stream_, run); };
     for (const int share : shares) {
       if (share > 0 && kernel == kSm80) continue;
       print("up", share, time([&](int i) { launch(i, true, FloatType::kF16, false, share); }));
@@ -858,7 +846,7 @@ class Bench {
               .most_slots = room,
               .num_ids = static_cast<std::int32_t>(ids)};
     for (const bool up : {true, false}) {
-      const double us = static_cast<double>(time_us(stream_, [&](int i) {
+      const double us = time_some(stream_, [&](int i) {
         ExpertProblem problem = problem_of(up ? up_ : down_, i, up);
         problem.x_by_slot = problem.y_by_slot = false;
         problem.matrix.y_type = FloatType::kF16;
@@ -870,7 +858,7 @@ class Bench {
                 ? sm90::plan_experts(problem, limits_, BatchInvariance::kNotRequired)
                 : plan_of(kernel, problem, limits_);
         sm90::launch_experts(problem, plan, limits_, scratch_.view(), stream_);
-      }));
+      });
       std::printf("%s,%s,%d,%d,%d,%s,0,%.4g\n", model_.name, routing_.c_str(), tokens_, rows,
                   kernel, up ? "aligned up" : "aligned down", us);
       std::fflush(stdout);

@@ -665,6 +665,34 @@ def test_a_layer_of_a_real_model(kind: str, real_layer: tuple[Parts, marlinq.Moe
         case.check(block, parts.gate_up, parts.down)
 
 
+@pytest.fixture(scope="module")
+def large_layer() -> tuple[Parts, marlinq.MoeBlock]:
+    """With a few tokens for each of its experts, sm90 has the activation as a step of its own."""
+    parts = Parts(16, 4096, 4096, group_size=128, symmetric=True)
+    return parts, marlinq.MoeBlock(*parts.load())
+
+
+@pytest.mark.parametrize("tokens", [3, 8, 16, 17])
+def test_a_layer_of_large_experts(tokens: int, large_layer: tuple[Parts, marlinq.MoeBlock]) -> None:
+    parts, block = large_layer
+    for kind, dtype in zip(ROUTINGS, TYPES * 2, strict=True):
+        case = Case(dtype, kind, tokens, 4, 16, 4096)
+        case.check(block, parts.gate_up, parts.down)
+
+
+def test_fewer_tokens_of_large_experts_allocate_nothing(
+    large_layer: tuple[Parts, marlinq.MoeBlock],
+) -> None:
+    _, block = large_layer
+    context = marlinq.Context(DEVICE, stream=torch.cuda.current_stream().cuda_stream)
+    for tokens in (17, 16, 8, 1):
+        case = Case("float16", "uniform", tokens, 4, 16, 4096)
+        case.run(block, context=context)
+        if tokens == 17:
+            grown = context.scratch_allocations
+    assert context.scratch_allocations == grown
+
+
 # --- stored checkpoints ---
 
 

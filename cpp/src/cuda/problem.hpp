@@ -102,6 +102,8 @@ struct ExpertProblem {
   /// Features come in two halves, g and u: y has half as many, act(g, u).
   bool activates = false;
   Activation activation = Activation::kSilu;
+  /// The kernel before is the first product of the same block.
+  bool follows_product = false;
 };
 
 /// How a product over experts is run.

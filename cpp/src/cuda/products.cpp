@@ -106,7 +106,8 @@ ExpertProblem problem_of(const PackedExperts& packed, const Segment& segment,
           .weights_stride = phase.weights_stride,
           .weights_bias = phase.weights_bias,
           .activates = phase.activates,
-          .activation = phase.activation};
+          .activation = phase.activation,
+          .follows_product = phase.follows_product};
 }
 
 std::int64_t slots_of(const ExpertPhase& phase, std::int32_t tokens) {
@@ -207,6 +208,15 @@ bool sorts_ids(const ContextState& state, const PackedExperts& packed, const Exp
     return segment.view.source == nullptr &&
            ids <= packed.arch().most_sorted_ids(problem_of(packed, segment, phase), state.limits,
                                                 packed.invariance());
+  });
+}
+
+bool activates_apart(const ContextState& state, const PackedExperts& packed,
+                     const ExpertPhase& phase) {
+  const auto& segments = packed.weight().segments;
+  return std::all_of(segments.begin(), segments.end(), [&](const Segment& segment) {
+    return packed.arch().activates_apart(problem_of(packed, segment, phase), state.limits,
+                                         packed.invariance());
   });
 }
 

@@ -32,6 +32,7 @@ struct ExpertPhase {
   bool weights_bias = true;
   bool activates = false;
   Activation activation = Activation::kSilu;
+  bool follows_product = false;
 };
 
 /// What x is multiplied in: float32 is rounded to float16.
@@ -49,6 +50,10 @@ std::int64_t gather_need(const ContextState& state, const PackedExperts& packed,
 /// Whether the kernels of this phase sort so many ids by themselves: TokenTileLists::topk.
 bool sorts_ids(const ContextState& state, const PackedExperts& packed, const ExpertPhase& phase,
                std::int64_t ids);
+
+/// Whether a block is quicker where the activation of this phase is a step of its own.
+bool activates_apart(const ContextState& state, const PackedExperts& packed,
+                     const ExpertPhase& phase);
 
 void run_phase(ContextState& state, const PackedExperts& packed, const ExpertPhase& phase);
 

@@ -259,8 +259,36 @@ TEST(Sm90ExpertPlanTest, TakesTheKernelsOfSm80WhereItHasNone) {
   problem.activates = true;
   EXPECT_TRUE(is_older(problem, kAny));
   problem.activates = false;
-  problem.tiles.settled = true;  // the second product of a block
+  problem.tiles.settled = true;
+  EXPECT_FALSE(is_older(problem, kAny));
+  problem.follows_product = true;  // the second product of a block
   EXPECT_TRUE(is_older(problem, kAny));
+}
+
+TEST(Sm90ExpertPlanTest, AppliesTheActivationApartWhereExpertsOfFewRowsAreLarge) {
+  const DeviceLimits limits = hopper(132);
+  const auto problem_of_ids = [](std::int32_t ids, std::int32_t tile_rows) {
+    ExpertProblem problem = experts_of(4096, 7168, tile_rows, 4, 3);
+    problem.num_experts = 256;
+    problem.expert_bytes = 15 << 20;
+    problem.tiles.num_ids = ids;
+    problem.tiles.most_tiles = ids;
+    problem.activates = true;
+    return problem;
+  };
+  constexpr auto kAny = BatchInvariance::kNotRequired;
+  ExpertProblem problem = problem_of_ids(128, 8);
+  EXPECT_TRUE(sm90::activates_apart(problem, limits, kAny));
+  EXPECT_FALSE(sm90::activates_apart(problem, limits, BatchInvariance::kRequired));
+  EXPECT_FALSE(sm90::activates_apart(problem_of_ids(128, 32), limits, kAny));
+  EXPECT_FALSE(sm90::activates_apart(problem_of_ids(8, 8), limits, kAny));
+  EXPECT_TRUE(sm90::activates_apart(problem_of_ids(1024, 8), limits, kAny));
+  EXPECT_FALSE(sm90::activates_apart(problem_of_ids(1025, 8), limits, kAny));
+  problem.expert_bytes = 1 << 20;
+  EXPECT_FALSE(sm90::activates_apart(problem, limits, kAny));
+  problem = problem_of_ids(128, 8);
+  problem.matrix.weight.step_shift = kIrregular;
+  EXPECT_FALSE(sm90::activates_apart(problem, limits, kAny));
 }
 
 TEST(Sm90ExpertPlanTest, TilesGrowWithTheRowsOfAnExpert) {
@@ -277,6 +305,28 @@ TEST(Sm90ExpertPlanTest, TilesGrowWithTheRowsOfAnExpert) {
               sm80::tile_rows(tokens, tokens * 8, 128, BatchInvariance::kRequired));
   }
   EXPECT_EQ(before, 128);
+}
+
+TEST(Sm90ExpertPlanTest, TilesFillWithTheRowsOfAnExpert) {
+  // 64 experts: one tile of 80, one of 128, two of 80, two of 128.
+  for (const auto& [rows, expected] : {std::pair{64, 80}, {96, 128}, {150, 80}, {175, 128}}) {
+    const std::int64_t ids = std::int64_t{rows} * 64;
+    EXPECT_EQ(sm90::tile_rows(ids / 8, ids, 64, BatchInvariance::kNotRequired), expected) << rows;
+  }
+}
+
+TEST(Sm80ExpertPlanTest, CutsStripsThatAreFewOrLong) {
+  const DeviceLimits limits = hopper(132);
+  const auto cuts = [&](std::int32_t k, std::int32_t tiles, BatchInvariance invariance) {
+    ExpertProblem problem = experts_of(2048, k, 8, 4, 3);
+    problem.tiles.most_tiles = problem.tiles.num_ids = tiles;
+    return sm80::plan_experts_with(0, problem, limits, invariance).may_cut;
+  };
+  constexpr auto kAny = BatchInvariance::kNotRequired;
+  EXPECT_FALSE(cuts(2048, 64, kAny));
+  EXPECT_TRUE(cuts(2048, 4, kAny));
+  EXPECT_TRUE(cuts(4096, 64, kAny));
+  EXPECT_FALSE(cuts(4096, 64, BatchInvariance::kRequired));
 }
 
 }  // namespace

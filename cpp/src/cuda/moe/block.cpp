@@ -1,5 +1,6 @@
 // Tokens are sorted by expert, then gate_up with the activation in its last step, down, and the sum over
-// the experts of a token: four launches, or three where the products sort few tokens by themselves. What
+// the experts of a token: four launches, or three where the products sort few tokens by themselves, or five where
+// the activation is better a step of its own. What
 // stands between them lies in the order of the sorted tokens, so that down reads its rows one after the other.
 #include "cuda/moe/block.hpp"
 
@@ -58,9 +59,10 @@ struct TwoLayers {
   const PackedExperts* gate_up;
   const PackedExperts* down;
   Activation activation;
+  bool apart = false;  // the activation is to be a step of its own
 
   std::int64_t inner() const noexcept { return down->k(); }
-  bool fused() const { return can_activate(*gate_up); }
+  bool fused() const { return !apart && can_activate(*gate_up); }
 };
 
 /// Where a TwoLayers keeps what is between its layers: offsets in the scratch.
@@ -136,13 +138,16 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
           ids_(tokens_ * input.topk_ids.cols),
           tile_rows_(choose_tile_rows()),
           most_tiles_(most_expert_tiles(ids_, block.num_experts(), tile_rows_)) {
+      const TwoLayers layers = experts();
+      apart_ = layers.fused() &&
+               activates_apart(state_, *layers.gate_up, first_layer(layers, routed(), {}));
       lists_ = !products_sort();
     }
 
     void run() {
       place();
       if (lists_) sort();
-      run_layers(block_.experts(), routed(), between_,
+      run_layers(experts(), routed(), between_,
                  FloatOutput{at(down_), FloatType::kF32, block_.hidden_size()});
       if (block_.parts_.shared) {
         run_layers(block_.shared(), all_tokens(), shared_between_, shared_output());
@@ -151,6 +156,12 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
     }
 
    private:
+    TwoLayers experts() const {
+      TwoLayers layers = block_.experts();
+      layers.apart = apart_;
+      return layers;
+    }
+
     std::int32_t choose_tile_rows() const {
       const PackedExperts& packed = packed_of(*block_.parts_.gate_up);
       return packed.arch().tile_rows(tokens_, ids_, block_.num_experts(), packed.invariance());
@@ -158,7 +169,7 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
 
     // A launch less, where that is worth more than what each block of the products then does.
     bool products_sort() const {
-      const TwoLayers layers = block_.experts();
+      const TwoLayers layers = experts();
       return tile_rows_ == 8 && layers.fused() &&
              sorts_ids(state_, *layers.gate_up, first_layer(layers, routed(), {}), ids_) &&
              sorts_ids(state_, *layers.down, second_layer(layers, routed(), {}, {}), ids_);
@@ -167,7 +178,7 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
     // The products' own gather comes first, since they place it there.
     void place() {
       const std::int64_t gather =
-          std::max(gather_need_of(block_.experts(), routed()),
+          std::max(gather_need_of(experts(), routed()),
                    block_.parts_.shared ? gather_need_of(block_.shared(), all_tokens()) : 0);
       ScratchLayout layout(gather * 2);
       if (lists_) {
@@ -177,19 +188,25 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
         rows_place_ = layout.add(most_tiles_ * 4);
         count_place_ = layout.add(4);
       }
-      between_ = place_between(layout, block_.experts(), ids_);
+      between_ = place_between(layout, experts(), ids_, ids_apart());
       down_ = layout.add(ids_ * block_.hidden_size() * 4);
       if (block_.parts_.shared) {
-        shared_between_ = place_between(layout, block_.shared(), tokens_);
+        shared_between_ = place_between(layout, block_.shared(), tokens_, 0);
         shared_ = layout.add(tokens_ * block_.hidden_size() * 4);
       }
       scratch_ = static_cast<unsigned char*>(state_.grow_gather(ceil_div(layout.bytes(), 2)));
     }
 
-    static Between place_between(ScratchLayout& layout, const TwoLayers& layers,
-                                 std::int64_t rows) {
+    // The most rows up to these whose activation may be apart: there is to be room for fewer tokens, too.
+    std::int64_t ids_apart() const {
+      const ArchKernels& arch = packed_of(*block_.parts_.gate_up).arch();
+      return std::min(ids_, arch.most_apart_ids * block_.num_experts());
+    }
+
+    static Between place_between(ScratchLayout& layout, const TwoLayers& layers, std::int64_t rows,
+                                 std::int64_t rows_apart) {
       Between between;
-      if (!layers.fused()) between.gate_up = layout.add(rows * layers.inner() * 2 * 4);
+      between.gate_up = layout.add((layers.fused() ? rows_apart : rows) * layers.inner() * 2 * 4);
       between.hidden = layout.add(rows * layers.inner() * 2);
       return between;
     }
@@ -263,6 +280,7 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
       phase.x_rows = phase.dispatches.empty() ? ids_ : tokens_;
       phase.x_by_slot = phase.dispatches.empty();
       phase.tiles.settled = true;  // the first layer's product has waited for them
+      phase.follows_product = layers.fused();
       phase.y = output;
       phase.weights = nullptr;
       return phase;
@@ -323,7 +341,8 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
     std::int64_t ids_;
     std::int32_t tile_rows_;
     std::int64_t most_tiles_;
-    bool lists_ = true;  // tokens are sorted by a kernel of their own
+    bool apart_ = false;  // the activation of the experts
+    bool lists_ = true;   // tokens are sorted by a kernel of their own
     ExpertRows token_rows_{.rows = static_cast<std::int32_t>(tokens_)};
     unsigned char* scratch_ = nullptr;
     std::int64_t ids_place_ = 0, experts_place_ = 0, first_place_ = 0, rows_place_ = 0,

@@ -65,6 +65,22 @@ constexpr ExpertInstance instance_of(std::size_t table_bytes,
           .launch = launch};
 }
 
+template <class S, bool kCuts>
+void launch_expert_strips(const ExpertProblem& problem, const ExpertPlan& plan,
+                          const DeviceLimits& limits, const SplitScratch& scratch,
+                          cudaStream_t stream) {
+  if (problem.tiles.topk.data != nullptr) {
+    launch_expert_kernel<S, SortedTiles, expert_strips<S, SortedTiles, kCuts>>(
+        problem, plan, limits, scratch, {}, sorted_tiles(problem), stream);
+  } else if (problem.dispatches.empty()) {
+    launch_expert_kernel<S, ListedTiles, expert_strips<S, ListedTiles, kCuts>>(
+        problem, plan, limits, scratch, {}, listed_tiles(problem, S::kTokens), stream);
+  } else {
+    launch_expert_kernel<S, DispatchedTiles, expert_strips<S, DispatchedTiles, kCuts>>(
+        problem, plan, limits, scratch, {}, dispatched_tiles(problem, S::kTokens), stream);
+  }
+}
+
 /// The kernel for tiles of a few rows.
 template <class T, int kBits>
 constexpr ExpertInstance expert_strip_instance() {
@@ -73,16 +89,9 @@ constexpr ExpertInstance expert_strip_instance() {
       sizeof(StripTables<S>),
       [](const ExpertProblem& problem, const ExpertPlan& plan, const DeviceLimits& limits,
          const SplitScratch& scratch, cudaStream_t stream) {
-        if (problem.tiles.topk.data != nullptr) {
-          launch_expert_kernel<S, SortedTiles, expert_strips<S, SortedTiles>>(
-              problem, plan, limits, scratch, {}, sorted_tiles(problem), stream);
-        } else if (problem.dispatches.empty()) {
-          launch_expert_kernel<S, ListedTiles, expert_strips<S, ListedTiles>>(
-              problem, plan, limits, scratch, {}, listed_tiles(problem, S::kTokens), stream);
-        } else {
-          launch_expert_kernel<S, DispatchedTiles, expert_strips<S, DispatchedTiles>>(
-              problem, plan, limits, scratch, {}, dispatched_tiles(problem, S::kTokens), stream);
-        }
+        const auto launch =
+            plan.may_cut ? launch_expert_strips<S, true> : launch_expert_strips<S, false>;
+        launch(problem, plan, limits, scratch, stream);
       });
 }
 

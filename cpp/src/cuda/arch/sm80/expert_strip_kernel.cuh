@@ -4,8 +4,9 @@
 // The work of a block is a run of units, 64 features of a token tile each; its warps share the chunks
 // of the run evenly, each a contiguous part, with a ring, a place in the lists and copies of its rows of
 // x. A unit that is cut between warps is added up at the end of the block, through shared memory, in the
-// order of the warps; the one whose part comes first stores it. Where there are few units several blocks
-// share one, and the last of them adds what the others left in memory.
+// order of the warps, by the one whose part comes first. Where whole units would leave blocks uneven
+// those share the chunks of all units evenly too: all blocks of a unit but the last leave their sum in
+// memory, and the last adds them.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -38,10 +39,20 @@ struct StripSegment {
   int expert;
   int chunk;  // the first
   int chunks;
-  bool begins;        // with the first chunk that the block has of the unit
-  bool ends;          // with the last
   int y[S::kTokens];  // row of the output; negative: none
   float weight[S::kTokens];
+};
+
+/// The chunks of all units, those of each one after the other, in runs, one for each block.
+struct StripRuns {
+  int total;
+  int size;
+  int larger;  // of the first runs have ...
+  int more;    // ... so many more
+
+  __device__ __forceinline__ int begin(int block) const {
+    return min(block * size + min(block, larger) * more, total);
+  }
 };
 
 /// Shared memory beside the rings.
@@ -50,13 +61,16 @@ struct StripTables {
   static constexpr int kCount = S::kStages + 1;
   float4 parts[S::kRowWarps][S::kStrips][32];
   StripSegment<S> segments[S::kRowWarps][kCount];
+  StripSegment<S> parked;  // of parts[0]
+  StripRuns runs;
   NearTiles near;
 };
 
-template <class S, class Rows>
-class ExpertStripLoop : public ExpertFill<S, Rows, ExpertStripLoop<S, Rows>> {
-  using Fill = ExpertFill<S, Rows, ExpertStripLoop<S, Rows>>;
-  using Loop = TileLoop<S, ExpertStripLoop<S, Rows>>;
+/// kCuts: units may be cut between blocks.
+template <class S, class Rows, bool kCuts>
+class ExpertStripLoop : public ExpertFill<S, Rows, ExpertStripLoop<S, Rows, kCuts>> {
+  using Fill = ExpertFill<S, Rows, ExpertStripLoop<S, Rows, kCuts>>;
+  using Loop = TileLoop<S, ExpertStripLoop<S, Rows, kCuts>>;
   friend Fill;
   friend Loop;
 
@@ -77,9 +91,10 @@ class ExpertStripLoop : public ExpertFill<S, Rows, ExpertStripLoop<S, Rows>> {
     this->prime();
     values_.set_middle(w_);
     uint32_t stage = ring_;
-    bool keeps = false;  // the first part of a unit that is not whole
-    bool goes_on = true;
-    for (int segment = 0; goes_on;) {
+    bool keeps = false;   // the sum of a unit of which other warps or blocks have more, ...
+    bool parked = false;  // ... and that of one whose other chunks the blocks before have
+    bool met = false;
+    for (int segment = 0;;) {
       bool stores = false;
       if (segment < found_) {
         next_table(table_);
@@ -87,17 +102,32 @@ class ExpertStripLoop : public ExpertFill<S, Rows, ExpertStripLoop<S, Rows>> {
         this->clear();
         stage = this->template multiply_chunks<1>(stage, at.chunk, at.chunks);
         this->finish_groups();
-        stores = at.begins && at.ends && unit_blocks_ == 1;
-        keeps = at.begins && !stores;
-        if (!at.begins) leave_to_warp();
-        ++segment;
-      } else {
-        __syncthreads();
-        goes_on = false;
-        if (keeps) {
-          add_warps();
-          stores = unit_blocks_ == 1 || meet_blocks();
+        const bool begins = at.chunk == 0 || row_warp_ == 0;  // what the block has of the unit
+        stores = at.chunks == w_.chunks;
+        keeps = begins && !stores;
+        if (!begins) leave_to_warp();
+        if (kCuts && keeps && at.chunk + at.chunks == w_.chunks) {
+          park();
+          parked = true;
+          keeps = false;
         }
+        ++segment;
+      } else if (!met) {
+        met = true;
+        __syncthreads();
+        if (keeps) {
+          stores = add_warps();
+          if constexpr (kCuts) {
+            if (!stores) leave_to_block();
+            if (stores && here().chunk > 0) add_blocks();
+          }
+        }
+      } else {
+        if (!kCuts || !parked) break;
+        parked = false;
+        unpark();
+        add_blocks();
+        stores = true;
       }
       if (stores) {
         const StripSegment<S>& at = here();
@@ -115,6 +145,11 @@ class ExpertStripLoop : public ExpertFill<S, Rows, ExpertStripLoop<S, Rows>> {
       Loop::lane_, Loop::p_, Loop::ring_, Loop::row_warp_, Loop::scratch_, Loop::sum_,
       Loop::values_, Loop::w_;
   static constexpr uint32_t kNoRow = 0xffffffffu;
+  // Where several blocks share a unit, each of its warps is to have some chunks.
+  static constexpr int kLeastCutChunks = 2 * S::kRowWarps;
+  static constexpr int kMostUnitBlocks = 16;
+  // Leaving a part and adding it takes as long as some chunks of a warp.
+  static constexpr int kHandOver = 4 * S::kRowWarps;
 
   __device__ __forceinline__ static void next_table(int& table) {
     table = table + 1 == StripTables<S>::kCount ? 0 : table + 1;
@@ -133,38 +168,30 @@ class ExpertStripLoop : public ExpertFill<S, Rows, ExpertStripLoop<S, Rows>> {
 
   // The part of this warp: `left_` chunks from `next_chunk_` of unit `next_unit_` on.
   __device__ __forceinline__ void share_out(int units) {
-    const int blocks = gridDim.x;
-    const int block = blockIdx.x;
-    const int each = params_.blocks.divide(units);
-    const int more = units - each * blocks;
-    unit_blocks_ = 1;
-    unit_begin_ = 0;
-    unit_end_ = w_.chunks;
-    int run_units = each + (block < more ? 1 : 0);
-    next_unit_ = each * block + min(block, more);
-    if (params_.may_cut && units * 2 <= blocks) {
-      constexpr int kLeastChunks = 2 * S::kRowWarps;
-      const int most = params_.share > 0 ? params_.share : kMostUnitBlocks;
-      unit_blocks_ = max(min(min(blocks / max(units, 1), most), w_.chunks / kLeastChunks), 1);
-      if (unit_blocks_ > 1) {
-        next_unit_ = block / unit_blocks_;
-        run_units = next_unit_ < units ? 1 : 0;
-        const EvenShare ranges(w_.chunks, unit_blocks_);
-        const int range = block - next_unit_ * unit_blocks_;
-        unit_begin_ = ranges.begin(range);
-        unit_end_ = unit_begin_ + ranges.size(range);
-        leaves_ = range + 1 < unit_blocks_;
+    const int blocks = params_.blocks.divisor;
+    const int total = units * w_.chunks;
+    const int whole = params_.blocks.divide(units);
+    const int rest = units - whole * blocks;
+    StripRuns runs{total, whole * w_.chunks, rest, w_.chunks};
+    if constexpr (kCuts) {
+      const int most = runs.begin(1);
+      const int least = max(kLeastCutChunks, w_.chunks / kMostUnitBlocks);
+      const int even = params_.blocks.divide(total);
+      if (params_.share != 1 && max(even, least) + kHandOver < most) {
+        runs.size = max(even, least);
+        runs.larger = even < least ? 0 : total - even * blocks;
+        runs.more = 1;
       }
     }
-    const int unit_chunks = unit_end_ - unit_begin_;
-    const EvenShare run(run_units * unit_chunks, S::kRowWarps);
-    const int begin = run.begin(row_warp_);
+    const int block = blockIdx.x;
+    const int first = runs.begin(block);
+    const EvenShare run(runs.begin(block + 1) - first, S::kRowWarps);
+    const int begin = first + run.begin(row_warp_);
     left_ = run.size(row_warp_);
-    const int before = unit_blocks_ == 1 ? params_.chunks.divide(begin) : 0;
-    next_unit_ += before;
-    next_chunk_ = unit_begin_ + begin - before * unit_chunks;
-    warp_chunks_ = run.least;
-    larger_warps_ = run.rest;
+    next_unit_ = params_.chunks.divide(begin);
+    next_chunk_ = begin - next_unit_ * w_.chunks;
+    // The loop has no registers for these.
+    if (threadIdx.x == 0) tables_.runs = runs;
   }
 
   // --- filling the ring ---
@@ -181,12 +208,12 @@ class ExpertStripLoop : public ExpertFill<S, Rows, ExpertStripLoop<S, Rows>> {
     while (left_ > 0) {
       const int tile = params_.feature_tiles.divide(next_unit_);
       const int block = next_unit_ - tile * params_.feature_tiles.divisor;
-      const int chunks = min(unit_end_ - next_chunk_, left_);
+      const int chunks = min(w_.chunks - next_chunk_, left_);
       const int chunk = next_chunk_;
       fill_tile_ = params_.rows.tile(entries_, tile, S::kTokens);
       left_ -= chunks;
       ++next_unit_;
-      next_chunk_ = unit_begin_;
+      next_chunk_ = 0;
       if (static_cast<uint32_t>(fill_tile_.expert) < static_cast<uint32_t>(params_.num_experts)) {
         ++found_;
         next_table(fill_table_);
@@ -223,8 +250,6 @@ class ExpertStripLoop : public ExpertFill<S, Rows, ExpertStripLoop<S, Rows>> {
       segment.expert = fill_tile_.expert;
       segment.chunk = chunk;
       segment.chunks = chunks;
-      segment.begins = chunk == unit_begin_;
-      segment.ends = chunk + chunks == unit_end_;
     }
   }
 
@@ -265,43 +290,70 @@ class ExpertStripLoop : public ExpertFill<S, Rows, ExpertStripLoop<S, Rows>> {
       tables_.parts[row_warp_][s][lane_] = Loop::to_float4(sum_[s][0]);
     }
   }
+  // The first segment of the block and its sum, while the first warp goes on: nobody else has a use for its part.
+  __device__ __forceinline__ void park() {
+    leave_to_warp();
+    copy_segment(tables_.parked, here());
+  }
+  __device__ __forceinline__ void unpark() {
+    copy_segment(here(), tables_.parked);
+    this->clear();
+#pragma unroll
+    for (int s = 0; s < S::kStrips; ++s) Loop::add(sum_[s][0], tables_.parts[row_warp_][s][lane_]);
+  }
+  __device__ __forceinline__ void copy_segment(StripSegment<S>& to,
+                                               const StripSegment<S>& from) const {
+    static_assert(sizeof(from) <= 32 * sizeof(int));
+    __syncwarp();
+    if (lane_ < sizeof(from) / sizeof(int)) {
+      reinterpret_cast<int*>(&to)[lane_] = reinterpret_cast<const int*>(&from)[lane_];
+    }
+    __syncwarp();
+  }
 
-  // The parts of the warps after this one, up to the end of its last unit.
-  __device__ __forceinline__ void add_warps() {
+  // The parts of the warps after this one; whether the unit ends with them.
+  __device__ __forceinline__ bool add_warps() {
     const StripSegment<S>& at = here();
-    int missing = unit_end_ - at.chunk - at.chunks;
-    for (int warp = row_warp_ + 1; missing > 0; ++warp) {
-      missing -= warp_chunks_ + (warp < larger_warps_ ? 1 : 0);
+    const int block = blockIdx.x;
+    const EvenShare warps(tables_.runs.begin(block + 1) - tables_.runs.begin(block), S::kRowWarps);
+    int missing = w_.chunks - at.chunk - at.chunks;
+    for (int warp = row_warp_ + 1; missing > 0 && warp < S::kRowWarps; ++warp) {
+      missing -= warps.size(warp);
 #pragma unroll
       for (int s = 0; s < S::kStrips; ++s) Loop::add(sum_[s][0], tables_.parts[warp][s][lane_]);
     }
+    return missing <= 0;
   }
 
-  // Leaves the sum to the last block of the unit, or adds those of the others and returns true.
-  __device__ __forceinline__ bool meet_blocks() {
-    float4* const part = reinterpret_cast<float4*>(scratch_.partials) +
-                         static_cast<int64_t>(blockIdx.x) * (S::kTileFloats / 4) + lane_;
-    if (leaves_) {
+  __device__ __forceinline__ float4* block_part(int block) const {
+    return reinterpret_cast<float4*>(scratch_.partials) +
+           static_cast<int64_t>(block) * (S::kTileFloats / 4) + lane_;
+  }
+  __device__ __forceinline__ void leave_to_block() {
+    float4* const part = block_part(blockIdx.x);
 #pragma unroll
-      for (int s = 0; s < S::kStrips; ++s) __stcg(part + s * 32, Loop::to_float4(sum_[s][0]));
-      __syncwarp();
-      if (lane_ == 0) ptx::raise_flag(scratch_.flags + blockIdx.x);
-      return false;
-    }
-    // Blocks start in the order of their numbers, and these wait for none.
-    if (lane_ + 1 < unit_blocks_) ptx::take_flag(scratch_.flags + blockIdx.x - 1 - lane_);
+    for (int s = 0; s < S::kStrips; ++s) __stcg(part + s * 32, Loop::to_float4(sum_[s][0]));
+    __syncwarp();
+    if (lane_ == 0) ptx::raise_flag(scratch_.flags + blockIdx.x);
+  }
+  // Those of the blocks before this one, the nearest first. Blocks start in the order of their numbers, and
+  // what they leave waits for none.
+  __device__ __forceinline__ void add_blocks() {
+    const int last = static_cast<int>(blockIdx.x) - 1;
+    const StripRuns& runs = tables_.runs;
+    const int unit = params_.chunks.divide(runs.begin(last + 1)) * w_.chunks;
+    int parts = 1;
+    while (runs.begin(last + 1 - parts) > unit) ++parts;
+    for (int i = lane_; i < parts; i += 32) ptx::take_flag(scratch_.flags + last - i);
     __syncwarp();
 #pragma unroll 2
-    for (int i = 1; i < unit_blocks_; ++i) {
+    for (int i = 0; i < parts; ++i) {
 #pragma unroll
       for (int s = 0; s < S::kStrips; ++s) {
-        Loop::add(sum_[s][0], __ldcg(part - i * (S::kTileFloats / 4) + s * 32));
+        Loop::add(sum_[s][0], __ldcg(block_part(last - i) + s * 32));
       }
     }
-    return true;
   }
-
-  static constexpr int kMostUnitBlocks = 16;
 
   StripTables<S>& tables_;
   typename Rows::Entries entries_;
@@ -309,10 +361,6 @@ class ExpertStripLoop : public ExpertFill<S, Rows, ExpertStripLoop<S, Rows>> {
   int next_unit_;
   int next_chunk_;
   int left_;
-  int unit_blocks_;            // that share a unit
-  int unit_begin_, unit_end_;  // the chunks of it that this block has
-  bool leaves_ = false;        // its part to another block
-  int warp_chunks_, larger_warps_;
   int found_ = 0;        // segments that have been started to be filled
   int table_ = -1;       // of the segment that is multiplied
   int fill_table_ = -1;  // of the segment that is filled
@@ -321,11 +369,11 @@ class ExpertStripLoop : public ExpertFill<S, Rows, ExpertStripLoop<S, Rows>> {
   uint32_t upper_codes_;
 };
 
-template <class S, class Rows>
+template <class S, class Rows, bool kCuts>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocksTogether)
     expert_strips(const __grid_constant__ ExpertParams<Rows> params) {
   extern __shared__ __align__(128) unsigned char shared[];
-  ExpertStripLoop<S, Rows>(params, shared).run();
+  ExpertStripLoop<S, Rows, kCuts>(params, shared).run();
 }
 
 }  // namespace marlinq::cuda::sm80

@@ -29,12 +29,12 @@ struct TokenTile {
 
 /// The lists of token tiles in shared memory, where they are short.
 struct NearTiles {
-  static constexpr int kMost = 256;
+  static constexpr int kMost = 512;
 
   alignas(16) int32_t experts[kMost];
   int32_t first[kMost];
   int32_t rows[kMost];
-  int32_t ids[kMost];  // of slots
+  int32_t ids[kMostSortedIds];  // of slots, where the block sorts them
 };
 
 /// Where the rows of an id lie.
@@ -145,7 +145,7 @@ struct SortedTiles {
   int num_experts;
   SlotPlaces slots;
 
-  /// By all `threads` of a block, NearTiles::kMost of them, which meet at its end.
+  /// By all `threads` of a block, of which none has two ids; they meet at its end.
   __device__ __forceinline__ Entries bring_near(NearTiles& near, int threads) const {
     static_assert(NearTiles::kMost >= kMostSortedIds);
     constexpr int kNone = INT_MAX;  // sorts behind all experts

@@ -84,14 +84,18 @@ ExpertPlan plan_experts_with(std::size_t instance, const ExpertProblem& problem,
   const std::int32_t fit = limits.multiprocessor_shared_bytes / (shared + kReservedShared);
   const std::int32_t together = std::clamp(fit, 1, kernel.blocks_together);
   // Every chunk can have a block of its own at most.
-  const std::int64_t work =
-      most_tiles(problem, kernel.tokens) * ceil_div(w.n, kernel.features) * w.chunks;
+  const std::int64_t units = most_tiles(problem, kernel.tokens) * ceil_div(w.n, kernel.features);
+  const std::int64_t work = units * w.chunks;
+  const std::int64_t blocks = std::int64_t{together} * limits.multiprocessors;
+  // Strips that may be cut are another kernel, which takes a little longer: for few units, and for long ones,
+  // of which some blocks could have one more than others.
+  constexpr std::int64_t kLongUnit = 64;
+  const bool pays = instance != kStrips || w.chunks >= kLongUnit || units * 2 <= blocks;
   return {.instance = static_cast<std::int32_t>(instance),
           .tokens = kernel.tokens,
-          .blocks = static_cast<std::int32_t>(
-              std::clamp<std::int64_t>(work, 1, std::int64_t{together} * limits.multiprocessors)),
+          .blocks = static_cast<std::int32_t>(std::clamp<std::int64_t>(work, 1, blocks)),
           .shared_bytes = shared,
-          .may_cut = invariance != BatchInvariance::kRequired,
+          .may_cut = pays && invariance != BatchInvariance::kRequired,
           .dependent_launch = limits.capability >= 90};
 }
 

@@ -244,19 +244,23 @@ void scratch_need(const DeviceLimits& limits, std::int64_t& partial_floats, std:
 }  // namespace
 
 extern const ArchKernels kKernels;
-constinit const ArchKernels kKernels = {.name = "sm80",
-                                        .priority = 80,
-                                        .min_capability = 80,
-                                        .max_capability = INT_MAX,
-                                        .requirement = "compute capability 8.0",
-                                        .pack = load,
-                                        .plan = plan,
-                                        .scratch_need = scratch_need,
-                                        .launch = launch,
-                                        .plan_experts = plan_experts,
-                                        .launch_experts = launch_experts,
-                                        .most_dispatches = kMostDispatches,
-                                        .tile_rows = tile_rows,
-                                        .most_sorted_ids = most_sorted_ids};
+constinit const ArchKernels kKernels = {
+    .name = "sm80",
+    .priority = 80,
+    .min_capability = 80,
+    .max_capability = INT_MAX,
+    .requirement = "compute capability 8.0",
+    .pack = load,
+    .plan = plan,
+    .scratch_need = scratch_need,
+    .launch = launch,
+    .plan_experts = plan_experts,
+    .launch_experts = launch_experts,
+    .most_dispatches = kMostDispatches,
+    .tile_rows = tile_rows,
+    .most_sorted_ids = most_sorted_ids,
+    .activates_apart = [](const ExpertProblem&, const DeviceLimits&,
+                          BatchInvariance) { return false; },
+    .most_apart_ids = 0};
 
 }  // namespace marlinq::cuda::sm80

@@ -74,8 +74,9 @@ constexpr ExpertInstance expert_tile_instance() {
           .launch = [](const ExpertProblem& problem, const ExpertPlan& plan,
                        const SplitScratch& scratch, cudaStream_t stream) {
             constexpr ExpertTileCost kCost =
-                kTokens <= 80 ? ExpertTileCost{1.014F, 0.61F, 0.28F, 0.032F, 0.37F}
-                              : ExpertTileCost{1.467F, 1.85F, 0.77F, 0.037F, 1.16F};
+                kTokens == 32   ? ExpertTileCost{1.15F, 1.5F, 0.28F, 0.032F, 1.0F}
+                : kTokens == 80 ? ExpertTileCost{1.25F, 1.5F, 0.4F, 0.032F, 3.0F}
+                                : ExpertTileCost{1.7F, 3.0F, 0.77F, 0.037F, 2.0F};
             if (problem.dispatches.empty()) {
               launch_expert_tiles<S>(problem, plan, scratch, kCost,
                                      sm80::listed_tiles(problem, S::kTokens), stream);

@@ -24,7 +24,6 @@ namespace marlinq::cuda::sm90 {
 
 using sm80::Divider;
 using sm80::Layout;
-using sm80::PlainDivider;
 using sm80::RowPlace;
 
 /// The tile of a block: packed blocks of 64 features x tokens that meet one expert. A warpgroup has two, which
@@ -44,7 +43,7 @@ struct ExpertShape : WgmmaShape<T, kBits, kGroups_, 2, kTokens> {
       (kLaunchRegisters * Base::kThreads - kFillRegisters * 128) / Base::kMultiplyThreads / 8 * 8;
 };
 
-/// What a tile takes, in microseconds on an H100; a block compares these.
+/// What a tile takes, in microseconds on an H200; a block compares these.
 struct ExpertTileCost {
   float slab;
   float cut;     // handing over the parts of a tile, ...
@@ -94,6 +93,21 @@ struct ExpertSegment {
   alignas(16) uint32_t x[S::kTokens];  // the row's first piece of 16 bytes, or kNoRow
   int y[S::kTokens];                   // row of the output; negative: none
   float weight[S::kTokens];
+};
+
+/// n / d for 0 <= n < 2^21 and d > 0, without a division: where a block waits for the result, it is to come soon.
+/// n + 1/2 is exact, and its quotient is further from all integers than what is rounded.
+struct RoughDivider {
+  int divisor = 1;
+  float reciprocal = 1.0f;
+
+  RoughDivider() = default;
+  __device__ __forceinline__ explicit RoughDivider(int d)
+      : divisor(d), reciprocal(ptx::divide_roughly(1.0f, static_cast<float>(d))) {}
+
+  __device__ __forceinline__ int divide(int n) const {
+    return __float2int_rz(__fmul_rn(static_cast<float>(n) + 0.5f, reciprocal));
+  }
 };
 
 /// The segments that lie in shared memory: one warp writes them, the others read them one after the
@@ -208,12 +222,12 @@ class SegmentLister {
     const uint32_t key = (__float_as_uint(cost) & ~31u) | lane();
     const int chosen = __reduce_min_sync(0xffffffffu, key) & 31;
     const int tail_blocks = left == 0 ? 0 : chosen == 31 ? most : left * (chosen + 1);
-    tail_ = sm80::TileCutsBy<PlainDivider>(left, params_.slabs, tail_blocks);
+    tail_ = sm80::TileCutsBy<RoughDivider>(left, params_.slabs, tail_blocks);
     in_tail_ = static_cast<int>(blockIdx.x) < tail_blocks;
     if (in_tail_) {
       run_begin_ = tail_.begin(blockIdx.x);
       run_end_ = tail_.begin(blockIdx.x + 1);
-      last_tail_tile_ = static_cast<unsigned>(run_end_ - 1) / params_.slabs;
+      last_tail_tile_ = RoughDivider(params_.slabs).divide(run_end_ - 1);
     }
   }
 
@@ -255,13 +269,24 @@ class SegmentLister {
     const bool here =
         static_cast<uint32_t>(rows.expert) < static_cast<uint32_t>(params_.num_experts);
     if (!here && end < params_.slabs) return;  // whoever has the end of the tile stores zeros
+    // What is read is asked for together.
+    int ids[kPlaces];
+#pragma unroll
+    for (int i = 0; i < kPlaces; ++i) {
+      const int at = i * 32 + lane();
+      ids[i] = at < S::kTokens ? params_.rows.id(entries, rows, at) : -1;
+    }
     RowPlace places[kPlaces];
+    float weights[kPlaces];
+#pragma unroll
+    for (int i = 0; i < kPlaces; ++i) {
+      places[i] = params_.rows.place(rows, i * 32 + lane(), ids[i]);
+      weights[i] =
+          params_.weights != nullptr && places[i].x >= 0 ? params_.weights[places[i].weight] : 1.0f;
+    }
     int last = 0;
 #pragma unroll
     for (int i = 0; i < kPlaces; ++i) {
-      if (i * 32 + lane() < S::kTokens) {
-        places[i] = params_.rows.row(entries, rows, i * 32 + lane());
-      }
       const uint32_t present = __ballot_sync(0xffffffffu, places[i].x >= 0);
       if (present != 0) last = i * 32 + 32 - __clz(present);
     }
@@ -283,8 +308,7 @@ class SegmentLister {
       segment.x[at] = row.x < 0 ? ExpertSegment<S>::kNoRow
                                 : static_cast<uint32_t>(row.x * params_.problem.x_stride / 8);
       segment.y[at] = row.x < 0 ? -1 : row.y;
-      segment.weight[at] =
-          params_.weights != nullptr && row.x >= 0 ? params_.weights[row.weight] : 1.0f;
+      segment.weight[at] = weights[i];
     }
     queue_.publish();
   }
@@ -306,7 +330,7 @@ class SegmentLister {
     const int begin = 32 - __clz(below);
     const int width = __ffs(~(mask >> begin)) - 1;
     const int within = tile - (first + begin) * params_.feature_tiles.divisor;
-    feature_tile = within / width;
+    feature_tile = RoughDivider(width).divide(within);
     return first + begin + within - feature_tile * width;
   }
 
@@ -394,7 +418,7 @@ class SegmentLister {
   const ExpertTileParams<Rows>& params_;
   SegmentQueue<S> queue_;
   JoinedTiles& joined_;
-  sm80::TileCutsBy<PlainDivider> tail_;
+  sm80::TileCutsBy<RoughDivider> tail_;
   int token_tiles_ = 0;
   int whole_tiles_ = 0;
   bool in_tail_ = false;    // this block has a run of the tail's slabs ...

@@ -2,6 +2,7 @@
 #include "cuda/arch/sm90/experts.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "core/integers.hpp"
@@ -25,10 +26,18 @@ namespace {
 
 constexpr std::int32_t kFewRows = 16;  // tiles of fewer are for the strip kernel
 
-// Of an expert on average, for tiles of the first kernel, and of the second. Rows are uneven: with the first
-// number, most experts of a random routing have one tile.
+// Of an expert on average, for tiles of the first kernel, and from where on for the last. Rows are uneven: with the
+// first number, most experts of a random routing have one tile.
 constexpr std::int64_t kFirstRows = 24;
-constexpr std::int64_t kSecondRows = 180;
+constexpr std::int64_t kLastRows = 180;
+
+/// What the token tiles of an expert take, for each tile and for each row, but not less than one with few rows
+/// (fitted on an H200; in any unit).
+struct TokenTileCost {
+  double tile, row, least;
+};
+constexpr TokenTileCost kSecondCost = {1.45, 0.0025, 1.45};
+constexpr TokenTileCost kLastCost = {1.1, 0.0127, 1.9};
 
 /// The same for all types and bits.
 std::int32_t tile_tokens(std::size_t index) {
@@ -39,8 +48,24 @@ const ExpertKernels& kernels_of(const ExpertProblem& problem) {
   return expert_kernels(problem.matrix.x_type, problem.matrix.weight.code_bits);
 }
 
+/// Of an expert with so many rows on average, where routing is random, on average.
+double expected_tiles(double rows, double tokens) {
+  // Tile i + 1 is there if there are more than i * tokens rows; these are nearly normally distributed.
+  const double deviation = std::sqrt(2 * rows);  // times the root of 2
+  double tiles = 1;
+  for (double filled = tokens; filled < rows + 4 * deviation; filled += tokens)
+    tiles += 0.5 * std::erfc((filled + 0.5 - rows) / deviation);
+  return tiles;
+}
+
 std::size_t instance_for(std::int64_t ids, std::int64_t experts) {
-  return ids <= kFirstRows * experts ? 0 : ids <= kSecondRows * experts ? 1 : 2;
+  if (ids <= kFirstRows * experts) return 0;
+  if (ids > kLastRows * experts) return 2;
+  const double rows = static_cast<double>(ids) / static_cast<double>(experts);
+  const auto cost = [&](std::size_t index, const TokenTileCost& of) {
+    return std::max(of.tile * expected_tiles(rows, tile_tokens(index)) + of.row * rows, of.least);
+  };
+  return cost(1, kSecondCost) <= cost(2, kLastCost) ? 1 : 2;
 }
 
 }  // namespace
@@ -94,6 +119,18 @@ ExpertPlan expert_strip_plan(const ExpertProblem& problem, const DeviceLimits& l
           .dependent_launch = true};
 }
 
+namespace {
+
+// With an activation, which takes codes of two places at a time, the older kernel is no slower. After that one down
+// starts some 4 us earlier in the same kernel: the two run the same code.
+bool takes_strips(const ExpertProblem& problem, const DeviceLimits& limits) {
+  return !problem.activates && problem.tiles.topk.data == nullptr &&
+         problem.matrix.weight.step_shift >= 0 &&
+         expert_strip_plan(problem, limits).shared_bytes <= sm80::usable_shared(limits);
+}
+
+}  // namespace
+
 ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits,
                         BatchInvariance invariance) {
   constexpr std::int32_t kTileShift = 2;  // groups of whole chunks
@@ -101,14 +138,8 @@ ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits
   const std::int32_t rows = sm80::most_rows(problem);
   if (invariance == BatchInvariance::kRequired)
     return sm80::plan_experts(problem, limits, invariance);
-  // With an activation, which takes codes of two places at a time, the older kernel is no slower. After another
-  // product of the same block it starts some 4 us earlier: the two run the same code.
-  const bool in_block =
-      problem.activates || problem.tiles.settled || problem.tiles.topk.data != nullptr;
-  if (rows < kFewRows && !in_block && w.step_shift >= 0) {
-    const ExpertPlan plan = expert_strip_plan(problem, limits);
-    if (plan.shared_bytes <= sm80::usable_shared(limits)) return plan;
-  }
+  if (rows < kFewRows && !problem.follows_product && takes_strips(problem, limits))
+    return expert_strip_plan(problem, limits);
   const bool has_tiles = problem.tiles.topk.data == nullptr && w.scales_divide &&
                          w.step_shift >= kTileShift &&
                          (!problem.activates || w.n % (2 * sm80::Layout::kBlockFeatures) == 0);
@@ -130,6 +161,21 @@ std::int32_t tile_rows(std::int64_t tokens, std::int64_t ids, std::int64_t exper
   if (rows < kFewRows || invariance == BatchInvariance::kRequired) return rows;
   // An expert with more rows than a tile has another tile, which reads its weights again.
   return tile_tokens(instance_for(ids, experts));
+}
+
+// The strips of this architecture gain some 10% where experts have few rows, and an activation of its own takes a
+// launch, as does sorting the tokens before the products.
+bool activates_apart(const ExpertProblem& problem, const DeviceLimits& limits,
+                     BatchInvariance invariance) {
+  constexpr double kLeastBytes = 195e6;  // of gate_up, that are read
+  ExpertProblem apart = problem;
+  apart.activates = false;
+  if (invariance == BatchInvariance::kRequired || sm80::most_rows(problem) >= kFewRows ||
+      problem.tiles.num_ids > kMostApartIds * problem.num_experts || !takes_strips(apart, limits))
+    return false;
+  const double experts = problem.num_experts;
+  const double used = experts * -std::expm1(-problem.tiles.num_ids / experts);
+  return used * static_cast<double>(problem.expert_bytes) >= kLeastBytes;
 }
 
 void launch_experts(const ExpertProblem& problem, const ExpertPlan& plan,
