@@ -265,6 +265,15 @@ TEST(Sm90ExpertPlanTest, TakesTheKernelsOfSm80WhereItHasNone) {
   EXPECT_TRUE(is_older(problem, kAny));
 }
 
+TEST(Sm90ExpertPlanTest, StripsSortFewIds) {
+  const DeviceLimits limits = hopper(132);
+  ExpertProblem problem = experts_of(1536, 2048, 8, 4, 3);
+  constexpr auto kAny = BatchInvariance::kNotRequired;
+  EXPECT_EQ(sm90::most_sorted_ids(problem, limits, kAny), sm80::kMostSortedIds);
+  EXPECT_EQ(sm90::most_sorted_ids(problem, limits, BatchInvariance::kRequired), 0);
+  EXPECT_EQ(sm90::most_sorted_ids(experts_of(1536, 2048, 32, 4, 3), limits, kAny), 0);
+}
+
 TEST(Sm90ExpertPlanTest, AppliesTheActivationApartWhereExpertsOfFewRowsAreLarge) {
   const DeviceLimits limits = hopper(132);
   const auto problem_of_ids = [](std::int32_t ids, std::int32_t tile_rows) {
@@ -281,9 +290,15 @@ TEST(Sm90ExpertPlanTest, AppliesTheActivationApartWhereExpertsOfFewRowsAreLarge)
   EXPECT_TRUE(sm90::activates_apart(problem, limits, kAny));
   EXPECT_FALSE(sm90::activates_apart(problem, limits, BatchInvariance::kRequired));
   EXPECT_FALSE(sm90::activates_apart(problem_of_ids(128, 32), limits, kAny));
-  EXPECT_FALSE(sm90::activates_apart(problem_of_ids(8, 8), limits, kAny));
+  EXPECT_FALSE(sm90::activates_apart(problem_of_ids(6, 8), limits, kAny));
   EXPECT_TRUE(sm90::activates_apart(problem_of_ids(1024, 8), limits, kAny));
   EXPECT_FALSE(sm90::activates_apart(problem_of_ids(1025, 8), limits, kAny));
+  // The products sort up to 128 ids, which is a launch less.
+  problem.expert_bytes = 3 << 19;
+  EXPECT_TRUE(sm90::activates_apart(problem, limits, kAny));
+  problem.tiles.num_ids = 129;
+  EXPECT_FALSE(sm90::activates_apart(problem, limits, kAny));
+  problem.tiles.num_ids = 128;
   problem.expert_bytes = 1 << 20;
   EXPECT_FALSE(sm90::activates_apart(problem, limits, kAny));
   problem = problem_of_ids(128, 8);

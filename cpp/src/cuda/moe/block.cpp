@@ -170,7 +170,7 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
     // A launch less, where that is worth more than what each block of the products then does.
     bool products_sort() const {
       const TwoLayers layers = experts();
-      return tile_rows_ == 8 && layers.fused() &&
+      return tile_rows_ == 8 &&
              sorts_ids(state_, *layers.gate_up, first_layer(layers, routed(), {}), ids_) &&
              sorts_ids(state_, *layers.down, second_layer(layers, routed(), {}, {}), ids_);
     }

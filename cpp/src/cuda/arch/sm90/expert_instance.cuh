@@ -125,6 +125,8 @@ void launch_expert_strips(const ExpertProblem& problem, const ExpertPlan& plan,
 template <class T, int kBits>
 constexpr ExpertStripInstance expert_strip_instance() {
   using S = ExpertStripShape<T, kBits>;
+  static_assert(sizeof(ExpertStripTables<S, sm80::SortedTiles>) <=
+                sizeof(ExpertStripTables<S, sm80::ListedTiles>));
   return {.tokens = S::kTokens,
           .item_chunks = S::kItemChunks,
           .stages = S::kStages,
@@ -135,7 +137,9 @@ constexpr ExpertStripInstance expert_strip_instance() {
           .blocks_together = S::kBlocksTogether,
           .launch = [](const ExpertProblem& problem, const ExpertPlan& plan,
                        const SplitScratch& scratch, cudaStream_t stream) {
-            if (problem.dispatches.empty()) {
+            if (problem.tiles.topk.data != nullptr) {
+              launch_expert_strips<S>(problem, plan, scratch, sm80::sorted_tiles(problem), stream);
+            } else if (problem.dispatches.empty()) {
               launch_expert_strips<S>(problem, plan, scratch,
                                       sm80::listed_tiles(problem, S::kTokens), stream);
             } else {

@@ -124,8 +124,7 @@ namespace {
 // With an activation, which takes codes of two places at a time, the older kernel is no slower. After that one down
 // starts some 4 us earlier in the same kernel: the two run the same code.
 bool takes_strips(const ExpertProblem& problem, const DeviceLimits& limits) {
-  return !problem.activates && problem.tiles.topk.data == nullptr &&
-         problem.matrix.weight.step_shift >= 0 &&
+  return !problem.activates && problem.matrix.weight.step_shift >= 0 &&
          expert_strip_plan(problem, limits).shared_bytes <= sm80::usable_shared(limits);
 }
 
@@ -167,7 +166,9 @@ std::int32_t tile_rows(std::int64_t tokens, std::int64_t ids, std::int64_t exper
 // launch, as does sorting the tokens before the products.
 bool activates_apart(const ExpertProblem& problem, const DeviceLimits& limits,
                      BatchInvariance invariance) {
-  constexpr double kLeastBytes = 195e6;  // of gate_up, that are read
+  // Of gate_up, that are read.
+  constexpr double kLeastBytes = 195e6;
+  constexpr double kLeastSortedBytes = 120e6;  // where the products sort the tokens
   ExpertProblem apart = problem;
   apart.activates = false;
   if (invariance == BatchInvariance::kRequired || sm80::most_rows(problem) >= kFewRows ||
@@ -175,7 +176,16 @@ bool activates_apart(const ExpertProblem& problem, const DeviceLimits& limits,
     return false;
   const double experts = problem.num_experts;
   const double used = experts * -std::expm1(-problem.tiles.num_ids / experts);
-  return used * static_cast<double>(problem.expert_bytes) >= kLeastBytes;
+  return used * static_cast<double>(problem.expert_bytes) >=
+         (problem.tiles.num_ids <= sm80::kMostSortedIds ? kLeastSortedBytes : kLeastBytes);
+}
+
+std::int32_t most_sorted_ids(const ExpertProblem& problem, const DeviceLimits& limits,
+                             BatchInvariance invariance) {
+  const ExpertPlan plan = plan_experts(problem, limits, invariance);
+  // An id a thread.
+  return plan.instance == kExpertStrips ? std::min(sm80::kMostSortedIds, plan.warps * 32)
+                                        : sm80::most_sorted_ids(problem, limits, invariance);
 }
 
 void launch_experts(const ExpertProblem& problem, const ExpertPlan& plan,

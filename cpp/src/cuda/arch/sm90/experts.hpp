@@ -64,6 +64,10 @@ ExpertPlan expert_strip_plan(const ExpertProblem& problem, const DeviceLimits& l
 std::int32_t tile_rows(std::int64_t tokens, std::int64_t ids, std::int64_t experts,
                        BatchInvariance invariance);
 
+/// As ArchKernels::most_sorted_ids.
+std::int32_t most_sorted_ids(const ExpertProblem& problem, const DeviceLimits& limits,
+                             BatchInvariance invariance);
+
 /// As ArchKernels::most_apart_ids.
 constexpr std::int32_t kMostApartIds = 4;
 

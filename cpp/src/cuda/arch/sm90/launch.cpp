@@ -496,7 +496,7 @@ constinit const ArchKernels kKernels = {.name = "sm90",
                                         .launch_experts = launch_experts,
                                         .most_dispatches = sm80::kMostDispatches,
                                         .tile_rows = tile_rows,
-                                        .most_sorted_ids = sm80::most_sorted_ids,
+                                        .most_sorted_ids = most_sorted_ids,
                                         .activates_apart = activates_apart,
                                         .most_apart_ids = kMostApartIds};
 
