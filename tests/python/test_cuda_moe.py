@@ -509,7 +509,7 @@ def test_activations(
     block = marlinq.MoeBlock(*stacks, **options)
     for dtype, kind, tokens in itertools.product(TYPES, ("uniform", "single"), (1, 17, 257)):
         case = Case(dtype, kind, tokens, 2, 8, 256)
-        if tokens == 17:
+        if tokens == 9:
             case.x *= 3  # beyond the limits of the clamped one
         case.check(block, parts.gate_up, parts.down, **options)
 
@@ -672,7 +672,7 @@ def large_layer() -> tuple[Parts, marlinq.MoeBlock]:
     return parts, marlinq.MoeBlock(*parts.load())
 
 
-@pytest.mark.parametrize("tokens", [3, 8, 16, 17])
+@pytest.mark.parametrize("tokens", [3, 8, 9])
 def test_a_layer_of_large_experts(tokens: int, large_layer: tuple[Parts, marlinq.MoeBlock]) -> None:
     parts, block = large_layer
     for kind, dtype in zip(ROUTINGS, TYPES * 2, strict=True):
@@ -685,10 +685,10 @@ def test_fewer_tokens_of_large_experts_allocate_nothing(
 ) -> None:
     _, block = large_layer
     context = marlinq.Context(DEVICE, stream=torch.cuda.current_stream().cuda_stream)
-    for tokens in (17, 16, 8, 1):
+    for tokens in (9, 8, 3, 1):
         case = Case("float16", "uniform", tokens, 4, 16, 4096)
         case.run(block, context=context)
-        if tokens == 17:
+        if tokens == 9:
             grown = context.scratch_allocations
     assert context.scratch_allocations == grown
 

@@ -293,6 +293,12 @@ TEST(Sm90ExpertPlanTest, AppliesTheActivationApartWhereExpertsOfFewRowsAreLarge)
   EXPECT_FALSE(sm90::activates_apart(problem_of_ids(6, 8), limits, kAny));
   EXPECT_TRUE(sm90::activates_apart(problem_of_ids(1024, 8), limits, kAny));
   EXPECT_FALSE(sm90::activates_apart(problem_of_ids(1025, 8), limits, kAny));
+  problem.num_experts = 31;
+  problem.tiles.num_ids = 62;
+  EXPECT_TRUE(sm90::activates_apart(problem, limits, kAny));
+  problem.tiles.num_ids = 63;
+  EXPECT_FALSE(sm90::activates_apart(problem, limits, kAny));
+  problem = problem_of_ids(128, 8);
   // The products sort up to 128 ids, which is a launch less.
   problem.expert_bytes = 3 << 19;
   EXPECT_TRUE(sm90::activates_apart(problem, limits, kAny));

@@ -169,10 +169,14 @@ bool activates_apart(const ExpertProblem& problem, const DeviceLimits& limits,
   // Of gate_up, that are read.
   constexpr double kLeastBytes = 195e6;
   constexpr double kLeastSortedBytes = 120e6;  // where the products sort the tokens
+  // The older kernel for a few rows, whose warps share x, catches up earlier where experts are few.
+  constexpr std::int32_t kFewExperts = 32;
+  constexpr std::int32_t kMostIdsOfFew = 2;
+  const std::int32_t most_ids = problem.num_experts < kFewExperts ? kMostIdsOfFew : kMostApartIds;
   ExpertProblem apart = problem;
   apart.activates = false;
   if (invariance == BatchInvariance::kRequired || sm80::most_rows(problem) >= kFewRows ||
-      problem.tiles.num_ids > kMostApartIds * problem.num_experts || !takes_strips(apart, limits))
+      problem.tiles.num_ids > most_ids * problem.num_experts || !takes_strips(apart, limits))
     return false;
   const double experts = problem.num_experts;
   const double used = experts * -std::expm1(-problem.tiles.num_ids / experts);
