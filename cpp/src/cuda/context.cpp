@@ -44,7 +44,10 @@ DeviceLimits device_limits(int device) {
           .shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
           .multiprocessor_shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
           .capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
-                        attribute(cudaDevAttrComputeCapabilityMinor)};
+                        attribute(cudaDevAttrComputeCapabilityMinor),
+          // Two transfers a cycle, in kHz and bits.
+          .memory_rate = static_cast<std::int32_t>(2e-6 * attribute(cudaDevAttrMemoryClockRate) *
+                                                   attribute(cudaDevAttrGlobalMemoryBusWidth) / 8)};
 }
 
 ContextState::~ContextState() {

@@ -131,8 +131,9 @@ struct DeviceLimits {
   std::int32_t multiprocessors = 0;
   std::int32_t shared_bytes = 0;  // of a block, at most
   std::int32_t multiprocessor_shared_bytes =
-      0;                        // of the blocks on one multiprocessor, 1 KiB each apart
-  std::int32_t capability = 0;  // 10 * major + minor
+      0;                         // of the blocks on one multiprocessor, 1 KiB each apart
+  std::int32_t capability = 0;   // 10 * major + minor
+  std::int32_t memory_rate = 0;  // GB/s, as memory is clocked
 };
 
 enum class KernelKind : std::uint8_t {

@@ -70,7 +70,7 @@ void check_sort(const ContextHandle& context, const Matrix& ids, const SortCase&
   std::vector<double> experts;
   std::vector<double> first;
   std::vector<double> rows;
-  // Of what is left of each expert, eighth by eighth of max_rows.
+  // Of what is left of each expert, eighth by eighth of max_rows, where these are more than 8.
   const auto add_tiles = [&](bool full, std::int64_t eighth) {
     std::int64_t start = 0;
     for (int e = 0; e < c.experts; ++e) {
@@ -78,7 +78,8 @@ void check_sort(const ContextHandle& context, const Matrix& ids, const SortCase&
       for (std::int64_t at = 0; at < size; at += c.max_rows) {
         const std::int64_t in_tile = std::min<std::int64_t>(c.max_rows, size - at);
         if ((in_tile == c.max_rows) != full) continue;
-        if (!full && (in_tile - 1) * 8 / c.max_rows != eighth) continue;
+        const bool mixed = c.max_rows <= 8;
+        if (!full && (mixed ? 0 : (in_tile - 1) * 8 / c.max_rows) != eighth) continue;
         experts.push_back(e);
         first.push_back(static_cast<double>(start + at));
         rows.push_back(static_cast<double>(in_tile));

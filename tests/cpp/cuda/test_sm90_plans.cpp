@@ -19,7 +19,8 @@ DeviceLimits hopper(std::int32_t multiprocessors) {
   return {.multiprocessors = multiprocessors,
           .shared_bytes = 227 * 1024,
           .multiprocessor_shared_bytes = 228 * 1024,
-          .capability = 90};
+          .capability = 90,
+          .memory_rate = 4800};
 }
 
 GemmProblem problem_of(std::int32_t n, std::int32_t k, std::int32_t m, std::int32_t bits,
@@ -275,7 +276,7 @@ TEST(Sm90ExpertPlanTest, StripsSortFewIds) {
 }
 
 TEST(Sm90ExpertPlanTest, AppliesTheActivationApartWhereExpertsOfFewRowsAreLarge) {
-  const DeviceLimits limits = hopper(132);
+  DeviceLimits limits = hopper(132);
   const auto problem_of_ids = [](std::int32_t ids, std::int32_t tile_rows) {
     ExpertProblem problem = experts_of(4096, 7168, tile_rows, 4, 3);
     problem.num_experts = 256;
@@ -308,6 +309,9 @@ TEST(Sm90ExpertPlanTest, AppliesTheActivationApartWhereExpertsOfFewRowsAreLarge)
   problem.expert_bytes = 1 << 20;
   EXPECT_FALSE(sm90::activates_apart(problem, limits, kAny));
   problem = problem_of_ids(128, 8);
+  limits.memory_rate = 3350;  // an H100's
+  EXPECT_FALSE(sm90::activates_apart(problem, limits, kAny));
+  limits = hopper(132);
   problem.matrix.weight.step_shift = kIrregular;
   EXPECT_FALSE(sm90::activates_apart(problem, limits, kAny));
 }

@@ -256,8 +256,9 @@ class Counts {
 
 constexpr int kClasses = 8;
 
-/// Of what is left of an expert, by falling rows.
+/// Of what is left of an expert, by falling rows; but see ExpertTiles.
 __device__ __forceinline__ int32_t rest_class(int32_t rest, int32_t max_rows) {
+  if (max_rows <= kMixedRows) return 0;
   return kClasses - 1 - (rest - 1) * kClasses / max_rows;
 }
 

@@ -16,10 +16,14 @@ constexpr std::int64_t most_expert_tiles(std::int64_t ids, std::int64_t num_expe
   return ids / max_rows + std::min(num_experts, ids);
 }
 
+/// Tiles of so many rows at most are walked through in runs.
+constexpr std::int32_t kMixedRows = 8;
+
 /// Where the ids of each expert are, in device memory of the caller. A tile is up to max_rows
 /// neighbours in `ids` that have one expert. Full tiles come first, by expert; then what is left of
 /// each expert, by falling eighths of max_rows and by expert, so that blocks that take tiles in turn have as
-/// much to do. Nothing is written past the end of what counts.
+/// much to do, but with up to kMixedRows rows by expert alone: where blocks take runs of tiles, the large ones are not
+/// to stand together. Nothing is written past the end of what counts.
 struct ExpertTiles {
   std::int32_t* ids = nullptr;      // [tokens * top_k]: t * top_k + s, by expert, without the -1s
   std::int32_t* experts = nullptr;  // [most_expert_tiles]
