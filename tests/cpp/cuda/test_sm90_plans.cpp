@@ -134,6 +134,21 @@ TEST(Sm90PlanTest, FewRowsOfLargeLayersHaveTwoBlocksOnAMultiprocessor) {
   EXPECT_LE(plan_of(57344, 8192, 16, 4).blocks, limits.multiprocessors);
 }
 
+TEST(Sm90PlanTest, SlowMemoryTakesOneBlockWithLongRings) {
+  constexpr std::int32_t kGroups128 = 3;
+  DeviceLimits limits = hopper(132);
+  limits.memory_rate = 3350;
+  for (const std::int32_t m : {1, 2, 8}) {
+    for (const auto& [n, k] : {std::pair{28672, 4096}, {57344, 8192}, {8192, 28672}}) {
+      const GemmPlan plan =
+          sm90::plan(problem_of(n, k, m, 4, kGroups128), limits, BatchInvariance::kNotRequired);
+      EXPECT_EQ(plan.kind, KernelKind::kStrip);
+      EXPECT_LE(plan.blocks, limits.multiprocessors) << n << " x " << k << ", m " << m;
+      EXPECT_GE(plan.stages, 3) << n << " x " << k << ", m " << m;
+    }
+  }
+}
+
 TEST(Sm90PlanTest, CutsTilesOfInvariantLayersInOneWay) {
   constexpr std::int32_t kGroups64 = 2;
   for (const std::int32_t multiprocessors : {132, 114, 78}) {

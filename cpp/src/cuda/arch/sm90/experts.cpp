@@ -167,7 +167,6 @@ std::int32_t tile_rows(std::int64_t tokens, std::int64_t ids, std::int64_t exper
 // rate, too.
 bool activates_apart(const ExpertProblem& problem, const DeviceLimits& limits,
                      BatchInvariance invariance) {
-  constexpr std::int32_t kFastMemory = 4000;
   // Of gate_up, that are read.
   constexpr double kLeastBytes = 195e6;
   constexpr double kLeastSortedBytes = 120e6;  // where the products sort the tokens
@@ -177,7 +176,7 @@ bool activates_apart(const ExpertProblem& problem, const DeviceLimits& limits,
   const std::int32_t most_ids = problem.num_experts < kFewExperts ? kMostIdsOfFew : kMostApartIds;
   ExpertProblem apart = problem;
   apart.activates = false;
-  if (limits.memory_rate < kFastMemory || invariance == BatchInvariance::kRequired ||
+  if (!has_fast_memory(limits) || invariance == BatchInvariance::kRequired ||
       sm80::most_rows(problem) >= kFewRows ||
       problem.tiles.num_ids > most_ids * problem.num_experts || !takes_strips(apart, limits))
     return false;

@@ -190,10 +190,12 @@ class StripPlanner {
   // More that is asked for before x would only delay it.
   static constexpr Rings kShortRings{2, 1};
 
-  // x comes with the codes, unless it is short.
-  bool may_have_whole_x() const {
+  // x comes with the codes, unless what a block needs of it is short.
+  bool may_have_whole_x(std::int32_t slices) const {
     constexpr std::int32_t kFewTokens = 2;
-    return tokens_ <= kFewTokens;
+    constexpr std::int64_t kShortBytes = 16384;
+    return tokens_ <= kFewTokens ||
+           std::int64_t{tokens_} * ceil_div(w_.k, slices) * 2 <= kShortBytes;
   }
 
   GemmPlan plan_of(const StripChoice& choice, std::int32_t warps, bool streams_x) const {
@@ -239,26 +241,36 @@ class StripPlanner {
       // All of the layer is in the rings before the kernel before has ended, beside which a block has room
       // on every multiprocessor.
       return plan_of({.clusters = clusters, .cluster_blocks = most_slices_}, kWarps,
-                     !may_have_whole_x());
+                     !may_have_whole_x(most_slices_));
     }
-    const GemmPlan plan = w_.code_bits == 8 ? plan_long_rings(single, rings) : plan_two_each();
+    // Where memory is slow, and with 8 bits, the bytes are the bound: one block, whose rings are long.
+    constexpr std::int64_t kManyRings = 8;
+    const bool bytes_bound =
+        w_.code_bits == 8 || (!has_fast_memory(limits_) && rings >= kManyRings);
+    const GemmPlan plan =
+        bytes_bound ? plan_long_rings(single, rings >= kManyRings) : plan_two_each();
     if (fits(plan, limits_)) return plan;
-    if (may_have_whole_x()) {
+    if (may_have_whole_x(single.cluster_blocks)) {
       const GemmPlan whole = one_each(single, kShortRings, kWarps, false);
       if (fits(whole, limits_)) return whole;
     }
     return one_each(single, kShortRings, kWarps, true);
   }
 
-  // Two blocks on a multiprocessor have enough warps to hide what each waits for. K is cut where it takes
-  // that for all of them to have features.
+  // Two blocks on a multiprocessor have enough warps to hide what each waits for. K is cut where it takes that for
+  // all of them to have features, or whole packed blocks: half of one takes more than half of the time.
   GemmPlan plan_two_each() const {
-    for (std::int32_t slices = 1; slices <= most_slices_; ++slices) {
-      const StripDivision twice = divide_strips(w_, 2 * limits_.multiprocessors, slices);
+    const auto divide = [&](std::int32_t slices) {
+      return divide_strips(w_, 2 * limits_.multiprocessors, slices);
+    };
+    const bool cut_first =
+        most_slices_ == 2 && divide(1).busiest % 2 != 0 && divide(2).busiest % 2 == 0;
+    for (const std::int32_t slices : {cut_first ? 2 : 1, cut_first ? 1 : most_slices_}) {
+      const StripDivision twice = divide(slices);
       const std::int64_t least_halves = slices == 1 ? 3 : 2;
       if (twice.busiest < least_halves) continue;
       for (const bool streams_x : {false, true}) {
-        if (!streams_x && !may_have_whole_x()) continue;
+        if (!streams_x && !may_have_whole_x(slices)) continue;
         const GemmPlan plan = plan_of(twice, kShortRings, kWarps, streams_x);
         if (plan.shared_bytes <= limits_.multiprocessor_shared_bytes / 2 - sm80::kReservedShared)
           return plan;
@@ -267,13 +279,10 @@ class StripPlanner {
     return no_plan();
   }
 
-  // 8 bits are half the work for a byte: one block, whose rings are long.
-  GemmPlan plan_long_rings(const StripDivision& single, std::int64_t rings) const {
-    constexpr std::int64_t kManyRings = 8;
-    const bool many = rings >= kManyRings;
+  GemmPlan plan_long_rings(const StripDivision& single, bool many) const {
+    const bool streams_x = !may_have_whole_x(single.cluster_blocks);
     for (std::int32_t stages = many ? 4 : 3; stages > 2; --stages) {
-      const GemmPlan plan =
-          one_each(single, {stages, many ? stages : 2}, kWarps, !may_have_whole_x());
+      const GemmPlan plan = one_each(single, {stages, many ? stages : 2}, kWarps, streams_x);
       if (fits(plan, limits_)) return plan;
     }
     return no_plan();

@@ -11,6 +11,12 @@
 
 namespace marlinq::cuda::sm90 {
 
+/// As that of an H200, which the instructions beside the bytes hold back; with that of an H100 bytes are the bound.
+constexpr bool has_fast_memory(const DeviceLimits& limits) noexcept {
+  constexpr std::int32_t kRate = 4000;  // GB/s
+  return limits.memory_rate >= kRate;
+}
+
 using sm80::Layout;
 
 /// Groups that `steps` packed steps have at most, where all groups have as many steps, a power of two.
