@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <optional>
 #include <set>
 #include <utility>
@@ -86,9 +87,8 @@ std::vector<std::uint32_t> codes(const std::vector<Feature>& features, const Row
   for (std::int64_t f = 0; f < n; ++f) {
     for (std::int64_t r = 0; r < k; ++r) {
       const CodePlace place = code_place(f, r, k / 64, bits);
-      words[static_cast<std::size_t>(place.word)] |=
-          features[static_cast<std::size_t>(f)].code(rows, static_cast<std::size_t>(r))
-          << place.bit;
+      words[static_cast<std::size_t>(place.word)] |= place.word_of(
+          features[static_cast<std::size_t>(f)].code(rows, static_cast<std::size_t>(r)));
     }
   }
   return words;
@@ -130,6 +130,12 @@ std::vector<std::int32_t> chunk_groups(const Rows& rows) {
   return words;
 }
 
+std::vector<int> run_of_bits(int first, int count) {
+  std::vector<int> bits(static_cast<std::size_t>(count));
+  std::iota(bits.begin(), bits.end(), first);
+  return bits;
+}
+
 }  // namespace
 
 CodePlace code_place(std::int64_t f, std::int64_t r, std::int64_t chunks, int bits) {
@@ -146,10 +152,30 @@ CodePlace code_place(std::int64_t f, std::int64_t r, std::int64_t chunks, int bi
   if (bits == 8) {
     const std::int64_t piece = r % 64 / 32;
     return {.word = first + (piece * 32 + lane) * 4 + r % 32 / 16 * 2 + far,
-            .bit = static_cast<int>(8 * (2 * upper + odd))};
+            .bits = run_of_bits(static_cast<int>(8 * (2 * upper + odd)), 8)};
   }
-  return {.word = first + lane * 4 + r % 64 / 16,
-          .bit = static_cast<int>(4 * (upper + 2 * far + 4 * odd))};
+  const auto bit = static_cast<int>(8 * far + 16 * odd);
+  CodePlace place{.word = first + lane * 4 + r % 64 / 16, .bits = {}};
+  if (upper == 0) {
+    place.bits = run_of_bits(bit, 4);
+  } else {
+    place.centred = true;
+    place.bits = {bit + 4, bit + 5, bit + 6, (bit + 15) % 32};
+  }
+  return place;
+}
+
+std::uint32_t CodePlace::word_of(std::uint32_t code) const {
+  const std::uint32_t stored = !centred ? code : code < 8 ? 15 - code : code - 8;
+  std::uint32_t result = 0;
+  for (std::size_t i = 0; i < bits.size(); ++i) result |= (stored >> i & 1U) << bits[i];
+  return result;
+}
+
+std::uint32_t CodePlace::code_in(std::uint32_t value) const {
+  std::uint32_t stored = 0;
+  for (std::size_t i = 0; i < bits.size(); ++i) stored |= (value >> bits[i] & 1U) << i;
+  return !centred ? stored : stored < 8 ? stored + 8 : 15 - stored;
 }
 
 std::vector<unsigned char> packed_by_definition(const std::vector<Layer>& parts,

@@ -23,10 +23,15 @@ struct StackNeeds {
 std::vector<unsigned char> packed_by_definition(const std::vector<Layer>& parts,
                                                 const StackNeeds& needs = {});
 
-/// Where the code of a feature and a packed row is: a word of the segment's codes, and its lowest bit.
+/// Where the code of a feature and a packed row is: a word of the segment's codes, and its bits, the lowest first.
 struct CodePlace {
   std::int64_t word;
-  int bit;
+  std::vector<int> bits;
+  bool centred =
+      false;  // what is stored: the code; or 7, 6, ... 0 for 0 to 7 with the last bit set, 0 to 7 for 8 to 15
+
+  std::uint32_t word_of(std::uint32_t code) const;
+  std::uint32_t code_in(std::uint32_t word) const;
 };
 CodePlace code_place(std::int64_t feature, std::int64_t packed_row, std::int64_t chunks, int bits);
 

@@ -371,7 +371,7 @@ TEST_F(LoadTest, ExpertsOfDifferentOrdersShareOneLayout) {
                                static_cast<std::int64_t>(packed), segment.layout.chunks, 4);
           std::uint32_t word = 0;
           std::memcpy(&word, expert + segment.places.codes + 4 * place.word, 4);
-          ASSERT_EQ(word >> place.bit & 15U, layers[e].codes[row * 96 + feature])
+          ASSERT_EQ(place.code_in(word), layers[e].codes[row * 96 + feature])
               << "expert " << e << ", row " << row << ", feature " << feature;
         }
       }

@@ -1,20 +1,24 @@
-// Packed codes to fragments of q - zero, exact in fp16 and in bf16.
+// Packed codes to fragments of q - zero, exact in fp16 and in bf16, divided by powers of two that
+// ZeroPair knows, one for the lower and one for the upper features of a lane (g, g + 8).
 //
-// fp16, 4 bits: a nibble or-ed into 0x6400 is 1024 + q, or 1024 + 16 q for the nibble above it, so
-// two nibbles cost no shift: subtract 1024 + z, or multiply by 1/16 and subtract 64 + z. bf16 has 7
-// mantissa bits: 0x4300 is 128 + q and each nibble needs its shift. All sums are of integers below
-// 2^11 (fp16) or 2^8 (bf16), hence exact. 8 bits: fp16 by bytes permuted into 0x64xx; bf16 through
-// float32, as 128 + q does not fit 8 bits.
+// 4 bits (arch/sm80/layout.hpp has the places): the bits of codes are taken for subnormal numbers, which a multiplication
+// by the largest power of two brings back among the others, and an addition of the zero point in the same instruction
+// completes. So no code but those 8 bits further on needs a shift, which would take the pipe that masking takes, though
+// bf16 has 7 bits of mantissa: the nibble in bits 0 to 3 of a half is q, by 2^-24 in fp16 and by 2^-133 in bf16; bit 15
+// and bits 4 to 6 are the sign and the magnitude t of q - 7.5 = +-(t + 1/2), bit 3 being set for the 1/2. All sums are
+// of numbers with few bits, hence exact.
+// 8 bits: fp16 by bytes permuted into 0x64xx, minus 1024 + z; bf16 through float32, as 128 + q does not fit 8 bits.
 //
 // Where the zero point is left to the sums, Σ (q - z) x = Σ q x - z Σ x, a code needs no subtraction
-// (OffsetCodes). fp16: the bits of q alone are the subnormal number q 2^-24, or 16 q 2^-24 for the nibble
-// above, a unit for each of a lane's two features. bf16: 128 + q.
+// (OffsetCodes). fp16: subnormal numbers as they are. bf16: the nibble or-ed into 128 is 128 + q, since products of
+// subnormal numbers would be lost.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace marlinq::cuda {
 
@@ -24,30 +28,64 @@ __device__ __forceinline__ uint32_t and_or(uint32_t value, uint32_t mask, uint32
   return result;
 }
 
+/// a * b + c of pairs.
+template <class T>
+__device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  } else {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  }
+  return result;
+}
+
+/// The codes of 4 bits of a word: the lower and the upper features of a lane, for the first 8 rows of a step; those of
+/// the next 8 are in the same places of next_codes().
+constexpr uint32_t kLowerCodes = 0x000f000fu;
+constexpr uint32_t kUpperCodes = 0x80708070u;
+constexpr uint32_t kUpperHalf = 0x00080008u;
+__device__ __forceinline__ uint32_t next_codes(uint32_t word) {
+  return __funnelshift_r(word, word, 8);
+}
+
+/// What decode() leaves codes divided by: those of element i of an accumulator, i of 0 and 1 (feature g), 2 and 3
+/// (g + 8) or more.
+template <int kUnit, int kUpperUnit>
+struct CodeUnits {
+  __host__ __device__ static constexpr float unit(int i) {
+    return i / 2 % 2 == 0 ? static_cast<float>(kUnit) : static_cast<float>(kUpperUnit);
+  }
+};
+
 /// The zero points of the two features of a lane, in the form that decode() wants.
 template <class T, int kBits>
 struct ZeroPair;
 
 template <>
-struct ZeroPair<__half, 4> {
+struct ZeroPair<__half, 4> : CodeUnits<512, 32> {
   uint32_t low, high;
   __device__ __forceinline__ void set(uint32_t feature, uint32_t feature_8) {
-    low = (0x6400u + feature) * 0x10001u;          // 1024 + z
-    high = (0xd400u + feature_8 * 16) * 0x10001u;  // -64 - z, for z up to 16
+    constexpr uint32_t kMinusLargest = 0xf800f800u;
+    low = multiply_add<__half>(feature * 0x10001u, kMinusLargest, 0);  // -z / 512
+    high =
+        multiply_add<__half>(feature_8 * 0x100010u, kMinusLargest, 0x33803380u);  // (7.5 - z) / 32
   }
 };
 
 template <>
-struct ZeroPair<__nv_bfloat16, 4> {
+struct ZeroPair<__nv_bfloat16, 4> : CodeUnits<64, 4> {
   uint32_t low, high;
   __device__ __forceinline__ void set(uint32_t feature, uint32_t feature_8) {
-    low = (0x4300u + feature) * 0x10001u;  // 128 + z
-    high = (0x4300u + feature_8) * 0x10001u;
+    using T = __nv_bfloat16;
+    constexpr uint32_t kMinusLargest = 0xff00ff00u;
+    low = multiply_add<T>(feature * 0x10001u, kMinusLargest, 0);                // -z / 64
+    high = multiply_add<T>(feature_8 * 0x100010u, kMinusLargest, 0x3ff03ff0u);  // (7.5 - z) / 4
   }
 };
 
 template <>
-struct ZeroPair<__half, 8> {
+struct ZeroPair<__half, 8> : CodeUnits<1, 1> {
   uint32_t low, high;
   __device__ __forceinline__ void set(uint32_t feature, uint32_t feature_8) {
     low = (0x6400u + feature) * 0x10001u;
@@ -56,7 +94,7 @@ struct ZeroPair<__half, 8> {
 };
 
 template <>
-struct ZeroPair<__nv_bfloat16, 8> {
+struct ZeroPair<__nv_bfloat16, 8> : CodeUnits<1, 1> {
   float low, high;
   __device__ __forceinline__ void set(uint32_t feature, uint32_t feature_8) {
     low = 8388608.0f + static_cast<float>(feature);  // 2^23 + z
@@ -78,29 +116,19 @@ __device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b, __nv_bfloat
   return result;
 }
 
-/// The fragment of 16 rows from the words of one lane: 4 bits take one word, 8 bits two.
-__device__ __forceinline__ void decode(uint32_t (&a)[4], const uint32_t* words,
-                                       const ZeroPair<__half, 4>& zero, __half) {
-  constexpr uint32_t kBase = 0x64006400u;
-  constexpr uint32_t kSixteenth = 0x2c002c00u;
-  const uint32_t word = words[0];
-  const uint32_t upper = word >> 8;
-  a[0] = subtract(and_or(word, 0x000f000fu, kBase), zero.low, __half());
-  a[2] = subtract(and_or(upper, 0x000f000fu, kBase), zero.low, __half());
-  const uint32_t b1 = and_or(word, 0x00f000f0u, kBase);
-  const uint32_t b3 = and_or(upper, 0x00f000f0u, kBase);
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(a[1]) : "r"(b1), "r"(kSixteenth), "r"(zero.high));
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(a[3]) : "r"(b3), "r"(kSixteenth), "r"(zero.high));
-}
+/// The largest power of two, twice.
+template <class T>
+constexpr uint32_t kLargest = std::is_same_v<T, __half> ? 0x78007800u : 0x7f007f00u;
 
+/// The fragment of 16 rows from the words of one lane: 4 bits take one word, 8 bits two.
+template <class T>
 __device__ __forceinline__ void decode(uint32_t (&a)[4], const uint32_t* words,
-                                       const ZeroPair<__nv_bfloat16, 4>& zero, __nv_bfloat16) {
-  constexpr uint32_t kBase = 0x43004300u;
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    a[r] = subtract(and_or(words[0] >> (4 * r), 0x000f000fu, kBase), (r & 1) ? zero.high : zero.low,
-                    __nv_bfloat16());
-  }
+                                       const ZeroPair<T, 4>& zero, T) {
+  const uint32_t next = next_codes(words[0]);
+  a[0] = multiply_add<T>(words[0] & kLowerCodes, kLargest<T>, zero.low);
+  a[1] = multiply_add<T>(and_or(words[0], kUpperCodes, kUpperHalf), kLargest<T>, zero.high);
+  a[2] = multiply_add<T>(next & kLowerCodes, kLargest<T>, zero.low);
+  a[3] = multiply_add<T>(and_or(next, kUpperCodes, kUpperHalf), kLargest<T>, zero.high);
 }
 
 __device__ __forceinline__ void decode(uint32_t (&a)[4], const uint32_t* words,
@@ -144,34 +172,34 @@ struct NoOffsetCodes {
   static constexpr bool kHas = false;
 };
 
-/// What all float16 codes have in common.
-struct SubnormalCodes {
-  static constexpr bool kHas = true;
-  static constexpr uint32_t kOnes = 0x3c003c00u;  // a pair of 1
-  static constexpr float kOffset = 0.0f;
-  static constexpr float kUnit = 0x1p24f;
-};
-
-/// Codes of 16 rows as (kOffset + q) / kUnit, or those of the feature 8 above over kUpperUnit. Products with x, by the
-/// unit, are (kOffset + z) Σ x too large.
+/// Codes of 16 rows as (kOffset + q) / kUnit, or those of the feature 8 above as (kUpperOffset + q) / kUpperUnit.
+/// Products with x, by the unit, are (offset + z) Σ x too large.
 template <class T, int kBits>
 struct OffsetCodes : NoOffsetCodes {};
 
 template <>
-struct OffsetCodes<__half, 4> : SubnormalCodes {
+struct OffsetCodes<__half, 4> {
+  static constexpr bool kHas = true;
+  static constexpr float kOffset = 0.0f;
+  static constexpr float kUpperOffset = -7.5f;
+  static constexpr float kUnit = 0x1p24f;
   static constexpr float kUpperUnit = 0x1p20f;
   __device__ __forceinline__ static void decode(uint32_t (&a)[4], const uint32_t* words) {
-    const uint32_t upper = words[0] >> 8;
-    a[0] = words[0] & 0x000f000fu;
-    a[1] = words[0] & 0x00f000f0u;
-    a[2] = upper & 0x000f000fu;
-    a[3] = upper & 0x00f000f0u;
+    const uint32_t next = next_codes(words[0]);
+    a[0] = words[0] & kLowerCodes;
+    a[1] = and_or(words[0], kUpperCodes, kUpperHalf);
+    a[2] = next & kLowerCodes;
+    a[3] = and_or(next, kUpperCodes, kUpperHalf);
   }
 };
 
 template <>
-struct OffsetCodes<__half, 8> : SubnormalCodes {
-  static constexpr float kUpperUnit = kUnit;
+struct OffsetCodes<__half, 8> {
+  static constexpr bool kHas = true;
+  static constexpr float kOffset = 0.0f;
+  static constexpr float kUpperOffset = 0.0f;
+  static constexpr float kUnit = 0x1p24f;
+  static constexpr float kUpperUnit = 0x1p24f;
   __device__ __forceinline__ static void decode(uint32_t (&a)[4], const uint32_t* words) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -184,13 +212,18 @@ struct OffsetCodes<__half, 8> : SubnormalCodes {
 template <>
 struct OffsetCodes<__nv_bfloat16, 4> {
   static constexpr bool kHas = true;
-  static constexpr uint32_t kOnes = 0x3f803f80u;
   static constexpr float kOffset = 128.0f;
+  static constexpr float kUpperOffset = -7.5f;
   static constexpr float kUnit = 1.0f;
-  static constexpr float kUpperUnit = 1.0f;
+  static constexpr float kUpperUnit = 4.0f;
   __device__ __forceinline__ static void decode(uint32_t (&a)[4], const uint32_t* words) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r) a[r] = and_or(words[0] >> (4 * r), 0x000f000fu, 0x43004300u);
+    using T = __nv_bfloat16;
+    constexpr uint32_t kBase = 0x43004300u;
+    const uint32_t next = next_codes(words[0]);
+    a[0] = and_or(words[0], kLowerCodes, kBase);
+    a[2] = and_or(next, kLowerCodes, kBase);
+    a[1] = multiply_add<T>(and_or(words[0], kUpperCodes, kUpperHalf), kLargest<T>, 0);
+    a[3] = multiply_add<T>(and_or(next, kUpperCodes, kUpperHalf), kLargest<T>, 0);
   }
 };
 

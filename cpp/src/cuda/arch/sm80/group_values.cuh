@@ -73,7 +73,16 @@ struct GroupValues {
     }
   }
 
-  /// The same; `quotient` is the old scales over the new ones: what sums in units of the old scales
+  /// What sums in units of these scales are multiplied by in the end.
+  __device__ __forceinline__ void final_factors(float (&factor)[kStrips][2]) const {
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s) {
+      factor[s][0] = __fmul_rn(scale[s][0], Zero::unit(0));
+      factor[s][1] = __fmul_rn(scale[s][1], Zero::unit(2));
+    }
+  }
+
+  /// The same as load(); `quotient` is the old scales over the new ones: what sums in units of the old scales
   /// are multiplied by to be in units of the new ones. Before the first group scales are 0.
   __device__ __forceinline__ void change(uint32_t records, const WeightView& w,
                                          float (&quotient)[kStrips][2]) {

@@ -6,10 +6,13 @@
 //
 //   codes   [block][chunk][strip in block][piece][lane][4 words]
 //     4 bits (also 2 and 3), one piece: word j serves the 16 rows of step j.
-//       nibble i of a word, bits 4i..4i+3:
+//       field i of a word, in bits 4i..4i+3:
 //         0, 4: feature g,     rows 2t, 2t+1        2, 6: feature g,     rows 2t+8, 2t+9
 //         1, 5: feature g + 8, rows 2t, 2t+1        3, 7: feature g + 8, rows 2t+8, 2t+9
-//       so nibbles r and r + 4 are the two halves of the fragment's register r.
+//       so fields r and r + 4 are the two halves of the fragment's register r. Even fields hold the
+//       code q; odd ones q - 7.5 = +-(t + 1/2), t in their lower three bits and the sign, set for -, 8 bits
+//       above the highest (around the end of the word). So the signs of fields 1 and 5 are those of their
+//       halves, and after a rotation by 8 bits fields 2, 3, 6, 7 with signs stand where 0, 1, 4, 5 were.
 //     8 bits, two pieces of 32 rows: words 2j, 2j+1 of a piece serve the 16 rows of its step j.
 //       word 2j + h: bytes 0, 1: feature g, rows 2t+8h, 2t+8h+1; bytes 2, 3: the same rows of
 //       feature g + 8.
@@ -88,7 +91,7 @@ struct Layout {
   }
 };
 
-/// Which feature and row of its 16 x 16 tile a code field of a lane's word is.
+/// Which feature and row of its 16 x 16 tile a code field of a lane's word is. Odd nibbles are features from 8 on.
 struct FieldPlace {
   int feature;
   int row;
@@ -99,6 +102,17 @@ constexpr FieldPlace nibble_place(int lane, int nibble) noexcept {
   const int t = lane % 4;
   return {.feature = g + 8 * (nibble & 1), .row = 2 * t + 8 * ((nibble >> 1) & 1) + (nibble >> 2)};
 }
+
+/// A word with nothing but this code in one of its nibbles.
+constexpr std::uint32_t nibble_bits(int nibble, std::uint32_t code) noexcept {
+  if (nibble % 2 == 0) return code << (4 * nibble);
+  const bool negative = code < 8;
+  const std::uint32_t magnitude = negative ? 7 - code : code - 8;
+  const std::uint32_t sign = negative ? 1 : 0;
+  return magnitude << (4 * nibble) | sign << ((4 * nibble + 11) % 32);
+}
+/// The code that is no bits there.
+constexpr std::uint32_t code_of_no_bits(int nibble) noexcept { return nibble % 2 == 0 ? 0 : 8; }
 
 constexpr FieldPlace byte_place(int lane, int word_parity, int byte) noexcept {
   const int g = lane / 4;

@@ -110,13 +110,15 @@ struct CodeTile {
               (block + 1) * Layout::kBlockFeatures <= piece.first_feature + piece.columns) {}
 
   /// Reads half a column: 32 rows, the warp's threads columns side by side. Features that are not
-  /// the piece's become 0.
+  /// the piece's become codes without bits.
   template <int kBits>
   constexpr void read(const PieceToPack& piece, int thread, std::uint8_t* tile) const noexcept {
     const int feature = thread % Layout::kBlockFeatures;
     const int first = thread / Layout::kBlockFeatures * kRowsOfThread;
     const std::int64_t wanted = block * Layout::kBlockFeatures + feature - piece.first_feature;
     const bool inside = wanted >= 0 && wanted < piece.columns;
+    const std::uint32_t none =
+        kBits == 8 ? 0 : code_of_no_bits(feature / (Layout::kStripFeatures / 2) % 2);
     // What is not there is read from a place that is, and left out afterwards.
     const std::int64_t column = inside ? wanted : 0;
     const std::int32_t chunk_groups = piece.chunk_groups[chunk];
@@ -134,7 +136,7 @@ struct CodeTile {
       MARLINQ_UNROLL
       for (int i = 0; i < Layout::kGroupAlignment; ++i) {
         const std::uint32_t code = counts && codes.present[i] ? codes.code[i] : zero;
-        tile[(begin + i) * kRowBytes + feature] = static_cast<std::uint8_t>(inside ? code : 0);
+        tile[(begin + i) * kRowBytes + feature] = static_cast<std::uint8_t>(inside ? code : none);
       }
     }
   }
@@ -155,8 +157,8 @@ struct CodeTile {
         const FieldPlace place =
             kCodeBits == 4 ? nibble_place(lane, field) : byte_place(lane, word % 2, field);
         const int row = step * Layout::kGroupAlignment + place.row;
-        words[word] |= static_cast<std::uint32_t>(tile[row * kRowBytes + strip + place.feature])
-                       << (field * kCodeBits);
+        const std::uint32_t code = tile[row * kRowBytes + strip + place.feature];
+        words[word] |= kCodeBits == 4 ? nibble_bits(field, code) : code << (field * kCodeBits);
       }
     }
   }

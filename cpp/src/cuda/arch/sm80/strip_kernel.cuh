@@ -430,6 +430,7 @@ class StripLoop {
       for (int t = 0; t < S::kTokenTiles; ++t) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
+          sum_[s][t][i] *= ZeroPair<T, S::kBits>::unit(i);
           if (s < width) slot[(t * 8 + i % 2) * S::kSlotRow + s * 16 + i / 2 * 8] = sum_[s][t][i];
           sum_[s][t][i] = 0.0f;
         }

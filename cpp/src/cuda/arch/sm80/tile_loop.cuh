@@ -306,8 +306,18 @@ class TileLoop {
   __device__ __forceinline__ void finish_groups() {
     if constexpr (S::kPromotes) {
       promote();
+#pragma unroll
+      for (int s = 0; s < S::kStrips; ++s) {
+#pragma unroll
+        for (int t = 0; t < S::kTokenTiles; ++t) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum_[s][t][i] *= ZeroPair<T, S::kBits>::unit(i);
+        }
+      }
     } else {
-      scale_sums(values_.scale);
+      float factor[S::kStrips][2];
+      values_.final_factors(factor);
+      scale_sums(factor);
     }
   }
   __device__ __forceinline__ void promote() {

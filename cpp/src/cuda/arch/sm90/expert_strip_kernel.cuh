@@ -583,6 +583,7 @@ class ExpertStrips {
 
   template <int kWidth>
   using Product = StripProduct<T, S::kBits, 1, kWidth>;
+  static_assert(Product<1>::final_factor(0) == 1.0f && Product<1>::final_factor(2) == 1.0f);
 
   template <int kWidth>
   __device__ __forceinline__ void multiply_items(int begin, int end) {
@@ -593,6 +594,7 @@ class ExpertStrips {
     }
     typename Product<kWidth>::Values values;
     values.set_middle(w_);
+    const typename Product<kWidth>::XFactors factors(w_);
 #pragma unroll 1
     for (int item = begin; item < end; ++item) {
       const int stage = stage_place(stage_);
@@ -602,18 +604,18 @@ class ExpertStrips {
       int records = stage + S::kRecordsPlace;
       const int steps = params_.sub_steps;
       if (steps == S::kItemSteps) {
-        multiply_group<kWidth, S::kItemSteps>(stage, records, 0, values);
+        multiply_group<kWidth, S::kItemSteps>(stage, records, 0, values, factors);
       } else {
         const int present =
             min(S::kItemSteps, (w_.chunks - item * S::kItemChunks) * Layout::kChunkSteps);
 #pragma unroll 1
         for (int step = 0; step < present; step += steps) {
           if (S::kItemSteps > 4 && steps == 4) {
-            multiply_group<kWidth, 4>(stage, records, step, values);
+            multiply_group<kWidth, 4>(stage, records, step, values, factors);
           } else if (steps == 2) {
-            multiply_group<kWidth, 2>(stage, records, step, values);
+            multiply_group<kWidth, 2>(stage, records, step, values, factors);
           } else {
-            multiply_group<kWidth, 1>(stage, records, step, values);
+            multiply_group<kWidth, 1>(stage, records, step, values, factors);
           }
           records += group_bytes_;
         }
@@ -634,14 +636,15 @@ class ExpertStrips {
   }
 
   template <int kWidth, int kSteps>
-  __device__ __forceinline__ void multiply_group(int stage, int records, int first,
-                                                 typename Product<kWidth>::Values& values) {
-    values.load(records, w_);
+  __device__ __forceinline__ void multiply_group(
+      int stage, int records, int first, typename Product<kWidth>::Values& values,
+      const typename Product<kWidth>::XFactors& factors) {
+    Product<kWidth>::load(values, records, w_);
     Product<kWidth> product;
     product.template add<kSteps, S::kChunkBytes>(
-        stage + lane_ * 16, first, values,
+        stage + lane_ * 16, first, values, factors,
         [&](int, int step) { return stage + x_row_place_ + step * 32; });
-    product.template finish<0>(sum_, values, w_.has_zeros);
+    product.template finish<0>(sum_, values, records, w_);
   }
 
   // --- the end of a segment ---

@@ -527,9 +527,10 @@ class ExpertMultiply {
   __device__ __forceinline__ void finish(const ExpertSegment<S>& at) {
 #pragma unroll
     for (int b = 0; b < S::kGroupBlocks; ++b) {
+      float factor[1][2];
+      values_[b].final_factors(factor);
 #pragma unroll
-      for (int i = 0; i < S::kSums; ++i)
-        sum_[b][i] = __fmul_rn(sum_[b][i], values_[b].scale[0][i / 2 % 2]);
+      for (int i = 0; i < S::kSums; ++i) sum_[b][i] = __fmul_rn(sum_[b][i], factor[0][i / 2 % 2]);
     }
     if (at.end < params_.slabs) {
       leave_part();

@@ -378,6 +378,7 @@ class StripLoop {
     ProductValues<kWidth> values[kWidth / kTogether<kWidth>];
 #pragma unroll
     for (ProductValues<kWidth>& of : values) of.set_middle(w_);
+    const typename Product<kWidth>::XFactors factors(w_);
     const uint32_t records = records_ + first_strip(segment) * w_.record_bytes;
     uint32_t x_rows[S::kTokenTiles];
 #pragma unroll
@@ -396,23 +397,23 @@ class StripLoop {
       const uint32_t x_move = S::kStreamsX ? stage : item * (S::kItemRows * 2);
       const int steps = params_.sub_steps;
       if (steps >= S::kItemSteps) {
-        load<kWidth>(values, records + stage_ * params_.memory.record_bytes);
-        multiply<kWidth, S::kItemSteps>(stage, 0, x_rows, x_move, values);
+        multiply<kWidth, S::kItemSteps>(stage, 0, x_rows, x_move,
+                                        records + stage_ * params_.memory.record_bytes, values,
+                                        factors);
       } else {
         const int present =
             min(S::kItemSteps, (w_.chunks - (first_item_ + item) * S::kItemChunks) * 4);
         uint32_t group_records = records + stage_ * params_.memory.record_bytes;
 #pragma unroll 1
         for (int step = 0; step < present; step += steps) {
-          load<kWidth>(values, group_records);
-          group_records += group_bytes();
           if (S::kItemSteps > 4 && steps == 4) {
-            multiply<kWidth, 4>(stage, step, x_rows, x_move, values);
+            multiply<kWidth, 4>(stage, step, x_rows, x_move, group_records, values, factors);
           } else if (steps == 2) {
-            multiply<kWidth, 2>(stage, step, x_rows, x_move, values);
+            multiply<kWidth, 2>(stage, step, x_rows, x_move, group_records, values, factors);
           } else {
-            multiply<kWidth, 1>(stage, step, x_rows, x_move, values);
+            multiply<kWidth, 1>(stage, step, x_rows, x_move, group_records, values, factors);
           }
+          group_records += group_bytes();
         }
       }
       __syncwarp();
@@ -444,29 +445,28 @@ class StripLoop {
   template <int kWidth>
   using ProductValues = typename Product<kWidth>::Values;
 
-  template <int kWidth, class Values>
-  __device__ __forceinline__ void load(Values& values, uint32_t records) const {
-#pragma unroll
-    for (int i = 0; i < kWidth / kTogether<kWidth>; ++i)
-      values[i].load(records + i * kTogether<kWidth> * w_.record_bytes, w_);
-  }
-
   // kSteps steps of one group, from step `first` of the item on.
   template <int kWidth, int kSteps, class Values>
   __device__ __forceinline__ void multiply(uint32_t stage, int first,
                                            const uint32_t (&x_rows)[S::kTokenTiles],
-                                           uint32_t x_move, const Values& values) {
+                                           uint32_t x_move, uint32_t records, Values& values,
+                                           const typename Product<kWidth>::XFactors& factors) {
+    const uint32_t second_records = records + kTogether<kWidth> * w_.record_bytes;
+    Product<kWidth>::load(values[0], records, w_);
+    if constexpr (kTogether<kWidth> < kWidth) {
+      Product<kWidth>::load(values[1], second_records, w_);
+    }
     const uint32_t codes = stage + lane_ * 16;
     const auto x_of = [&](int t, int step) { return x_address(x_rows[t], x_move, step); };
     Product<kWidth> product;
-    product.template add<kSteps, S::kChunkBytes>(codes, first, values[0], x_of);
-    product.template finish<0>(sum_, values[0], w_.has_zeros);
+    product.template add<kSteps, S::kChunkBytes>(codes, first, values[0], factors, x_of);
+    product.template finish<0>(sum_, values[0], records, w_);
     if constexpr (kTogether<kWidth> < kWidth) {
       static_assert(kWidth == 2 * kTogether<kWidth>);
       Product<kWidth> second;
       second.template add<kSteps, S::kChunkBytes>(codes + kTogether<kWidth> * S::kStripBytes, first,
-                                                  values[1], x_of);
-      second.template finish<kTogether<kWidth>>(sum_, values[1], w_.has_zeros);
+                                                  values[1], factors, x_of);
+      second.template finish<kTogether<kWidth>>(sum_, values[1], second_records, w_);
     }
   }
 
@@ -503,6 +503,7 @@ class StripLoop {
       for (int t = 0; t < S::kTokenTiles; ++t) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
+          sum_[s][t][i] *= Product<kWidth>::final_factor(i);
           ptx::store_shared_4(place + ((t * 8 + i % 2) * S::kSlotRow + s * 16 + i / 2 * 8) * 4,
                               __float_as_uint(sum_[s][t][i]));
         }

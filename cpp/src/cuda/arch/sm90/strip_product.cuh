@@ -25,9 +25,46 @@ class StripProduct {
 
  public:
   static constexpr int kStripBytes = 128 * kBits;  // codes of a strip and chunk
+  /// What the sums of element i of a fragment are multiplied by in the end.
+  __device__ __forceinline__ static constexpr float final_factor(int i) {
+    return Codes::kHas ? 1.0f : ZeroPair<T, kBits>::unit(i);
+  }
 
-  using Values = sm80::GroupValues<T, kBits, kStrips,
-                                   std::conditional_t<Codes::kHas, ZeroFloats, ZeroPair<T, kBits>>>;
+  using Values = sm80::GroupValues<T, kBits, kStrips>;
+
+  /// The values of the group that is multiplied next. Zero points of OffsetCodes are not among them.
+  __device__ __forceinline__ static void load(Values& values, uint32_t records,
+                                              const WeightView& w) {
+    if constexpr (Codes::kHas) {
+      values.load_scales(records, w);
+    } else {
+      values.load(records, w);
+    }
+  }
+
+  /// What x is multiplied by for what codes are too large by: that itself where it is the same for all features of a
+  /// kind, else 1; negative.
+  struct XFactors {
+    __device__ __forceinline__ explicit XFactors(const WeightView& w) {
+      if constexpr (Codes::kHas) {
+        const auto middle = static_cast<float>(w.middle);
+        low = w.has_zeros ? pair(-1.0f) : pair(-middle - Codes::kOffset);
+        high = w.has_zeros ? pair(-1.0f) : pair(-middle - Codes::kUpperOffset);
+      }
+    }
+    uint32_t low, high;
+
+   private:
+    __device__ __forceinline__ static uint32_t pair(float value) {
+      if constexpr (std::is_same_v<T, __half>) {
+        const __half2 both = __float2half2_rn(value);
+        return reinterpret_cast<const uint32_t&>(both);
+      } else {
+        const __nv_bfloat162 both = __float2bfloat162_rn(value);
+        return reinterpret_cast<const uint32_t&>(both);
+      }
+    }
+  };
 
   __device__ __forceinline__ StripProduct() {
 #pragma unroll
@@ -45,7 +82,7 @@ class StripProduct {
   /// chunk to the next kChunkBytes. x_address(t, step): of this lane's row of token tile t, for that step and the next.
   template <int kSteps, int kChunkBytes, class XAddress>
   __device__ __forceinline__ void add(uint32_t codes, int first, const Values& values,
-                                      const XAddress& x_address) {
+                                      const XFactors& factors, const XAddress& x_address) {
     constexpr int kStepWords = kBits / 4;
     constexpr int kUnitSteps = 4 / kStepWords;  // of the 16 bytes of a lane
     constexpr int kLoadSteps = kSteps < kUnitSteps ? kSteps : kUnitSteps;
@@ -80,32 +117,33 @@ class StripProduct {
               ptx::mma_m16n8k16<T>(part_[s][t], a, x[t][i * 2], x[t][i * 2 + 1]);
           }
           if constexpr (Codes::kHas) {
-            const uint32_t ones[4] = {Codes::kOnes, Codes::kOnes, Codes::kOnes, Codes::kOnes};
+            const uint32_t all[4] = {factors.low, factors.high, factors.low, factors.high};
 #pragma unroll
             for (int t = 0; t < kTokenTiles; ++t)
-              ptx::mma_m16n8k16<T>(x_[t], ones, x[t][i * 2], x[t][i * 2 + 1]);
+              ptx::mma_m16n8k16<T>(x_[t], all, x[t][i * 2], x[t][i * 2 + 1]);
           }
         }
       }
     }
   }
 
-  /// Adds it to the sums of the strips from kFirst on.
+  /// Adds it to the sums of the strips from kFirst on. `records` are those that `values` come from.
   template <int kFirst, int kAll>
   __device__ __forceinline__ void finish(float (&sum)[kAll][kTokenTiles][4], const Values& values,
-                                         bool has_zeros) const {
+                                         uint32_t records, const WeightView& w) const {
     if constexpr (!Codes::kHas) {
       add_to<kFirst>(sum, values, [&](int s, int t, int i) { return part_[s][t][i]; });
-    } else if (has_zeros) {
+    } else if (w.has_zeros) {
+      sm80::GroupValues<T, kBits, kStrips, ZeroFloats> zeros;
+      zeros.load_zeros(records, w);
       add_to<kFirst>(sum, values, [&](int s, int t, int i) {
-        const float zero = offset(i < 2 ? values.zero[s].low : values.zero[s].high);
-        return __fmaf_rn(part_[s][t][i], unit(i), -zero * x_[t][i % 2]);
+        const float zero = i < 2 ? plus<Codes::kOffset>(zeros.zero[s].low)
+                                 : plus<Codes::kUpperOffset>(zeros.zero[s].high);
+        return __fmaf_rn(part_[s][t][i], unit(i), zero * x_[t][i]);
       });
     } else {
-      // One for all features.
-      const float zero = offset(values.zero[0].low);
       add_to<kFirst>(sum, values, [&](int s, int t, int i) {
-        return __fmaf_rn(part_[s][t][i], unit(i), -zero * x_[t][i % 2]);
+        return __fmaf_rn(part_[s][t][i], unit(i), x_[t][i]);
       });
     }
   }
@@ -115,9 +153,10 @@ class StripProduct {
     return i < 2 ? Codes::kUnit : Codes::kUpperUnit;
   }
 
-  __device__ __forceinline__ static float offset(float zero) {
-    if constexpr (Codes::kOffset == 0.0f) return zero;
-    return zero + Codes::kOffset;
+  template <float kOffset>
+  __device__ __forceinline__ static float plus(float zero) {
+    if constexpr (kOffset == 0.0f) return zero;
+    return zero + kOffset;
   }
 
   template <int kFirst, int kAll, class Part>
@@ -151,7 +190,8 @@ class StripProduct {
   }
 
   float part_[kStrips][kTokenTiles][4];
-  float x_[kTokenTiles][4];  // sums of rows of x: those of elements i and i + 2 are the same
+  // Sums of rows of x by XFactors, the same for all features g and for all g + 8.
+  float x_[kTokenTiles][4];
 };
 
 }  // namespace marlinq::cuda::sm90
