@@ -281,6 +281,19 @@ TEST(Sm90ExpertPlanTest, TakesTheKernelsOfSm80WhereItHasNone) {
   EXPECT_TRUE(is_older(problem, kAny));
 }
 
+TEST(Sm90ExpertPlanTest, SlowMemoryTakesTheKernelsOfSm80ForManyTilesOfAFewRows) {
+  DeviceLimits limits = hopper(132);
+  ExpertProblem problem = experts_of(4096, 7168, 8, 4, 3);
+  constexpr auto kAny = BatchInvariance::kNotRequired;
+  for (const std::int32_t ids : {sm80::kMostSortedIds, sm80::kMostSortedIds + 1}) {
+    problem.tiles.num_ids = ids;
+    limits.memory_rate = 4800;
+    EXPECT_FALSE(is_of_sm80(sm90::plan_experts(problem, limits, kAny))) << ids;
+    limits.memory_rate = 3350;
+    EXPECT_EQ(is_of_sm80(sm90::plan_experts(problem, limits, kAny)), ids > sm80::kMostSortedIds);
+  }
+}
+
 TEST(Sm90ExpertPlanTest, StripsSortFewIds) {
   const DeviceLimits limits = hopper(132);
   ExpertProblem problem = experts_of(1536, 2048, 8, 4, 3);

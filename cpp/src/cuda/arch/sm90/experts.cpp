@@ -122,9 +122,11 @@ ExpertPlan expert_strip_plan(const ExpertProblem& problem, const DeviceLimits& l
 namespace {
 
 // With an activation, which takes codes of two places at a time, the older kernel is no slower. After that one down
-// starts some 4 us earlier in the same kernel: the two run the same code.
+// starts some 4 us earlier in the same kernel: the two run the same code. Where memory is slow that one comes nearer to
+// its rate, but for few ids.
 bool takes_strips(const ExpertProblem& problem, const DeviceLimits& limits) {
   return !problem.activates && problem.matrix.weight.step_shift >= 0 &&
+         (has_fast_memory(limits) || problem.tiles.num_ids <= sm80::kMostSortedIds) &&
          expert_strip_plan(problem, limits).shared_bytes <= sm80::usable_shared(limits);
 }
 
