@@ -59,6 +59,7 @@ constexpr Instance strip_instance() {
             int part_shift = 0;
             while (S::kWarps << part_shift < slice) ++part_shift;
             const std::int32_t item_groups = groups_of_steps(w, S::kItemSteps);
+            const int x_rows = std::min(problem.m, S::kTokens);
             launch_clusters(
                 strip_gemm<S>, dim3(static_cast<unsigned>(plan.blocks)), plan.cluster_blocks,
                 S::kThreads, plan.shared_bytes, plan.dependent_launch, stream,
@@ -74,7 +75,8 @@ constexpr Instance strip_instance() {
                             .item_groups = item_groups,
                             .sub_steps = S::kItemSteps / item_groups,
                             .pairs = sm80::stores_together(problem, 2),
-                            .x_map = kStreamsX ? map_x(problem, S::kTokens) : TensorMap{}});
+                            .x_map = kStreamsX ? map_x(problem, x_rows) : TensorMap{},
+                            .x_box_bytes = x_rows * sm80::kXRowBytes});
           }};
 }
 
@@ -107,11 +109,12 @@ constexpr Instance tile_instance(const TileCost& cost) {
             const auto token_tiles = static_cast<int>(ceil_div(problem.m, S::kTokens));
             const int last_band = token_tiles % schedule.token_band;
             const bool boxes = sm80::stores_together(problem, 8);
+            const int x_rows = std::min(problem.m, S::kTokens);
             launch_clusters(
                 tile_gemm<S>, dim3(static_cast<unsigned>(plan.blocks)), kClusterBlocks, S::kThreads,
                 plan.shared_bytes, plan.dependent_launch, stream,
                 TileParams{
-                    .x_map = map_x(problem, S::kTokens),
+                    .x_map = map_x(problem, x_rows),
                     .y_map = boxes ? map_y(problem, S::kOutputTokens) : TensorMap{},
                     .problem = problem,
                     .scratch = scratch,
@@ -124,6 +127,7 @@ constexpr Instance tile_instance(const TileCost& cost) {
                     .band = Divider(feature_tiles * schedule.token_band),
                     .band_widths = {Divider(schedule.token_band), Divider(std::max(last_band, 1))},
                     .stages = plan.stages,
+                    .x_box_bytes = x_rows * sm80::kXRowBytes,
                     .slabs = slabs,
                     .slab_groups = slab_groups(w),
                     .group_slabs =

@@ -75,7 +75,10 @@ struct StripParams {
   int item_groups;   // groups of an item
   int sub_steps;     // steps of an item that have one group
   bool pairs;        // two outputs fit into one store
-  TensorMap x_map;   // where x is streamed
+  // Where x is streamed: boxes of the rows that there are, and their bytes. What is left of a tile in shared memory are
+  // columns of the product that nobody reads.
+  TensorMap x_map;
+  int x_box_bytes;
 };
 
 template <class S>
@@ -297,7 +300,7 @@ class StripLoop {
     const int group = (item * S::kItemSteps) >> w_.step_shift;
     const int records = min(params_.item_groups, w_.num_groups - group) * group_bytes();
     const bool whole = width(fill_segment_) == 2;
-    const uint32_t x_bytes = S::kStreamsX ? S::kItemChunks * S::kXTileBytes : 0;
+    const uint32_t x_bytes = S::kStreamsX ? S::kItemChunks * params_.x_box_bytes : 0;
     ptx::barrier_expect(barrier,
                         chunks * (whole ? S::kChunkBytes : S::kChunkBytes / 2) + records + x_bytes);
     if (whole) {

@@ -63,7 +63,7 @@ struct TileShape : WgmmaShape<T, kBits, kGroups, kGroupBlocks, kTokens> {
 };
 
 struct TileParams {
-  TensorMap x_map;
+  TensorMap x_map;  // boxes of a token tile, or of the rows of x if these are fewer
   TensorMap y_map;  // where outputs are stored in boxes
   GemmProblem problem;
   SplitScratch scratch;
@@ -77,6 +77,7 @@ struct TileParams {
   Divider band;            // by the tiles of a band of token tiles
   Divider band_widths[2];  // by the token tiles of a band; of the last band
   int stages;
+  int x_box_bytes;  // of a chunk
   int slabs;        // along K
   int slab_groups;  // groups of a slab, 1 or 2
   int group_slabs;  // slabs of a group, a power of two
@@ -272,13 +273,13 @@ class TileFill {
           // Its chunk of x, for both; and both chunks come.
           if (lane_ == 0) {
             const int chunk = rank_in_unit<S>();
-            ptx::barrier_expect(barrier, S::kXBytes);
+            ptx::barrier_expect(barrier, kSlabChunks * params_.x_box_bytes);
             ptx::tensor_copy_to_blocks(ring_.x() + chunk * S::kXTileBytes, params_.x_map,
                                        (slab * kSlabChunks + chunk) * Layout::kChunkRows,
                                        part.token_tile * S::kTokens, barrier, 3);
           }
         } else if (lane_ < kSlabChunks) {
-          ptx::barrier_expect(barrier, S::kXTileBytes);
+          ptx::barrier_expect(barrier, params_.x_box_bytes);
           ptx::tensor_copy(ring_.x() + lane_ * S::kXTileBytes, params_.x_map,
                            (slab * kSlabChunks + lane_) * Layout::kChunkRows,
                            part.token_tile * S::kTokens, barrier);
