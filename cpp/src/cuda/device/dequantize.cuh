@@ -102,17 +102,9 @@ struct ZeroPair<__nv_bfloat16, 8> : CodeUnits<1, 1> {
   }
 };
 
-__device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b, __half) {
+__device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) {
   uint32_t result;
   asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
-  return result;
-}
-
-__device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b, __nv_bfloat16) {
-  // a * 1 - b, for chips without a bf16 subtraction.
-  uint32_t result;
-  constexpr uint32_t kOnes = 0x3f803f80u;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(kOnes), "r"(b ^ 0x80008000u));
   return result;
 }
 
@@ -135,8 +127,8 @@ __device__ __forceinline__ void decode(uint32_t (&a)[4], const uint32_t* words,
                                        const ZeroPair<__half, 8>& zero, __half) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    a[2 * h] = subtract(__byte_perm(words[h], 0x64646464u, 0x4140), zero.low, __half());
-    a[2 * h + 1] = subtract(__byte_perm(words[h], 0x64646464u, 0x4342), zero.high, __half());
+    a[2 * h] = subtract(__byte_perm(words[h], 0x64646464u, 0x4140), zero.low);
+    a[2 * h + 1] = subtract(__byte_perm(words[h], 0x64646464u, 0x4342), zero.high);
   }
 }
 

@@ -25,17 +25,16 @@ struct GroupValues {
     for (int s = 0; s < kStrips; ++s) zero[s].set(w.middle, w.middle);
   }
 
-  /// From the records of the strips in shared memory, one after the other or every so many.
-  __device__ __forceinline__ void load(uint32_t records, const WeightView& w, int every = 1) {
-    load_scales(records, w, every);
-    load_zeros(records, w, every);
+  /// From the records of the strips in shared memory, one after the other.
+  __device__ __forceinline__ void load(uint32_t records, const WeightView& w) {
+    load_scales(records, w);
+    load_zeros(records, w);
   }
 
-  __device__ __forceinline__ void load_scales(uint32_t records, const WeightView& w,
-                                              int every = 1) {
+  __device__ __forceinline__ void load_scales(uint32_t records, const WeightView& w) {
     const uint32_t first =
         records + threadIdx.x % 32 / 4 * (w.scale_type == FloatType::kF32 ? 8 : 4);
-    const int step = w.record_bytes * every;
+    const int step = w.record_bytes;
     if (w.scale_type == FloatType::kF16) {
 #pragma unroll
       for (int s = 0; s < kStrips; ++s) {
@@ -60,8 +59,8 @@ struct GroupValues {
     }
   }
 
-  __device__ __forceinline__ void load_zeros(uint32_t records, const WeightView& w, int every = 1) {
-    const int step = w.record_bytes * every;
+  __device__ __forceinline__ void load_zeros(uint32_t records, const WeightView& w) {
+    const int step = w.record_bytes;
     if (w.has_zeros) {
       // After 16 scales, which are all of the record but its last 16 bytes.
       const uint32_t zeros = records + w.record_bytes - 16 + threadIdx.x % 32 / 4 * 2;

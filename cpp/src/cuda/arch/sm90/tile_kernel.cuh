@@ -272,11 +272,12 @@ class TileFill {
         } else if constexpr (S::kClusterBlocks == 2) {
           // Its chunk of x, for both; and both chunks come.
           if (lane_ == 0) {
+            constexpr uint16_t kBothBlocks = 3;
             const int chunk = rank_in_unit<S>();
             ptx::barrier_expect(barrier, kSlabChunks * params_.x_box_bytes);
             ptx::tensor_copy_to_blocks(ring_.x() + chunk * S::kXTileBytes, params_.x_map,
                                        (slab * kSlabChunks + chunk) * Layout::kChunkRows,
-                                       part.token_tile * S::kTokens, barrier, 3);
+                                       part.token_tile * S::kTokens, barrier, kBothBlocks);
           }
         } else if (lane_ < kSlabChunks) {
           ptx::barrier_expect(barrier, params_.x_box_bytes);
