@@ -27,8 +27,9 @@ std::vector<unsigned char> packed_by_definition(const std::vector<Layer>& parts,
 struct CodePlace {
   std::int64_t word;
   std::vector<int> bits;
-  bool centred =
-      false;  // what is stored: the code; or 7, 6, ... 0 for 0 to 7 with the last bit set, 0 to 7 for 8 to 15
+  /// What they hold: the code q; or the magnitude and sign of q - 7.5, 0 to 7 for 8 to 15, with the last bit set 7 to 0
+  /// for 0 to 7.
+  bool centred = false;
 
   std::uint32_t word_of(std::uint32_t code) const;
   std::uint32_t code_in(std::uint32_t word) const;

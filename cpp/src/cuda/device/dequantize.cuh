@@ -44,10 +44,16 @@ __device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t b, uint32_
 /// the next 8 are in the same places of next_codes().
 constexpr uint32_t kLowerCodes = 0x000f000fu;
 constexpr uint32_t kUpperCodes = 0x80708070u;
-constexpr uint32_t kUpperHalf = 0x00080008u;
+constexpr uint32_t kUpperHalf = 0x00080008u;  // the 1/2 that goes with their magnitudes
 __device__ __forceinline__ uint32_t next_codes(uint32_t word) {
   return __funnelshift_r(word, word, 8);
 }
+
+/// The largest power of two, twice, and its negative.
+template <class T>
+constexpr uint32_t kLargest = std::is_same_v<T, __half> ? 0x78007800u : 0x7f007f00u;
+template <class T>
+constexpr uint32_t kMinusLargest = kLargest<T> | 0x80008000u;
 
 /// What decode() leaves codes divided by: those of element i of an accumulator, i of 0 and 1 (feature g), 2 and 3
 /// (g + 8) or more.
@@ -62,25 +68,14 @@ struct CodeUnits {
 template <class T, int kBits>
 struct ZeroPair;
 
-template <>
-struct ZeroPair<__half, 4> : CodeUnits<512, 32> {
-  uint32_t low, high;
+template <class T>
+struct ZeroPair<T, 4>
+    : std::conditional_t<std::is_same_v<T, __half>, CodeUnits<512, 32>, CodeUnits<64, 4>> {
+  uint32_t low, high;  // -z and 7.5 - z, by those units
   __device__ __forceinline__ void set(uint32_t feature, uint32_t feature_8) {
-    constexpr uint32_t kMinusLargest = 0xf800f800u;
-    low = multiply_add<__half>(feature * 0x10001u, kMinusLargest, 0);  // -z / 512
-    high =
-        multiply_add<__half>(feature_8 * 0x100010u, kMinusLargest, 0x33803380u);  // (7.5 - z) / 32
-  }
-};
-
-template <>
-struct ZeroPair<__nv_bfloat16, 4> : CodeUnits<64, 4> {
-  uint32_t low, high;
-  __device__ __forceinline__ void set(uint32_t feature, uint32_t feature_8) {
-    using T = __nv_bfloat16;
-    constexpr uint32_t kMinusLargest = 0xff00ff00u;
-    low = multiply_add<T>(feature * 0x10001u, kMinusLargest, 0);                // -z / 64
-    high = multiply_add<T>(feature_8 * 0x100010u, kMinusLargest, 0x3ff03ff0u);  // (7.5 - z) / 4
+    constexpr uint32_t kMiddle = std::is_same_v<T, __half> ? 0x33803380u : 0x3ff03ff0u;  // 7.5
+    low = multiply_add<T>(feature * 0x10001u, kMinusLargest<T>, 0);
+    high = multiply_add<T>(feature_8 * 0x100010u, kMinusLargest<T>, kMiddle);
   }
 };
 
@@ -107,10 +102,6 @@ __device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) {
   asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
   return result;
 }
-
-/// The largest power of two, twice.
-template <class T>
-constexpr uint32_t kLargest = std::is_same_v<T, __half> ? 0x78007800u : 0x7f007f00u;
 
 /// The fragment of 16 rows from the words of one lane: 4 bits take one word, 8 bits two.
 template <class T>
@@ -164,17 +155,21 @@ struct NoOffsetCodes {
   static constexpr bool kHas = false;
 };
 
+/// What all float16 codes have in common.
+struct SubnormalCodes {
+  static constexpr bool kHas = true;
+  static constexpr float kOffset = 0.0f;
+  static constexpr float kUnit = 0x1p24f;
+};
+
 /// Codes of 16 rows as (kOffset + q) / kUnit, or those of the feature 8 above as (kUpperOffset + q) / kUpperUnit.
 /// Products with x, by the unit, are (offset + z) Σ x too large.
 template <class T, int kBits>
 struct OffsetCodes : NoOffsetCodes {};
 
 template <>
-struct OffsetCodes<__half, 4> {
-  static constexpr bool kHas = true;
-  static constexpr float kOffset = 0.0f;
+struct OffsetCodes<__half, 4> : SubnormalCodes {
   static constexpr float kUpperOffset = -7.5f;
-  static constexpr float kUnit = 0x1p24f;
   static constexpr float kUpperUnit = 0x1p20f;
   __device__ __forceinline__ static void decode(uint32_t (&a)[4], const uint32_t* words) {
     const uint32_t next = next_codes(words[0]);
@@ -186,12 +181,9 @@ struct OffsetCodes<__half, 4> {
 };
 
 template <>
-struct OffsetCodes<__half, 8> {
-  static constexpr bool kHas = true;
-  static constexpr float kOffset = 0.0f;
-  static constexpr float kUpperOffset = 0.0f;
-  static constexpr float kUnit = 0x1p24f;
-  static constexpr float kUpperUnit = 0x1p24f;
+struct OffsetCodes<__half, 8> : SubnormalCodes {
+  static constexpr float kUpperOffset = kOffset;
+  static constexpr float kUpperUnit = kUnit;
   __device__ __forceinline__ static void decode(uint32_t (&a)[4], const uint32_t* words) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

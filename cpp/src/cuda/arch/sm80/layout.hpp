@@ -6,13 +6,13 @@
 //
 //   codes   [block][chunk][strip in block][piece][lane][4 words]
 //     4 bits (also 2 and 3), one piece: word j serves the 16 rows of step j.
-//       field i of a word, in bits 4i..4i+3:
+//       nibble i of a word, bits 4i..4i+3:
 //         0, 4: feature g,     rows 2t, 2t+1        2, 6: feature g,     rows 2t+8, 2t+9
 //         1, 5: feature g + 8, rows 2t, 2t+1        3, 7: feature g + 8, rows 2t+8, 2t+9
-//       so fields r and r + 4 are the two halves of the fragment's register r. Even fields hold the
+//       so nibbles r and r + 4 are the two halves of the fragment's register r. Even ones hold the
 //       code q; odd ones q - 7.5 = +-(t + 1/2), t in their lower three bits and the sign, set for -, 8 bits
-//       above the highest (around the end of the word). So the signs of fields 1 and 5 are those of their
-//       halves, and after a rotation by 8 bits fields 2, 3, 6, 7 with signs stand where 0, 1, 4, 5 were.
+//       above the highest (around the end of the word). So the signs of 1 and 5 are those of their halves,
+//       and after a rotation by 8 bits nibbles 2, 3, 6, 7 with signs stand where 0, 1, 4, 5 were.
 //     8 bits, two pieces of 32 rows: words 2j, 2j+1 of a piece serve the 16 rows of its step j.
 //       word 2j + h: bytes 0, 1: feature g, rows 2t+8h, 2t+8h+1; bytes 2, 3: the same rows of
 //       feature g + 8.
