@@ -3,6 +3,11 @@
 // The cost models of plan() are fitted to these lines.
 //
 // Usage: <program> [fp16 | bf16] [8] [asym] [group=128] [NxK ...] [m=1,16,...] [only=begin of plan names]
+//                  [sustain=ms]
+//
+// From some 256 tokens on the power limit sets the clock: what a plan takes in a burst says little about what it takes
+// in a row. With sustain each plan runs for so long, its time is that of the second half, and a column more tells the
+// clock in MHz that it left.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -109,6 +114,21 @@ __global__ void difference(const T* y, const double* expected, double* sums, int
   }
   atomicAdd(sums, error);
   atomicAdd(sums + 1, norm);
+}
+
+/// Clocks of a multiprocessor and nanoseconds, some 20 us apart.
+__global__ void probe_clock(unsigned long long* elapsed) {
+  const auto now = [] {
+    unsigned long long ns = 0;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
+    return ns;
+  };
+  const unsigned long long begin = now();
+  const long long clocks = clock64();
+  while (now() - begin < 20000) {
+  }
+  elapsed[0] = static_cast<unsigned long long>(clock64() - clocks);
+  elapsed[1] = now() - begin;
 }
 
 template <class T>
@@ -247,18 +267,35 @@ class Bench {
 
     const double flops = 2.0 * problem.m * shape_.n * shape_.k;
     const double guess = std::max(5e-6, flops / 3e14);
-    const int launches = std::clamp(static_cast<int>(1.5e-3 / guess), 2, 400);
-    const double us = time_us(stream_, launches, guess > 2e-3 ? 1 : 4, [&](int) {
-      problem.weight = copies_[next_copy_];
-      next_copy_ = (next_copy_ + 1) % copies_.size();
-      arch_->launch(problem, plan, scratch, stream_);
-    });
-    std::printf("%dx%d,%s,%d,%s,%.2f,%.2e%s\n", shape_.n, shape_.k, type, problem.m, name, us,
-                error,
+    const double replay = sustain_ms > 0 ? 6e-3 : 1.5e-3;  // so that the host's part in it is small
+    const int launches = std::clamp(static_cast<int>(replay / guess), 2, 400);
+    const int replays = sustain_ms > 0
+                            ? std::max(static_cast<int>(sustain_ms * 1e-3 / (guess * launches)), 1)
+                            : (guess > 2e-3 ? 1 : 4);
+    const double us =
+        time_us(stream_, launches, replays, sustain_ms > 0 ? replays / 2 : 0, [&](int) {
+          problem.weight = copies_[next_copy_];
+          next_copy_ = (next_copy_ + 1) % copies_.size();
+          arch_->launch(problem, plan, scratch, stream_);
+        });
+    char clock[32] = "";
+    if (sustain_ms > 0) std::snprintf(clock, sizeof clock, ",%.0f", clock_mhz());
+    std::printf("%dx%d,%s,%d,%s,%.2f,%.2e%s%s\n", shape_.n, shape_.k, type, problem.m, name, us,
+                error, clock,
                 error < 6e-4 || (sizeof(T) == 2 && !std::is_same_v<T, __half> && error < 3.2e-3)
                     ? ""
                     : ",WRONG");
     std::fflush(stdout);
+  }
+
+  double clock_mhz() const {
+    auto* const elapsed = reinterpret_cast<unsigned long long*>(sums_);
+    probe_clock<<<1, 1, 0, stream_>>>(elapsed);
+    unsigned long long values[2];
+    MARLINQ_CUDA_CHECK(
+        cudaMemcpyAsync(values, elapsed, sizeof values, cudaMemcpyDeviceToHost, stream_));
+    MARLINQ_CUDA_CHECK(cudaStreamSynchronize(stream_));
+    return 1e3 * static_cast<double>(values[0]) / static_cast<double>(values[1]);
   }
 
   const PlansOf& plans_;
@@ -268,6 +305,7 @@ class Bench {
 
  public:
   std::string only;  // begin of the names of plans that are measured
+  int sustain_ms = 0;
 
  private:
   cudaStream_t stream_ = nullptr;
@@ -285,7 +323,7 @@ class Bench {
 
 inline int run_plans(int argc, char** argv, const PlansOf& plans) {
   bool half = true, symmetric = true;
-  int bits = 4, group_size = 128;
+  int bits = 4, group_size = 128, sustain_ms = 0;
   std::vector<Shape> shapes;
   std::string only;
   std::vector<int> ms = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192};
@@ -297,6 +335,7 @@ inline int run_plans(int argc, char** argv, const PlansOf& plans) {
     if (a == "8") bits = 8;
     if (a.rfind("group=", 0) == 0) group_size = std::atoi(a.c_str() + 6);
     if (std::sscanf(a.c_str(), "%dx%d", &n, &k) == 2) shapes.push_back({n, k});
+    if (a.rfind("sustain=", 0) == 0) sustain_ms = std::atoi(a.c_str() + 8);
     if (a.rfind("only=", 0) == 0) only = a.substr(5);
     if (a.rfind("m=", 0) == 0) {
       ms.clear();
@@ -320,10 +359,12 @@ inline int run_plans(int argc, char** argv, const PlansOf& plans) {
       if (half) {
         Bench<__half> bench(plans, shape, bits, symmetric, group_size);
         bench.only = only;
+        bench.sustain_ms = sustain_ms;
         for (const int m : ms) bench.run(m, type.c_str());
       } else {
         Bench<__nv_bfloat16> bench(plans, shape, bits, symmetric, group_size);
         bench.only = only;
+        bench.sustain_ms = sustain_ms;
         for (const int m : ms) bench.run(m, type.c_str());
       }
     }

@@ -11,9 +11,9 @@
 namespace marlinq::bench {
 
 /// What one run(i) takes, in us: the median of `replays` replays of a graph of run(0) to run(launches - 1), which
-/// put kernels into the stream. One more replay comes before them.
+/// put kernels into the stream, without the first `left_out` of them. One more replay comes before them all.
 template <class F>
-double time_us(cudaStream_t stream, int launches, int replays, F&& run) {
+double time_us(cudaStream_t stream, int launches, int replays, int left_out, F&& run) {
   cudaGraph_t graph = nullptr;
   cudaGraphExec_t exec = nullptr;
   MARLINQ_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
@@ -31,7 +31,7 @@ double time_us(cudaStream_t stream, int launches, int replays, F&& run) {
     MARLINQ_CUDA_CHECK(cudaEventSynchronize(end));
     float ms = 0;
     MARLINQ_CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-    if (i > 0) times.push_back(static_cast<double>(ms) * 1e3 / launches);
+    if (i > left_out) times.push_back(static_cast<double>(ms) * 1e3 / launches);
   }
   MARLINQ_CUDA_CHECK(cudaEventDestroy(begin));
   MARLINQ_CUDA_CHECK(cudaEventDestroy(end));
@@ -39,6 +39,11 @@ double time_us(cudaStream_t stream, int launches, int replays, F&& run) {
   MARLINQ_CUDA_CHECK(cudaGraphDestroy(graph));
   std::sort(times.begin(), times.end());
   return times[times.size() / 2];
+}
+
+template <class F>
+double time_us(cudaStream_t stream, int launches, int replays, F&& run) {
+  return time_us(stream, launches, replays, 0, run);
 }
 
 }  // namespace marlinq::bench

@@ -60,7 +60,7 @@ class ExpertRing {
 
   __device__ __forceinline__ uint32_t x() const { return ring_ + stage_ * S::kStageBytes; }
   __device__ __forceinline__ uint32_t codes(int block) const {
-    return x() + S::kXBytes + block * S::kSlabBytes;
+    return x() + S::kXBytes + block * S::kBlockStageBytes;
   }
   __device__ __forceinline__ uint32_t records(int block) const {
     return records_ + (stage_ * S::kBlocks + block) * slab_record_bytes_;
@@ -143,7 +143,7 @@ __device__ __forceinline__ void fill_codes(const ExpertTileParams<Rows>& params,
     const unsigned char* codes =
         reinterpret_cast<const unsigned char*>(w.codes) + at.expert * params.expert_bytes +
         static_cast<int64_t>(weights.block(at.feature_tile, lane)) * w.chunks * S::kChunkBytes +
-        at.begin * S::kSlabBytes;
+        at.begin * S::kBlockStageBytes;
 #pragma unroll 1
     for (int slab = at.begin; slab < end; ++slab) {
       const uint32_t barrier = ring.filled(ring.stage());
@@ -152,7 +152,7 @@ __device__ __forceinline__ void fill_codes(const ExpertTileParams<Rows>& params,
       ring.wait_emptied();
       if (lane == 0) ptx::barrier_expect(barrier, S::kBlocks * bytes);
       if (lane < S::kBlocks) ptx::bulk_copy(ring.codes(lane), codes, bytes, barrier);
-      codes += S::kSlabBytes;
+      codes += S::kBlockStageBytes;
       ring.advance();
     }
   }
@@ -284,8 +284,8 @@ class ExpertMultiply {
     group_ = threadIdx.x / 128;
     warp_ = threadIdx.x / 32 % 4;
     lane_ = threadIdx.x % 32;
-    codes_ =
-        S::kXBytes + group_ * S::kGroupBlocks * S::kSlabBytes + warp_ * S::kStripBytes + lane_ * 16;
+    codes_ = S::kXBytes + group_ * S::kGroupBlocks * S::kBlockStageBytes + warp_ * S::kStripBytes +
+             lane_ * 16;
     records_ = warp_ * w_.record_bytes;
     plain_ = !w_.has_zeros && w_.scale_type == FloatType::kF16 && params.group_slabs == 1;
   }
@@ -389,7 +389,7 @@ class ExpertMultiply {
 #pragma unroll
         for (int chunk = 0; chunk < kSlabChunks; ++chunk) {
           uint32_t words[S::kBits];
-          load_codes(codes + b * S::kSlabBytes + chunk * S::kChunkBytes, words);
+          load_codes(codes + b * S::kBlockStageBytes + chunk * S::kChunkBytes, words);
           if (kFragmentSets == 1 && i + b > 0) {
             ptx::wgmma_wait<1>();
             if (i > 0 && chunk == 0) ptx::keep_in_place(sums<kTokens>(b));
@@ -431,7 +431,7 @@ class ExpertMultiply {
 #pragma unroll
         for (int b = 0; b < S::kGroupBlocks; ++b) {
           uint32_t words[S::kBits];
-          load_codes(codes + b * S::kSlabBytes + chunk * S::kChunkBytes, words);
+          load_codes(codes + b * S::kBlockStageBytes + chunk * S::kChunkBytes, words);
           if (kFragmentSets == 1 && b > 0) ptx::wgmma_wait<0>();
           decode_chunk(b, chunk, words);
           ptx::wgmma_fence();

@@ -74,7 +74,7 @@ ExpertPlan expert_tile_plan(std::size_t index, const ExpertProblem& problem,
                             const DeviceLimits& limits) {
   const WeightView& w = problem.matrix.weight;
   const ExpertInstance& kernel = kernels_of(problem).tiles[index];
-  const std::int32_t stage = kernel.stage_bytes + stage_rest(w, kernel.blocks);
+  const std::int32_t stage = kernel.stage_bytes + stage_rest(w, kernel.blocks, kSlabChunks);
   const std::int32_t stages = std::max(sm80::usable_shared(limits) - kernel.other_bytes, 0) / stage;
   // Half of the slabs at most have a block of their own.
   const std::int64_t work = sm80::most_tiles(problem, kernel.tokens) *

@@ -39,6 +39,7 @@ constexpr Instance strip_instance() {
           .blocks_together = S::kBlocksTogether,
           .blocks = 0,
           .cluster_blocks = 0,
+          .stage_chunks = 0,
           .stage_bytes = 0,
           .output_bytes = 0,
           .cost = {},
@@ -94,6 +95,7 @@ constexpr Instance tile_instance(const TileCost& cost) {
           .blocks_together = 1,
           .blocks = S::kBlocks,
           .cluster_blocks = kClusterBlocks,
+          .stage_chunks = S::kStageChunks,
           .stage_bytes = S::kStageBytes,
           .output_bytes = S::kOutputBytes,
           .cost = cost,
@@ -109,7 +111,7 @@ constexpr Instance tile_instance(const TileCost& cost) {
             const auto token_tiles = static_cast<int>(ceil_div(problem.m, S::kTokens));
             const int last_band = token_tiles % schedule.token_band;
             const bool boxes = sm80::stores_together(problem, 8);
-            const int x_rows = std::min(problem.m, S::kTokens);
+            const int x_rows = std::min(problem.m, S::kBoxTokens);
             launch_clusters(
                 tile_gemm<S>, dim3(static_cast<unsigned>(plan.blocks)), kClusterBlocks, S::kThreads,
                 plan.shared_bytes, plan.dependent_launch, stream,
@@ -130,6 +132,7 @@ constexpr Instance tile_instance(const TileCost& cost) {
                     .x_box_bytes = x_rows * sm80::kXRowBytes,
                     .slabs = slabs,
                     .slab_groups = slab_groups(w),
+                    .stage_groups = stage_groups(w, S::kStageChunks),
                     .group_slabs =
                         slab_groups(w) > 1 ? 1 : 1 << std::min(w.step_shift - kSlabStepShift, 24),
                     .boxes = boxes});

@@ -81,7 +81,7 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceL
   const Instance& kernel = instance_of(problem, index);
   const std::int32_t units = tile_units(kernel, limits);
   const std::int64_t tiles = tile_count(kernel, problem);
-  const std::int32_t stage = kernel.stage_bytes + stage_rest(w, kernel.blocks);
+  const std::int32_t stage = kernel.stage_bytes + stage_rest(w, kernel.blocks, kernel.stage_chunks);
   const std::int32_t stages =
       std::max(sm80::usable_shared(limits) - kernel.output_bytes, 0) / stage;
   const auto waves = static_cast<std::int32_t>(tiles / units);

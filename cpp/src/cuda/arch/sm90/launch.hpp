@@ -39,6 +39,7 @@ struct Instance {
   // kTile
   std::int32_t blocks;          // packed blocks of features
   std::int32_t cluster_blocks;  // 1, or 2 that count as one where tiles are shared out
+  std::int32_t stage_chunks;    // 1 or 2
   std::int32_t stage_bytes;
   std::int32_t output_bytes;
   TileCost cost;

@@ -2,7 +2,8 @@
 //
 // A block has a tile of features x tokens: warpgroups that multiply, each with one or two packed blocks of
 // 64 features, and warps that fill a ring with x (boxes of the tensor map), codes and group records, a slab
-// of two chunks a stage. A warpgroup decodes the next codes while its products run. There is one set of
+// of two chunks a stage, or a chunk where tokens are so many that a slab would leave room for two stages only.
+// A warpgroup decodes the next codes while its products run. There is one set of
 // sums, in units of the scale of the current group: when a group begins they are multiplied by the
 // quotient of the old scale and the new one.
 //
@@ -51,8 +52,10 @@ using sm80::Layout;
 using sm80::TileCuts;
 
 template <class T, int kBits, int kGroups, int kGroupBlocks, int kTokens, int kClusterBlocks_>
-struct TileShape : WgmmaShape<T, kBits, kGroups, kGroupBlocks, kTokens> {
-  static constexpr int kClusterBlocks = kClusterBlocks_;                  // 1 or 2
+struct TileShape : WgmmaShape<T, kBits, kGroups, kGroupBlocks, kTokens, kTokens <= 128 ? 2 : 1> {
+  static constexpr int chunk_of_stage(int chunk) { return chunk % TileShape::kStageChunks; }
+  static constexpr int kBoxTokens = kTokens / kClusterBlocks_;  // of x, that a block asks for
+  static constexpr int kClusterBlocks = kClusterBlocks_;        // 1 or 2
   static constexpr int kOutputTokens = kTokens % 64 == 0 ? 64 : kTokens;  // of a box
   static constexpr int kBoxBytes = kOutputTokens * Layout::kBlockFeatures * 2;
   static constexpr int kGroupOutputBytes = kGroupBlocks * (kTokens / kOutputTokens) * kBoxBytes;
@@ -77,11 +80,12 @@ struct TileParams {
   Divider band;            // by the tiles of a band of token tiles
   Divider band_widths[2];  // by the token tiles of a band; of the last band
   int stages;
-  int x_box_bytes;  // of a chunk
-  int slabs;        // along K
-  int slab_groups;  // groups of a slab, 1 or 2
-  int group_slabs;  // slabs of a group, a power of two
-  bool boxes;       // outputs are of type T, and may be stored 16 bytes at a time
+  int x_box_bytes;   // of a chunk
+  int slabs;         // along K
+  int slab_groups;   // groups of a slab, 1 or 2
+  int stage_groups;  // of a stage
+  int group_slabs;   // slabs of a group, a power of two
+  bool boxes;        // outputs are of type T, and may be stored 16 bytes at a time
 };
 
 /// The number of this block, or of its pair, and its place in that.
@@ -169,23 +173,23 @@ class TileRing {
   __device__ __forceinline__ TileRing(const TileParams& params, unsigned char* shared)
       : stages_(params.stages),
         record_bytes_(Layout::kBlockStrips * params.problem.weight.record_bytes),
-        slab_record_bytes_(params.slab_groups * record_bytes_) {
+        stage_record_bytes_(params.stage_groups * record_bytes_) {
     ring_ = ptx::shared_address(shared);
     output_ = ring_ + stages_ * S::kStageBytes;
     records_ = output_ + S::kOutputBytes;
-    barriers_ = records_ + stages_ * S::kBlocks * slab_record_bytes_;
+    barriers_ = records_ + stages_ * S::kBlocks * stage_record_bytes_;
   }
 
   __device__ __forceinline__ uint32_t x() const { return ring_ + stage_ * S::kStageBytes; }
   __device__ __forceinline__ uint32_t codes(int block) const {
-    return x() + S::kXBytes + block * S::kSlabBytes;
+    return x() + S::kXBytes + block * S::kBlockStageBytes;
   }
   __device__ __forceinline__ uint32_t records(int block) const {
-    return records_ + (stage_ * S::kBlocks + block) * slab_record_bytes_;
+    return records_ + (stage_ * S::kBlocks + block) * stage_record_bytes_;
   }
   __device__ __forceinline__ uint32_t output() const { return output_; }
   __device__ __forceinline__ int record_bytes() const { return record_bytes_; }
-  __device__ __forceinline__ int slab_record_bytes() const { return slab_record_bytes_; }
+  __device__ __forceinline__ int stage_record_bytes() const { return stage_record_bytes_; }
   __device__ __forceinline__ uint32_t filled(int stage) const { return barriers_ + stage * 8; }
   __device__ __forceinline__ uint32_t emptied(int stage) const {
     return barriers_ + (stages_ + stage) * 8;
@@ -206,7 +210,7 @@ class TileRing {
 
  private:
   uint32_t ring_, output_, records_, barriers_;
-  int stages_, record_bytes_, slab_record_bytes_;
+  int stages_, record_bytes_, stage_record_bytes_;
   int stage_ = 0;
   uint32_t parity_ = 0;
 };
@@ -238,52 +242,56 @@ class TileFill {
       const int last = (w_.n + Layout::kBlockFeatures - 1) / Layout::kBlockFeatures - 1;
       const int64_t block = min(part.feature_tile * S::kBlocks + lane_, last);
       const unsigned char* codes = reinterpret_cast<const unsigned char*>(w_.codes) +
-                                   block * w_.chunks * S::kChunkBytes + part.begin * S::kSlabBytes;
+                                   (block * w_.chunks + part.begin * kSlabChunks) * S::kChunkBytes;
       const unsigned char* groups = w_.groups + block * w_.num_groups * ring_.record_bytes();
 #pragma unroll 1
-      for (int slab = part.begin; slab < part.end; ++slab) {
-        const bool starts = slab == part.begin || (slab & (params_.group_slabs - 1)) == 0;
+      for (int chunk = part.begin * kSlabChunks; chunk < part.end * kSlabChunks;
+           chunk += S::kStageChunks) {
         const uint32_t barrier =
             kRole == FillRole::kX ? ring_.x_filled(ring_.stage()) : ring_.filled(ring_.stage());
         // Also where there is nothing to copy: parity tells apart neighbouring phases only.
         ptx::barrier_wait(ring_.emptied(ring_.stage()), ring_.parity() ^ 1);
         if constexpr (kRole == FillRole::kCodes) {
-          // Beside an odd last chunk are codes of before, which meet zeros.
-          const int bytes = min(kSlabChunks, w_.chunks - slab * kSlabChunks) * S::kChunkBytes;
+          // Beside or after an odd last chunk are codes of before, which meet zeros.
+          const int bytes = min(S::kStageChunks, w_.chunks - chunk) * S::kChunkBytes;
           if (lane_ < S::kBlocks) {
             ptx::barrier_expect(barrier, bytes);
-            if (params_.token_tiles > 1) {
-              ptx::bulk_copy(ring_.codes(lane_), codes, bytes, barrier);
-            } else {
-              ptx::bulk_copy(ring_.codes(lane_), codes, bytes, barrier, policy);
+            if (S::kStageChunks == kSlabChunks || bytes > 0) {
+              if (params_.token_tiles > 1) {
+                ptx::bulk_copy(ring_.codes(lane_), codes, bytes, barrier);
+              } else {
+                ptx::bulk_copy(ring_.codes(lane_), codes, bytes, barrier, policy);
+              }
             }
           }
-          codes += S::kSlabBytes;
+          codes += S::kBlockStageBytes;
         } else if constexpr (kRole == FillRole::kRecords) {
           if (lane_ < S::kBlocks) {
-            const int bytes = starts ? record_bytes(slab) : 0;
+            const bool starts = chunk == part.begin * kSlabChunks || begins_group(chunk);
+            const int bytes = starts ? record_bytes(chunk) : 0;
             ptx::barrier_expect(barrier, bytes);
-            if (starts) {
+            if (bytes > 0) {
               ptx::bulk_copy(ring_.records(lane_),
-                             groups + static_cast<int64_t>(group(slab)) * ring_.record_bytes(),
+                             groups + static_cast<int64_t>(group(chunk)) * ring_.record_bytes(),
                              bytes, barrier);
             }
           }
         } else if constexpr (S::kClusterBlocks == 2) {
-          // Its chunk of x, for both; and both chunks come.
+          // Its half of the tokens, for both; and both halves come.
+          static_assert(S::kStageChunks == 1);
           if (lane_ == 0) {
             constexpr uint16_t kBothBlocks = 3;
-            const int chunk = rank_in_unit<S>();
-            ptx::barrier_expect(barrier, kSlabChunks * params_.x_box_bytes);
-            ptx::tensor_copy_to_blocks(ring_.x() + chunk * S::kXTileBytes, params_.x_map,
-                                       (slab * kSlabChunks + chunk) * Layout::kChunkRows,
-                                       part.token_tile * S::kTokens, barrier, kBothBlocks);
+            const int half = rank_in_unit<S>();
+            ptx::barrier_expect(barrier, 2 * params_.x_box_bytes);
+            ptx::tensor_copy_to_blocks(
+                ring_.x() + half * (S::kXTileBytes / 2), params_.x_map, chunk * Layout::kChunkRows,
+                part.token_tile * S::kTokens + half * S::kBoxTokens, barrier, kBothBlocks);
           }
-        } else if (lane_ < kSlabChunks) {
+        } else if (lane_ < S::kStageChunks) {
           ptx::barrier_expect(barrier, params_.x_box_bytes);
           ptx::tensor_copy(ring_.x() + lane_ * S::kXTileBytes, params_.x_map,
-                           (slab * kSlabChunks + lane_) * Layout::kChunkRows,
-                           part.token_tile * S::kTokens, barrier);
+                           (chunk + lane_) * Layout::kChunkRows, part.token_tile * S::kTokens,
+                           barrier);
         }
         ring_.advance();
       }
@@ -292,11 +300,16 @@ class TileFill {
   }
 
  private:
-  __device__ __forceinline__ int group(int slab) const {
-    return (slab * kSlabSteps) >> w_.step_shift;
+  __device__ __forceinline__ int group(int chunk) const {
+    return (chunk * Layout::kChunkSteps) >> w_.step_shift;
   }
-  __device__ __forceinline__ int record_bytes(int slab) const {
-    return min(params_.slab_groups, w_.num_groups - group(slab)) * ring_.record_bytes();
+  __device__ __forceinline__ bool begins_group(int chunk) const {
+    return (chunk % kSlabChunks == 0 || params_.slab_groups == 2) &&
+           (chunk / kSlabChunks & (params_.group_slabs - 1)) == 0;
+  }
+  // Of a stage that begins one. There may be none beside an odd last chunk.
+  __device__ __forceinline__ int record_bytes(int chunk) const {
+    return min(params_.stage_groups, w_.num_groups - group(chunk)) * ring_.record_bytes();
   }
 
   const TileParams& params_;
@@ -371,8 +384,8 @@ class TileMultiply {
 
   template <int kUnits, bool kHalfScales>
   __device__ __forceinline__ void multiply_units(const TilePart& part) {
-    if constexpr (S::kTokens > 128) {
-      multiply_in_turn<kUnits, kHalfScales>(part);
+    if constexpr (S::kStageChunks == 1) {
+      multiply_chunks<kUnits, kHalfScales>(part);
     } else {
       multiply_slabs<kUnits, kHalfScales, false>(part);
     }
@@ -446,68 +459,70 @@ class TileMultiply {
           wait_for_products();
         }
       }
-      __syncwarp();  // all lanes have read the codes
-      give_back();
+      give_back(stage_);
       stage_ = after;
       parity_ = parity_after;
     } while (++slab < part.end);
   }
 
-  // The products of so many tokens take long enough for the other warpgroup to decode beside them. With few
-  // stages it is worth more to give each back as soon as its products are done.
+  // Where a stage holds a chunk. The products of a chunk are done before those of the next begin: the other
+  // warpgroup has the tensor cores meanwhile, and the stage is given back.
   template <int kUnits, bool kHalfScales>
-  __device__ __forceinline__ void multiply_in_turn(const TilePart& part) {
+  __device__ __forceinline__ void multiply_chunks(const TilePart& part) {
     using B = Batches<kUnits>;
+    ptx::barrier_wait(ring_.filled(stage_), parity_);
+    load_codes<B>(0, stage_);
+    load_scales<kHalfScales>(0, stage_);
+    change_zeros(0, stage_, true);
+    decode_batch<B>(0);
+    set_scales();
+    ptx::barrier_wait(ring_.x_filled(stage_), parity_);
     int slab = part.begin;
+    bool starts = false;
 #pragma unroll 1
     do {
-      ptx::barrier_wait(ring_.filled(stage_), parity_);
-      const XOperand x = x_operand();
 #pragma unroll
-      for (int unit = 0; unit < kUnits; ++unit) {
-        const bool first = slab == part.begin && unit == 0;
-        const bool starts = kUnits == 1 ? first || (slab & (params_.group_slabs - 1)) == 0
-                                        : slab * kSlabChunks + unit < w_.num_groups;
-        if (starts) {
-          load_scales<kHalfScales>(unit, stage_);
-          change_zeros(unit, stage_, true);
-          if (first) {
-            set_scales();
-          } else {
-            change_scales(true);
-            rescale();
-          }
-        }
-#pragma unroll
-        for (int i = unit * B::kOfUnit; i < (unit + 1) * B::kOfUnit; ++i) {
-          load_codes<B>(i, stage_);
-          decode_batch<B>(i);
-        }
-        if (unit == 0) ptx::barrier_wait(ring_.x_filled(stage_), parity_);
+      for (int chunk = 0; chunk < kSlabChunks; ++chunk) {
+        if ((chunk == 0 || kUnits == 2) && starts) rescale();
+        const XOperand x = x_operand();
         ptx::wgmma_fence();
-#pragma unroll
-        for (int i = unit * B::kOfUnit; i < (unit + 1) * B::kOfUnit; ++i) {
-          multiply_chunk(0, B::chunk(i), x);
-        }
+        multiply_chunk(0, chunk, x);
         ptx::wgmma_commit();
+        // After the last chunk comes that chunk once more, for nothing.
+        const bool last = chunk + 1 == kSlabChunks;
+        const bool more = !last || slab + 1 < part.end;
+        const int done = stage_;
+        const uint32_t parity_done = parity_;
+        if (++stage_ == params_.stages) {
+          stage_ = 0;
+          parity_ ^= 1;
+        }
+        const int next = more ? stage_ : done;
+        const uint32_t parity_next = more ? parity_ : parity_done;
+        ptx::barrier_wait(ring_.filled(next), parity_next);
+        const int following = last ? 0 : chunk + 1;
+        load_codes<B>(following, next);
+        starts = last ? more && (kUnits == 2 || ((slab + 1) & (params_.group_slabs - 1)) == 0)
+                      : kUnits == 2 && slab * kSlabChunks + 1 < w_.num_groups;
+        if (starts) load_scales<kHalfScales>(0, next);
+        change_zeros(0, next, starts);
+        decode_batch<B>(following);
+        if (starts) change_scales(true);
+        ptx::barrier_wait(ring_.x_filled(next), parity_next);
         wait_for_products();
-      }
-      __syncwarp();  // all lanes have read the codes
-      give_back();
-      if (++stage_ == params_.stages) {
-        stage_ = 0;
-        parity_ ^= 1;
+        give_back(done);
       }
     } while (++slab < part.end);
   }
 
   // A stage to those who fill it.
-  __device__ __forceinline__ void give_back() const {
+  __device__ __forceinline__ void give_back(int stage) const {
+    __syncwarp();  // all lanes have read the codes
     if constexpr (S::kClusterBlocks == 2) {
       if (lane_ < 2)
-        ptx::barrier_arrive_in_block(ptx::address_in_block(ring_.emptied(stage_), lane_));
+        ptx::barrier_arrive_in_block(ptx::address_in_block(ring_.emptied(stage), lane_));
     } else {
-      if (lane_ == 0) ptx::barrier_arrive(ring_.emptied(stage_));
+      if (lane_ == 0) ptx::barrier_arrive(ring_.emptied(stage));
     }
   }
 
@@ -537,7 +552,7 @@ class TileMultiply {
   }
 
   __device__ __forceinline__ uint32_t records(int b, int group, int stage) const {
-    return records_place_ + (stage * S::kBlocks + b) * ring_.slab_record_bytes() +
+    return records_place_ + (stage * S::kBlocks + b) * ring_.stage_record_bytes() +
            group * ring_.record_bytes();
   }
 
@@ -604,8 +619,9 @@ class TileMultiply {
 
   template <class B>
   __device__ __forceinline__ void load_codes(int i, int stage) {
-    const uint32_t codes = codes_place_ + stage * S::kStageBytes + B::block(i) * S::kSlabBytes +
-                           B::chunk(i) * S::kChunkBytes;
+    const uint32_t codes = codes_place_ + stage * S::kStageBytes +
+                           B::block(i) * S::kBlockStageBytes +
+                           S::chunk_of_stage(B::chunk(i)) * S::kChunkBytes;
 #pragma unroll
     for (int chunk = 0; chunk < B::kChunks; ++chunk) {
 #pragma unroll
@@ -634,8 +650,9 @@ class TileMultiply {
   __device__ __forceinline__ void multiply_chunk(int b, int chunk, XOperand x) {
 #pragma unroll
     for (int step = 0; step < Layout::kChunkSteps; ++step) {
-      ptx::wgmma_k16<T>(sum_[b], fragment_[b][chunk * Layout::kChunkSteps + step],
-                        operand_at(x, (chunk * S::kXTileBytes + step * 32) / 16));
+      ptx::wgmma_k16<T>(
+          sum_[b], fragment_[b][chunk * Layout::kChunkSteps + step],
+          operand_at(x, (S::chunk_of_stage(chunk) * S::kXTileBytes + step * 32) / 16));
     }
   }
 
@@ -850,7 +867,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < ring.stages(); ++stage) {
       ptx::barrier_init(ring.filled(stage), 2 * S::kBlocks);
-      ptx::barrier_init(ring.x_filled(stage), S::kClusterBlocks == 2 ? 1 : kSlabChunks);
+      ptx::barrier_init(ring.x_filled(stage), S::kClusterBlocks == 2 ? 1 : S::kStageChunks);
       ptx::barrier_init(ring.emptied(stage), S::kClusterBlocks * (S::kMultiplyThreads / 32));
     }
     ptx::barrier_init_fence();

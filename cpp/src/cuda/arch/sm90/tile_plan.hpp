@@ -18,10 +18,17 @@ constexpr std::int32_t slab_groups(const WeightView& w) noexcept {
   return kSlabSteps >> w.step_shift > 1 ? kSlabSteps >> w.step_shift : 1;
 }
 
+/// Groups of a stage of the ring, which holds a slab, or a chunk.
+constexpr std::int32_t stage_groups(const WeightView& w, std::int32_t stage_chunks) noexcept {
+  return stage_chunks == 1 ? 1 : slab_groups(w);
+}
+
 /// What a stage takes beside x and codes: records and three barriers.
-constexpr std::int32_t stage_rest(const WeightView& w, std::int32_t blocks) noexcept {
+constexpr std::int32_t stage_rest(const WeightView& w, std::int32_t blocks,
+                                  std::int32_t stage_chunks) noexcept {
   constexpr std::int32_t kBarrierBytes = 24;
-  return blocks * slab_groups(w) * sm80::Layout::kBlockStrips * w.record_bytes + kBarrierBytes;
+  return blocks * stage_groups(w, stage_chunks) * sm80::Layout::kBlockStrips * w.record_bytes +
+         kBarrierBytes;
 }
 
 }  // namespace marlinq::cuda::sm90

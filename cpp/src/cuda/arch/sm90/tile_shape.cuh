@@ -10,7 +10,8 @@ namespace marlinq::cuda::sm90 {
 
 /// Warpgroups that multiply, each with its packed blocks of 64 features, all with the same tokens; one more
 /// fills the ring.
-template <class T_, int kBits_, int kGroups_, int kGroupBlocks_, int kTokens_>
+template <class T_, int kBits_, int kGroups_, int kGroupBlocks_, int kTokens_,
+          int kStageChunks_ = kSlabChunks>
 struct WgmmaShape {
   using T = T_;
   using Layout = sm80::Layout;
@@ -22,12 +23,14 @@ struct WgmmaShape {
   static constexpr int kFeatures = kBlocks * Layout::kBlockFeatures;
   static constexpr int kMultiplyThreads = kGroups * 128;
   static constexpr int kThreads = kMultiplyThreads + 128;
-  static constexpr int kStripBytes = 128 * kBits;  // codes of a strip and chunk
+  static constexpr int kStageChunks = kStageChunks_;  // a slab's, or 1
+  static constexpr int kStripBytes = 128 * kBits;     // codes of a strip and chunk
   static constexpr int kChunkBytes = Layout::kBlockStrips * kStripBytes;
-  static constexpr int kSlabBytes = kSlabChunks * kChunkBytes;
+  static constexpr int kBlockStageBytes =
+      kStageChunks * kChunkBytes;  // codes of a packed block in a stage
   static constexpr int kXTileBytes = kTokens * sm80::kXRowBytes;  // of a chunk
-  static constexpr int kXBytes = kSlabChunks * kXTileBytes;
-  static constexpr int kStageBytes = kXBytes + kBlocks * kSlabBytes;  // without records
+  static constexpr int kXBytes = kStageChunks * kXTileBytes;
+  static constexpr int kStageBytes = kXBytes + kBlocks * kBlockStageBytes;  // without records
   static constexpr int kSums = kTokens / 2;  // of a thread and packed block
   static constexpr int kTileFloats = kFeatures * kTokens;
   // Registers move from the warpgroup that fills to the others.
