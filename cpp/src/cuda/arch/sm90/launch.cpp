@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <limits>
+#include <vector>
 
 #include "core/integers.hpp"
 #include "cuda/arch/sm80/experts.hpp"
@@ -190,12 +191,17 @@ class StripPlanner {
   // More that is asked for before x would only delay it.
   static constexpr Rings kShortRings{2, 1};
 
-  // x comes with the codes, unless what a block needs of it is short.
-  bool may_have_whole_x(std::int32_t slices) const {
+  // x comes with the codes, unless what a block needs of it is short; or, with few tokens, unless the rings would
+  // have no room for that.
+  bool has_short_x(std::int32_t slices) const {
+    constexpr std::int64_t kShortBytes = 12288;
+    return tokens_ == 1 || std::int64_t{tokens_} * ceil_div(w_.k, slices) * 2 <= kShortBytes;
+  }
+  std::vector<bool> ways_to_stream_x(std::int32_t slices) const {
     constexpr std::int32_t kFewTokens = 2;
-    constexpr std::int64_t kShortBytes = 16384;
-    return tokens_ <= kFewTokens ||
-           std::int64_t{tokens_} * ceil_div(w_.k, slices) * 2 <= kShortBytes;
+    if (has_short_x(slices)) return {false, true};
+    if (tokens_ <= kFewTokens) return {true, false};
+    return {true};
   }
 
   GemmPlan plan_of(const StripChoice& choice, std::int32_t warps, bool streams_x) const {
@@ -241,7 +247,7 @@ class StripPlanner {
       // All of the layer is in the rings before the kernel before has ended, beside which a block has room
       // on every multiprocessor.
       return plan_of({.clusters = clusters, .cluster_blocks = most_slices_}, kWarps,
-                     !may_have_whole_x(most_slices_));
+                     !has_short_x(most_slices_));
     }
     // Where memory is slow, and with 8 bits, the bytes are the bound: one block, whose rings are long.
     constexpr std::int64_t kManyRings = 8;
@@ -250,7 +256,7 @@ class StripPlanner {
     const GemmPlan plan =
         bytes_bound ? plan_long_rings(single, rings >= kManyRings) : plan_two_each();
     if (fits(plan, limits_)) return plan;
-    if (may_have_whole_x(single.cluster_blocks)) {
+    if (has_short_x(single.cluster_blocks)) {
       const GemmPlan whole = one_each(single, kShortRings, kWarps, false);
       if (fits(whole, limits_)) return whole;
     }
@@ -269,8 +275,7 @@ class StripPlanner {
       const StripDivision twice = divide(slices);
       const std::int64_t least_halves = slices == 1 ? 3 : 2;
       if (twice.busiest < least_halves) continue;
-      for (const bool streams_x : {false, true}) {
-        if (!streams_x && !may_have_whole_x(slices)) continue;
+      for (const bool streams_x : ways_to_stream_x(slices)) {
         const GemmPlan plan = plan_of(twice, kShortRings, kWarps, streams_x);
         if (plan.shared_bytes <= limits_.multiprocessor_shared_bytes / 2 - sm80::kReservedShared)
           return plan;
@@ -280,7 +285,7 @@ class StripPlanner {
   }
 
   GemmPlan plan_long_rings(const StripDivision& single, bool many) const {
-    const bool streams_x = !may_have_whole_x(single.cluster_blocks);
+    const bool streams_x = !has_short_x(single.cluster_blocks);
     for (std::int32_t stages = many ? 4 : 3; stages > 2; --stages) {
       const GemmPlan plan = one_each(single, {stages, many ? stages : 2}, kWarps, streams_x);
       if (fits(plan, limits_)) return plan;
