@@ -13,22 +13,22 @@ namespace marlinq::cuda::sm90 {
 // In the order of TileCost: start, slab, tile, cut, part, block, uneven. Fitted to lines of
 // tests/bench/sm90_plans of an H100, float16 and 4 bits.
 struct TileCosts {
-  static constexpr TileCost k128x32{0.40, 0.391, 1.18, 1.36, 0.00, 0.018, 0.18};
-  static constexpr TileCost k128x48{0.14, 0.447, 1.04, 1.69, 0.04, 0.017, 0.18};
-  static constexpr TileCost k128x64{0.00, 0.506, 1.46, 1.16, 0.11, 0.021, 0.29};
-  static constexpr TileCost k128x96{0.00, 0.630, 1.74, 0.60, 0.14, 0.035, 0.07};
-  static constexpr TileCost k128x128{0.00, 0.768, 1.00, 1.45, 0.23, 0.029, 0.07};
-  static constexpr TileCost k192x128{0.00, 1.064, 1.05, 1.20, 0.48, 0.047, 0.48};
-  static constexpr TileCost k256x16{0.00, 0.560, 0.81, 1.43, 0.00, 0.026, 0.16};
-  static constexpr TileCost k256x32{0.00, 0.677, 0.94, 1.03, 0.49, 0.022, 0.34};
-  static constexpr TileCost k256x48{0.00, 0.758, 1.98, 0.27, 0.44, 0.033, 0.31};
-  static constexpr TileCost k256x64{0.00, 0.870, 2.37, 0.45, 0.46, 0.027, 0.29};
-  static constexpr TileCost k256x80{0.00, 1.001, 1.94, 1.09, 0.67, 0.029, 0.89};
-  static constexpr TileCost k256x96{0.00, 1.135, 2.57, 0.48, 0.67, 0.040, 0.87};
-  static constexpr TileCost k256x112{0.00, 1.257, 2.27, 1.38, 0.52, 0.040, 0.99};
-  static constexpr TileCost k256x128{0.00, 1.402, 1.86, 1.77, 0.66, 0.061, 1.64};
-  static constexpr TileCost k128x256{0.00, 1.409, 0.07, 3.02, 0.42, 0.046, 1.67};
-  static constexpr TileCost k128x256Pairs{0.00, 1.429, 0.84, 2.82, 0.23, 0.086, 1.67};
+  static constexpr TileCost k128x32{0.82, 0.433, 0.00, 1.37, 0.00, 0.025, 0.00};
+  static constexpr TileCost k128x48{0.42, 0.433, 1.32, 0.83, 0.00, 0.023, 0.40};
+  static constexpr TileCost k128x64{0.08, 0.510, 1.97, 0.40, 0.29, 0.019, 0.86};
+  static constexpr TileCost k128x96{0.00, 0.638, 0.23, 1.33, 0.15, 0.031, 0.52};
+  static constexpr TileCost k128x128{0.00, 0.757, 0.46, 2.18, 0.00, 0.025, 1.15};
+  static constexpr TileCost k192x128{0.00, 1.043, 1.02, 1.27, 1.40, 0.023, 1.35};
+  static constexpr TileCost k256x16{1.50, 0.600, 0.00, 1.67, 0.52, 0.018, 0.91};
+  static constexpr TileCost k256x32{0.81, 0.661, 0.00, 1.67, 0.52, 0.018, 0.91};
+  static constexpr TileCost k256x48{1.01, 0.722, 1.61, 1.04, 0.38, 0.028, 1.54};
+  static constexpr TileCost k256x64{0.00, 0.821, 3.25, 1.16, 0.48, 0.032, 1.18};
+  static constexpr TileCost k256x80{0.84, 1.006, 0.07, 2.38, 0.00, 0.024, 1.91};
+  static constexpr TileCost k256x96{0.00, 1.157, 1.40, 1.14, 0.39, 0.020, 3.41};
+  static constexpr TileCost k256x112{0.00, 1.247, 0.62, 2.51, 0.79, 0.025, 2.33};
+  static constexpr TileCost k256x128{0.00, 1.462, 0.44, 3.23, 0.00, 0.059, 3.35};
+  static constexpr TileCost k128x256{0.76, 1.370, 0.58, 2.53, 0.44, 0.058, 1.53};
+  static constexpr TileCost k128x256Pairs{1.59, 1.405, 0.70, 2.53, 0.44, 0.058, 1.53};
 };
 
 template <class T, int kBits>
