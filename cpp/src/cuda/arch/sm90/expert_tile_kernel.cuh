@@ -540,22 +540,8 @@ class ExpertMultiply {
     ExpertTileOutput<S, Rows>(params_, sum_, at, ring_.output()).store();
   }
 
-  __device__ __forceinline__ float4* part_of_block(int block) const {
-    return reinterpret_cast<float4*>(params_.scratch.partials) +
-           static_cast<int64_t>(block) * (S::kTileFloats / 4) + threadIdx.x;
-  }
-
   __device__ __forceinline__ void leave_part() const {
-    float4* const place = part_of_block(blockIdx.x);
-#pragma unroll
-    for (int b = 0; b < S::kGroupBlocks; ++b) {
-#pragma unroll
-      for (int i = 0; i < S::kSums / 4; ++i) {
-        __stcg(place + (b * (S::kSums / 4) + i) * S::kMultiplyThreads,
-               make_float4(sum_[b][4 * i], sum_[b][4 * i + 1], sum_[b][4 * i + 2],
-                           sum_[b][4 * i + 3]));
-      }
-    }
+    leave_sums<S>(part_place<S>(params_.scratch, blockIdx.x), sum_);
     meet_all();
     if (threadIdx.x == 0) ptx::raise_flag(params_.scratch.flags + blockIdx.x);
   }
@@ -571,7 +557,7 @@ class ExpertMultiply {
     meet_all();
 #pragma unroll 1
     for (int block = last; block >= first_block; --block) {
-      const float4* const place = part_of_block(block);
+      const float4* const place = part_place<S>(params_.scratch, block);
 #pragma unroll
       for (int b = 0; b < S::kGroupBlocks; ++b) {
 #pragma unroll

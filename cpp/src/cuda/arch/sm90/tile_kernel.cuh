@@ -405,12 +405,8 @@ class TileMultiply {
     static constexpr bool begins_unit(int i) { return i % kOfUnit == 0; }
   };
 
-  // kEachSlab: each slab is a group, so that there is nothing to ask; what comes after the last slab is that
-  // group once more.
-  template <int kUnits, bool kHalfScales, bool kEachSlab>
-  __device__ __forceinline__ void multiply_slabs(const TilePart& part) {
-    using B = Batches<kUnits>;
-    const int stages = params_.stages;
+  template <class B, bool kHalfScales>
+  __device__ __forceinline__ void decode_first() {
     ptx::barrier_wait(ring_.filled(stage_), parity_);
     load_codes<B>(0, stage_);
     load_scales<kHalfScales>(0, stage_);
@@ -418,6 +414,15 @@ class TileMultiply {
     decode_batch<B>(0);
     set_scales();
     ptx::barrier_wait(ring_.x_filled(stage_), parity_);
+  }
+
+  // kEachSlab: each slab is a group, so that there is nothing to ask; what comes after the last slab is that
+  // group once more.
+  template <int kUnits, bool kHalfScales, bool kEachSlab>
+  __device__ __forceinline__ void multiply_slabs(const TilePart& part) {
+    using B = Batches<kUnits>;
+    const int stages = params_.stages;
+    decode_first<B, kHalfScales>();
     int slab = part.begin;
 #pragma unroll 1
     do {
@@ -470,13 +475,7 @@ class TileMultiply {
   template <int kUnits, bool kHalfScales>
   __device__ __forceinline__ void multiply_chunks(const TilePart& part) {
     using B = Batches<kUnits>;
-    ptx::barrier_wait(ring_.filled(stage_), parity_);
-    load_codes<B>(0, stage_);
-    load_scales<kHalfScales>(0, stage_);
-    change_zeros(0, stage_, true);
-    decode_batch<B>(0);
-    set_scales();
-    ptx::barrier_wait(ring_.x_filled(stage_), parity_);
+    decode_first<B, kHalfScales>();
     int slab = part.begin;
     bool starts = false;
 #pragma unroll 1
@@ -680,8 +679,7 @@ class TileMultiply {
   }
 
   __device__ __forceinline__ float4* part_of_block(int block) const {
-    return reinterpret_cast<float4*>(params_.scratch.partials) +
-           static_cast<int64_t>(block) * (S::kTileFloats / 4) + threadIdx.x;
+    return part_place<S>(params_.scratch, block);
   }
 
   /// The block, or the pair, with the first slabs of a tile.
@@ -696,16 +694,7 @@ class TileMultiply {
       if (threadIdx.x == 0) ptx::wait_for_flag(params_.scratch.flags + blockIdx.x, false);
       meet_all();
     }
-    float4* const place = part_of_block(blockIdx.x);
-#pragma unroll
-    for (int b = 0; b < S::kGroupBlocks; ++b) {
-#pragma unroll
-      for (int i = 0; i < S::kSums / 4; ++i) {
-        __stcg(place + (b * (S::kSums / 4) + i) * S::kMultiplyThreads,
-               make_float4(sum_[b][4 * i], sum_[b][4 * i + 1], sum_[b][4 * i + 2],
-                           sum_[b][4 * i + 3]));
-      }
-    }
+    leave_sums<S>(part_of_block(blockIdx.x), sum_);
     meet_all();
     if (threadIdx.x == 0) ptx::raise_flag(params_.scratch.flags + blockIdx.x);
   }

@@ -2,9 +2,12 @@
 // registers and in shared memory.
 #pragma once
 
+#include <cstdint>
+
 #include "cuda/arch/sm80/layout.hpp"
 #include "cuda/arch/sm80/x_tile.cuh"
 #include "cuda/arch/sm90/tile_plan.hpp"
+#include "cuda/problem.hpp"
 
 namespace marlinq::cuda::sm90 {
 
@@ -37,5 +40,25 @@ struct WgmmaShape {
   static constexpr int kFillRegisters = 40;
   static constexpr int kMultiplyRegisters = kGroups == 2 ? 232 : 152;
 };
+
+/// Where a block leaves its part of a tile for another, each thread its sums, four at a time.
+template <class S>
+__device__ __forceinline__ float4* part_place(const SplitScratch& scratch, int block) {
+  return reinterpret_cast<float4*>(scratch.partials) +
+         static_cast<int64_t>(block) * (S::kTileFloats / 4) + threadIdx.x;
+}
+
+template <class S>
+__device__ __forceinline__ void leave_sums(float4* place,
+                                           const float (&sum)[S::kGroupBlocks][S::kSums]) {
+#pragma unroll
+  for (int b = 0; b < S::kGroupBlocks; ++b) {
+#pragma unroll
+    for (int i = 0; i < S::kSums / 4; ++i) {
+      __stcg(place + (b * (S::kSums / 4) + i) * S::kMultiplyThreads,
+             make_float4(sum[b][4 * i], sum[b][4 * i + 1], sum[b][4 * i + 2], sum[b][4 * i + 3]));
+    }
+  }
+}
 
 }  // namespace marlinq::cuda::sm90
