@@ -36,7 +36,8 @@ marlinq_add_test(gpu
   cpp/cuda/test_backend_load.cpp
   cpp/cuda/test_fetch.cpp
   cpp/cuda/test_load.cpp
-  cpp/cuda/test_moe_kernels.cpp)
+  cpp/cuda/test_moe_kernels.cpp
+  $<$<TARGET_EXISTS:marlinq_cuda_sm90>:cpp/cuda/test_sm90_tiles.cpp>)
 target_include_directories(test_gpu PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
 target_link_libraries(test_gpu PRIVATE CUDA::cudart_static)
 foreach(function cudaMalloc cudaFree cudaHostAlloc cudaFreeHost)
