@@ -269,15 +269,16 @@ class Bench {
     const double guess = std::max(5e-6, flops / 3e14);
     const double replay = sustain_ms > 0 ? 6e-3 : 1.5e-3;  // so that the host's part in it is small
     const int launches = std::clamp(static_cast<int>(replay / guess), 2, 400);
-    const int replays = sustain_ms > 0
-                            ? std::max(static_cast<int>(sustain_ms * 1e-3 / (guess * launches)), 1)
-                            : (guess > 2e-3 ? 1 : 4);
-    const double us =
-        time_us(stream_, launches, replays, sustain_ms > 0 ? replays / 2 : 0, [&](int) {
-          problem.weight = copies_[next_copy_];
-          next_copy_ = (next_copy_ + 1) % copies_.size();
-          arch_->launch(problem, plan, scratch, stream_);
-        });
+    const auto run_once = [&](int) {
+      problem.weight = copies_[next_copy_];
+      next_copy_ = (next_copy_ + 1) % copies_.size();
+      arch_->launch(problem, plan, scratch, stream_);
+    };
+    double us = time_us(stream_, launches, guess > 2e-3 ? 1 : 4, run_once);
+    if (sustain_ms > 0) {
+      const int replays = std::max(static_cast<int>(sustain_ms * 1e3 / (us * launches)), 1);
+      us = time_us(stream_, launches, replays, replays / 2, run_once);
+    }
     char clock[32] = "";
     if (sustain_ms > 0) std::snprintf(clock, sizeof clock, ",%.0f", clock_mhz());
     std::printf("%dx%d,%s,%d,%s,%.2f,%.2e%s%s\n", shape_.n, shape_.k, type, problem.m, name, us,

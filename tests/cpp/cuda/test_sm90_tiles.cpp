@@ -5,14 +5,12 @@
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "core/concat.hpp"
 #include "cuda/arch/sm90/launch.hpp"
 #include "cuda/arch_table.hpp"
 #include "cuda/context.hpp"
@@ -56,7 +54,6 @@ class Sm90TilesTest : public ::testing::TestWithParam<LayerOptions> {
   }
 
   const cuda::ArchKernels& arch() const { return cuda::choose_arch("sm90", limits_.capability); }
-  const cuda::DeviceLimits& limits() const { return limits_; }
 
   cuda::DeviceWeight load(const Layer& layer) const {
     const GptqTensors tensors = layer.tensors();
@@ -103,7 +100,7 @@ class Sm90TilesTest : public ::testing::TestWithParam<LayerOptions> {
               {static_cast<float*>(partials_.data()), static_cast<std::uint32_t*>(flags_.data())},
               context_->stream());
         });
-        EXPECT_TRUE(test::matches(y, expected, m, bound_of(dtype)))
+        EXPECT_TRUE(test::matches_within(y, expected, m, bound_of(dtype)))
             << to_string(dtype) << ", " << kernel.blocks * 64 << " features x " << kernel.tokens
             << " tokens, clusters of " << kernel.cluster_blocks << ", " << plan.blocks
             << " blocks, tail " << plan.schedule.tail_blocks << " / " << plan.schedule.tail_tiles
@@ -118,7 +115,7 @@ class Sm90TilesTest : public ::testing::TestWithParam<LayerOptions> {
         ++run;
       }
     }
-    EXPECT_GT(run, 16 * 4);
+    EXPECT_GE(run, 16 * 7);  // kernels and cuts
   }
 
  private:
@@ -150,12 +147,13 @@ TEST_P(Sm90TilesTest, EveryKernelAndCut) {
   for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) run_all(layer, dtype);
 }
 
-// K of 11 chunks of 64 rows; 328 features are 5 packed blocks and an eighth of one.
+// K of 11 chunks of 64 rows; 328 features are 5 packed blocks and an eighth of one. Rows of 333 outputs cannot be stored
+// 16 bytes at a time.
 INSTANTIATE_TEST_SUITE_P(
     , Sm90TilesTest,
     ::testing::Values(LayerOptions{.k = 704, .n = 328, .name = "groups_of_128"},
                       LayerOptions{.k = 704,
-                                   .n = 328,
+                                   .n = 333,
                                    .group_size = 64,
                                    .zeros = Zeros::kAsymmetricV1,
                                    .name = "groups_of_64_asymmetric"},

@@ -5,7 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <limits>
-#include <vector>
+#include <span>
 
 #include "core/integers.hpp"
 #include "cuda/arch/sm80/experts.hpp"
@@ -197,11 +197,13 @@ class StripPlanner {
     constexpr std::int64_t kShortBytes = 12288;
     return tokens_ == 1 || std::int64_t{tokens_} * ceil_div(w_.k, slices) * 2 <= kShortBytes;
   }
-  std::vector<bool> ways_to_stream_x(std::int32_t slices) const {
+  // Whether x is streamed: the ways to have it, the best first.
+  std::span<const bool> ways_to_have_x(std::int32_t slices) const {
+    static constexpr bool kWholeFirst[] = {false, true};
+    static constexpr bool kStreamedFirst[] = {true, false};
     constexpr std::int32_t kFewTokens = 2;
-    if (has_short_x(slices)) return {false, true};
-    if (tokens_ <= kFewTokens) return {true, false};
-    return {true};
+    if (has_short_x(slices)) return kWholeFirst;
+    return std::span(kStreamedFirst).first(tokens_ <= kFewTokens ? 2 : 1);
   }
 
   GemmPlan plan_of(const StripChoice& choice, std::int32_t warps, bool streams_x) const {
@@ -275,7 +277,7 @@ class StripPlanner {
       const StripDivision twice = divide(slices);
       const std::int64_t least_halves = slices == 1 ? 3 : 2;
       if (twice.busiest < least_halves) continue;
-      for (const bool streams_x : ways_to_stream_x(slices)) {
+      for (const bool streams_x : ways_to_have_x(slices)) {
         const GemmPlan plan = plan_of(twice, kShortRings, kWarps, streams_x);
         if (plan.shared_bytes <= limits_.multiprocessor_shared_bytes / 2 - sm80::kReservedShared)
           return plan;

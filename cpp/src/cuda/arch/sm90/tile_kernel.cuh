@@ -52,7 +52,8 @@ using sm80::Layout;
 using sm80::TileCuts;
 
 template <class T, int kBits, int kGroups, int kGroupBlocks, int kTokens, int kClusterBlocks_>
-struct TileShape : WgmmaShape<T, kBits, kGroups, kGroupBlocks, kTokens, kTokens <= 128 ? 2 : 1> {
+struct TileShape
+    : WgmmaShape<T, kBits, kGroups, kGroupBlocks, kTokens, kTokens <= 128 ? kSlabChunks : 1> {
   static constexpr int chunk_of_stage(int chunk) { return chunk % TileShape::kStageChunks; }
   static constexpr int kBoxTokens = kTokens / kClusterBlocks_;  // of x, that a block asks for
   static constexpr int kClusterBlocks = kClusterBlocks_;        // 1 or 2
