@@ -72,6 +72,15 @@ std::vector<NamedPlan> every_plan(const GemmProblem& problem, const DeviceLimits
                     kernel.cluster_blocks == 2 ? " pairs" : "", tail, left);
       plans.push_back({name, plan});
     }
+    for (const int parts : {2, 4, 6, 8}) {
+      if (problem.weight.chunks < 4 * parts) continue;
+      const GemmPlan plan = sm90::tile_pairs_plan(problem, i, limits, parts);
+      if (plan.shared_bytes > limits.shared_bytes - 512) continue;
+      char name[64];
+      std::snprintf(name, sizeof name, "tile%dx%d in pairs t%d/%d", kernel.blocks * 64,
+                    kernel.tokens, plan.schedule.tail_blocks, left);
+      plans.push_back({name, plan});
+    }
   }
   return plans;
 }

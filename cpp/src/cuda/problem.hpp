@@ -142,7 +142,7 @@ enum class KernelKind : std::uint8_t {
 };
 
 /// How the blocks of a tile kernel share the tiles: `whole_tiles` each, then the first `tail_blocks`
-/// share the chunks of the `tail_tiles` that are left, each a contiguous run. Where blocks work in clusters, a
+/// share the chunks of the `tail_tiles` that are left, each a contiguous run. Where blocks of a cluster have tiles side by side, a
 /// cluster counts as a block here.
 struct TileSchedule {
   std::int32_t whole_tiles = 0;
@@ -151,6 +151,9 @@ struct TileSchedule {
   std::int32_t token_band = 1;  // token tiles that are walked through before the next feature tile
   /// Where not 0, every tile is cut along K into so many parts, which blocks next to each other have.
   std::int32_t parts = 0;
+  /// Where not 0: the blocks of each tile of the tail, an even number; those next to each other are a cluster, and add up
+  /// their sums before they hand them over. There are no whole tiles then.
+  std::int32_t pair_parts = 0;
 };
 
 /// How a problem is run; the pure result of plan().

@@ -74,13 +74,21 @@ void check(const GemmProblem& problem, const DeviceLimits& limits) {
   }
   ASSERT_TRUE(w.scales_divide);
   const TileSchedule& schedule = plan.schedule;
-  ASSERT_EQ(plan.cluster_blocks, kernel.cluster_blocks);
+  if (schedule.pair_parts > 0) {
+    ASSERT_TRUE(kernel.may_share_tile);
+    ASSERT_EQ(plan.cluster_blocks, 2);
+    ASSERT_EQ(schedule.pair_parts % 2, 0);
+    ASSERT_EQ(schedule.whole_tiles, 0);
+    ASSERT_EQ(schedule.tail_blocks, schedule.tail_tiles * schedule.pair_parts);
+  } else {
+    ASSERT_EQ(plan.cluster_blocks, kernel.cluster_blocks);
+  }
   ASSERT_EQ(plan.blocks % plan.cluster_blocks, 0);
   const std::int32_t units = limits.multiprocessors / kernel.cluster_blocks;
   const std::int64_t tiles = ceil_div(w.n, kernel.cluster_blocks * kernel.blocks * 64) *
                              ceil_div(problem.m, kernel.tokens);
   ASSERT_EQ(std::int64_t{schedule.whole_tiles} * units + schedule.tail_tiles, tiles);
-  ASSERT_EQ(plan.blocks / plan.cluster_blocks,
+  ASSERT_EQ(plan.blocks / kernel.cluster_blocks,
             schedule.whole_tiles > 0 ? units : schedule.tail_blocks);
   ASSERT_LE(schedule.tail_blocks, units);
   ASSERT_GE(schedule.tail_blocks, schedule.tail_tiles);

@@ -104,7 +104,7 @@ class Sm90TilesTest : public ::testing::TestWithParam<LayerOptions> {
             << to_string(dtype) << ", " << kernel.blocks * 64 << " features x " << kernel.tokens
             << " tokens, clusters of " << kernel.cluster_blocks << ", " << plan.blocks
             << " blocks, tail " << plan.schedule.tail_blocks << " / " << plan.schedule.tail_tiles
-            << ", parts " << plan.schedule.parts;
+            << ", parts " << plan.schedule.parts << ", in pairs " << plan.schedule.pair_parts;
         if (plan.schedule.parts > 0) {
           constexpr std::int64_t kRowsOfAll = 16;
           const std::vector<unsigned char> rows = y.row_bytes(0, kRowsOfAll);
@@ -115,7 +115,7 @@ class Sm90TilesTest : public ::testing::TestWithParam<LayerOptions> {
         ++run;
       }
     }
-    EXPECT_GE(run, 16 * 7);  // kernels and cuts
+    EXPECT_EQ(run, 16 * 7 + 14 * 3);  // kernels and cuts; two of them do not work in pairs
   }
 
  private:
@@ -124,7 +124,7 @@ class Sm90TilesTest : public ::testing::TestWithParam<LayerOptions> {
                                     : test::tolerances::kCudaBfloat16;
   }
 
-  // Each tile by one block or by several, evenly or not, and cut as for batch-invariant layers.
+  // Each tile by one block or by several, evenly or not, cut as for batch-invariant layers, and by pairs of blocks.
   std::vector<GemmPlan> plans(const GemmProblem& problem, std::int32_t index) const {
     std::vector<GemmPlan> result;
     const std::int32_t left = cuda::sm90::tile_plan(problem, index, limits_, 1).schedule.tail_tiles;
@@ -133,6 +133,11 @@ class Sm90TilesTest : public ::testing::TestWithParam<LayerOptions> {
     }
     for (const std::int32_t parts : {1, 2, 3}) {
       result.push_back(cuda::sm90::cut_tile_plan(problem, index, limits_, parts));
+    }
+    // K has 6 slabs.
+    for (const std::int32_t parts : {2, 4, 6}) {
+      const GemmPlan plan = cuda::sm90::tile_pairs_plan(problem, index, limits_, parts);
+      if (plan.shared_bytes < INT32_MAX) result.push_back(plan);
     }
     return result;
   }

@@ -39,6 +39,7 @@ constexpr Instance strip_instance() {
           .blocks_together = S::kBlocksTogether,
           .blocks = 0,
           .cluster_blocks = 0,
+          .may_share_tile = false,
           .stage_chunks = 0,
           .stage_bytes = 0,
           .output_bytes = 0,
@@ -95,6 +96,7 @@ constexpr Instance tile_instance(const TileCost& cost) {
           .blocks_together = 1,
           .blocks = S::kBlocks,
           .cluster_blocks = kClusterBlocks,
+          .may_share_tile = S::kMayShareTile,
           .stage_chunks = S::kStageChunks,
           .stage_bytes = S::kStageBytes,
           .output_bytes = S::kOutputBytes,
@@ -113,8 +115,8 @@ constexpr Instance tile_instance(const TileCost& cost) {
             const bool boxes = sm80::stores_together(problem, 8);
             const int x_rows = std::min(problem.m, S::kBoxTokens);
             launch_clusters(
-                tile_gemm<S>, dim3(static_cast<unsigned>(plan.blocks)), kClusterBlocks, S::kThreads,
-                plan.shared_bytes, plan.dependent_launch, stream,
+                tile_gemm<S>, dim3(static_cast<unsigned>(plan.blocks)), plan.cluster_blocks,
+                S::kThreads, plan.shared_bytes, plan.dependent_launch, stream,
                 TileParams{
                     .x_map = map_x(problem, x_rows),
                     .y_map = boxes ? map_y(problem, S::kOutputTokens) : TensorMap{},

@@ -83,8 +83,8 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceL
   const std::int32_t units = tile_units(kernel, limits);
   const std::int64_t tiles = tile_count(kernel, problem);
   const std::int32_t stage = kernel.stage_bytes + stage_rest(w, kernel.blocks, kernel.stage_chunks);
-  const std::int32_t stages =
-      std::max(sm80::usable_shared(limits) - kernel.output_bytes, 0) / stage;
+  const std::int32_t other = kernel.output_bytes + kOtherTileBytes;
+  const std::int32_t stages = std::max(sm80::usable_shared(limits) - other, 0) / stage;
   const auto waves = static_cast<std::int32_t>(tiles / units);
   const auto left = static_cast<std::int32_t>(tiles % units);
   // Tiles that are walked through together should share what they read: about as many bytes of x as of codes.
@@ -94,7 +94,7 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceL
           .blocks = kernel.cluster_blocks * (waves > 0 ? units : tail_units),
           .warps = kernel.warps,
           .cluster_blocks = kernel.cluster_blocks,
-          .shared_bytes = stages >= 2 ? kernel.output_bytes + stages * stage : INT32_MAX,
+          .shared_bytes = stages >= 2 ? other + stages * stage : INT32_MAX,
           .tokens = INT32_MAX,
           .schedule = {.whole_tiles = waves,
                        .tail_tiles = left,
@@ -104,6 +104,18 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceL
           .early_stages = stages,
           .share_halves = 1,
           .dependent_launch = true};
+}
+
+GemmPlan tile_pairs_plan(const GemmProblem& problem, std::int32_t index, const DeviceLimits& limits,
+                         std::int32_t parts) {
+  const std::int32_t tiles = narrow(tile_count(instance_of(problem, index), problem));
+  const bool possible = instance_of(problem, index).may_share_tile && parts % 2 == 0 &&
+                        std::int64_t{tiles} * parts <= limits.multiprocessors;
+  GemmPlan plan = tile_plan(problem, index, limits, possible ? tiles * parts : 1);
+  plan.cluster_blocks = 2;
+  plan.schedule.pair_parts = parts;
+  if (!possible) plan.shared_bytes = INT32_MAX;
+  return plan;
 }
 
 GemmPlan cut_tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceLimits& limits,
@@ -334,6 +346,12 @@ double tile_cost(const GemmProblem& problem, const Instance& kernel, const GemmP
   time +=
       static_cast<double>(ceil_div(schedule.tail_tiles * slabs, schedule.tail_blocks)) * cost.slab +
       cost.tile;
+  if (schedule.pair_parts > 0) {
+    // Other cuts take so much longer than their costs say.
+    constexpr double kCuts = 1.2;
+    return time - kCuts + cost.pair_part * (schedule.pair_parts / 2 - 1) +
+           cost.pair_block * schedule.tail_blocks;
+  }
   if (schedule.tail_blocks > schedule.tail_tiles) {
     const auto parts = static_cast<double>(ceil_div(schedule.tail_blocks, schedule.tail_tiles) - 1);
     time +=
@@ -364,6 +382,14 @@ GemmPlan plan_tiles(const GemmProblem& problem, const DeviceLimits& limits, doub
   const std::int64_t slabs = ceil_div(problem.weight.chunks, kSlabChunks);
   GemmPlan best = no_plan();
   least = std::numeric_limits<double>::infinity();
+  const auto consider = [&](const GemmPlan& plan, const Instance& kernel) {
+    if (!fits(plan, limits)) return;
+    const double cost = tile_cost(problem, kernel, plan);
+    if (cost < least) {
+      least = cost;
+      best = plan;
+    }
+  };
   for (std::size_t i = 0; i < all.size(); ++i) {
     if (all[i].kind != KernelKind::kTile) continue;
     const auto index = static_cast<std::int32_t>(i);
@@ -376,12 +402,13 @@ GemmPlan plan_tiles(const GemmProblem& problem, const DeviceLimits& limits, doub
       const auto tail =
           static_cast<std::int32_t>(share == kAll ? most : std::int64_t{left} * share);
       if (share != 1 && (tail > most || tail <= left)) continue;
-      const GemmPlan plan = tile_plan(problem, index, limits, tail);
-      const double cost = tile_cost(problem, all[i], plan);
-      if (fits(plan, limits) && cost < least) {
-        least = cost;
-        best = plan;
-      }
+      consider(tile_plan(problem, index, limits, tail), all[i]);
+    }
+    // Where strips have up to 3 token tiles, they are quicker.
+    constexpr std::int32_t kFewTokens = 24;
+    for (const std::int32_t parts : {2, 4, 6, 8}) {
+      if (problem.m > kFewTokens && 2 * parts <= slabs)
+        consider(tile_pairs_plan(problem, index, limits, parts), all[i]);
     }
   }
   return best;

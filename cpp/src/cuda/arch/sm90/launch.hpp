@@ -24,6 +24,9 @@ struct TileCost {
   double part;    // ... for each part,
   double block;   // ... and for each block that leaves one
   double uneven;  // runs that cross from a tile into the next
+  // Instead of those, where tiles are shared in pairs (TileSchedule::pair_parts):
+  double pair_part = 0;   // handing over the sums of a pair, for each but the last of a tile, ...
+  double pair_block = 0;  // ... and for each block
 };
 
 /// One kernel: what it takes, how to launch it.
@@ -39,6 +42,7 @@ struct Instance {
   // kTile
   std::int32_t blocks;          // packed blocks of features
   std::int32_t cluster_blocks;  // 1, or 2 that count as one where tiles are shared out
+  bool may_share_tile;          // two blocks of a cluster, as TileSchedule::pair_parts says
   std::int32_t stage_chunks;    // 1 or 2
   std::int32_t stage_bytes;
   std::int32_t output_bytes;
@@ -59,6 +63,10 @@ GemmPlan strip_plan(const GemmProblem& problem, std::int32_t index, const StripC
 /// what is left after whole waves. shared_bytes tells whether it fits.
 GemmPlan tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceLimits& limits,
                    std::int32_t tail_units);
+
+/// A plan of a tile kernel whose tiles are `parts` blocks each, in pairs. shared_bytes tells whether there is one.
+GemmPlan tile_pairs_plan(const GemmProblem& problem, std::int32_t index, const DeviceLimits& limits,
+                         std::int32_t parts);
 
 /// A plan of a tile kernel that cuts every tile into `parts`.
 GemmPlan cut_tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceLimits& limits,

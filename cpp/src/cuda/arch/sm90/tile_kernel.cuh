@@ -8,7 +8,9 @@
 // quotient of the old scale and the new one.
 //
 // Blocks may work in pairs, clusters whose tiles have the same tokens and neighbouring features: each asks
-// for half of x, for both. A pair then counts as one block where tiles are shared out.
+// for half of x, for both. A pair then counts as one block where tiles are shared out. Or in pairs that have
+// neighbouring parts of one tile: each block gets the sums of one warpgroup from the other, through its shared memory,
+// and has half of the features of what both have.
 //
 // Tiles are shared among the blocks as TileSchedule says. A tile that is cut belongs to the block with its
 // last chunks; the others leave their sums in global memory and raise a flag. Where all tiles are cut, a
@@ -61,6 +63,10 @@ struct TileShape
   static constexpr int kBoxBytes = kOutputTokens * Layout::kBlockFeatures * 2;
   static constexpr int kGroupOutputBytes = kGroupBlocks * (kTokens / kOutputTokens) * kBoxBytes;
   static constexpr int kOutputBytes = kGroups * kGroupOutputBytes;
+  static constexpr bool kMayShareTile = kGroups == 2 && kClusterBlocks == 1;
+  // What comes from the other block of a pair has the place of outputs.
+  static constexpr int kHalfTileBytes = TileShape::kTileFloats / 2 * 4;
+  static_assert(!kMayShareTile || kHalfTileBytes <= kOutputBytes);
   // Parts of a tile that a thread reads at a time.
   static constexpr int kThreadSums = kGroupBlocks * kTokens / 2;
   static constexpr int kPartsTogether = kThreadSums <= 32 ? 3 : kThreadSums <= 64 ? 2 : 1;
@@ -198,6 +204,8 @@ class TileRing {
   __device__ __forceinline__ uint32_t x_filled(int stage) const {
     return barriers_ + (2 * stages_ + stage) * 8;
   }
+  /// Completes when the sums of the other block of a pair are there.
+  __device__ __forceinline__ uint32_t received() const { return barriers_ + 3 * stages_ * 8; }
 
   __device__ __forceinline__ int stage() const { return stage_; }
   __device__ __forceinline__ int stages() const { return stages_; }
@@ -232,13 +240,12 @@ class TileFill {
   // Weights do not depend on the kernel before.
   __device__ __forceinline__ void run() {
     const uint64_t policy = ptx::evict_first_policy();
-    if (kRole == FillRole::kX) {
-      if (lane_ == 0) ptx::prefetch_tensor_map(params_.x_map);
-      ptx::wait_for_predecessor();
-    }
+    if (kRole == FillRole::kX && lane_ == 0) ptx::prefetch_tensor_map(params_.x_map);
     TileWalk<S> walk(params_);
     TilePart part;
-    while (walk.next(part)) {
+    bool more = walk.next(part);
+    if (kRole == FillRole::kX) ptx::wait_for_predecessor();
+    for (; more; more = walk.next(part)) {
       // Past the last block of features, which nobody stores, that is read again.
       const int last = (w_.n + Layout::kBlockFeatures - 1) / Layout::kBlockFeatures - 1;
       const int64_t block = min(part.feature_tile * S::kBlocks + lane_, last);
@@ -350,6 +357,8 @@ class TileMultiply {
       values_[b].set_middle(w_);
     }
     bool waited = false;
+    // Before anything is sent to the other block.
+    if (S::kMayShareTile && params_.schedule.pair_parts > 0) ptx::cluster_wait();
     while (walk.next(part)) {
       multiply(part);
       // Nothing is written before the kernel before has ended.
@@ -658,7 +667,14 @@ class TileMultiply {
 
   // --- the end of a part ---
 
-  __device__ __forceinline__ void meet_all() const { ptx::named_barrier(1, S::kMultiplyThreads); }
+  /// All whose sums go the same way.
+  __device__ __forceinline__ void meet_all() const {
+    if (shares_tile()) {
+      meet_group();
+    } else {
+      ptx::named_barrier(1, S::kMultiplyThreads);
+    }
+  }
   __device__ __forceinline__ void meet_group() const { ptx::named_barrier(2 + group_, 128); }
 
   __device__ __forceinline__ void finish(const TilePart& part) {
@@ -669,14 +685,76 @@ class TileMultiply {
 #pragma unroll
       for (int i = 0; i < S::kSums; ++i) sum_[b][i] = __fmul_rn(sum_[b][i], factor[0][i / 2 % 2]);
     }
+    if (shares_tile()) {
+      finish_in_pair(part);
+      return;
+    }
     if (part.end < params_.slabs) {
       leave_part();
       return;
     }
     if (part.begin > 0) {
-      add_parts(first_unit(part) * S::kClusterBlocks + rank_in_unit<S>());
+      add_parts(first_unit(part) * S::kClusterBlocks + rank_in_unit<S>(), S::kClusterBlocks);
     }
     store(part);
+  }
+
+  __device__ __forceinline__ bool shares_tile() const {
+    return S::kMayShareTile && params_.schedule.pair_parts > 0;
+  }
+
+  // Block r of a pair gets what both have of the features of warpgroup r.
+  __device__ __forceinline__ void finish_in_pair(const TilePart& part) {
+    if constexpr (S::kMayShareTile) {
+      const int rank = blockIdx.x % 2;
+      if (group_ != rank) {
+        send(rank ^ 1);
+        return;
+      }
+      receive();
+      // The blocks of a tile stand side by side.
+      const int pair = blockIdx.x % params_.schedule.pair_parts / 2;
+      if (pair + 1 < params_.schedule.pair_parts / 2) {
+        leave_part();
+        return;
+      }
+      if (pair > 0) add_parts(static_cast<int>(blockIdx.x) - 2 * pair, 2);
+      store(part);
+    }
+  }
+
+  static constexpr int kThreadValues = S::kGroupBlocks * S::kSums / 4;  // of 16 bytes
+
+  // A pair shares one tile in a kernel, so that the place is free from the start.
+  __device__ __forceinline__ void send(int block) const {
+    const uint32_t place = ptx::address_in_block(ring_.output() + threadIdx.x % 128 * 16,
+                                                 static_cast<uint32_t>(block));
+    const uint32_t barrier = ptx::address_in_block(ring_.received(), static_cast<uint32_t>(block));
+#pragma unroll
+    for (int i = 0; i < kThreadValues; ++i) {
+      const float* const sums = &sum_[i / (S::kSums / 4)][i % (S::kSums / 4) * 4];
+      ptx::store_async(place + i * (128 * 16), make_float4(sums[0], sums[1], sums[2], sums[3]),
+                       barrier);
+    }
+  }
+
+  __device__ __forceinline__ void receive() {
+    const uint32_t place = ring_.output() + threadIdx.x % 128 * 16;
+    ptx::barrier_wait(ring_.received(), 0);
+#pragma unroll
+    for (int i = 0; i < kThreadValues; ++i) {
+      add(i, ptx::load_shared_float4(place + i * (128 * 16)));
+      // Or all are read before the first is added.
+      if (i % 4 == 3) ptx::keep_in_place(sum_[i / (S::kSums / 4)]);
+    }
+  }
+
+  __device__ __forceinline__ void add(int i, float4 value) {
+    float* const sums = &sum_[i / (S::kSums / 4)][i % (S::kSums / 4) * 4];
+    sums[0] += value.x;
+    sums[1] += value.y;
+    sums[2] += value.z;
+    sums[3] += value.w;
   }
 
   __device__ __forceinline__ float4* part_of_block(int block) const {
@@ -697,56 +775,51 @@ class TileMultiply {
     }
     leave_sums<S>(part_of_block(blockIdx.x), sum_);
     meet_all();
-    if (threadIdx.x == 0) ptx::raise_flag(params_.scratch.flags + blockIdx.x);
+    const bool first = shares_tile() ? threadIdx.x % 128 == 0 : threadIdx.x == 0;
+    if (first) ptx::raise_flag(params_.scratch.flags + blockIdx.x);
   }
 
-  // The nearest first. They have started before this block, since blocks start in the order of their
-  // numbers, and work on this tile before all others of their tail.
-  __device__ __forceinline__ void add_parts(int first) {
-    constexpr int kStep = S::kClusterBlocks;  // to the block with the same features
-    const int last = static_cast<int>(blockIdx.x) - kStep;
-    const int of_thread = last - static_cast<int>(threadIdx.x) * kStep;
-    for (int block = of_thread; block >= first; block -= S::kMultiplyThreads * kStep) {
+  // Those of blocks one `step` apart, which have the same features, the nearest first. They have started before this
+  // block, since blocks start in the order of their numbers, and work on this tile before all others of their tail.
+  __device__ __forceinline__ void add_parts(int first, int step) {
+    const int threads = shares_tile() ? 128 : S::kMultiplyThreads;
+    const int last = static_cast<int>(blockIdx.x) - step;
+    const int of_thread = last - static_cast<int>(threadIdx.x % threads) * step;
+    for (int block = of_thread; block >= first; block -= threads * step) {
       ptx::wait_for_flag(params_.scratch.flags + block, true);
     }
     meet_all();
     int block = last;
     if constexpr (S::kPartsTogether > 1) {
 #pragma unroll 1
-      for (; block - (S::kPartsTogether - 1) * kStep >= first; block -= S::kPartsTogether * kStep) {
-        add_some_parts<S::kPartsTogether>(block);
+      for (; block - (S::kPartsTogether - 1) * step >= first; block -= S::kPartsTogether * step) {
+        add_some_parts<S::kPartsTogether>(block, step);
       }
     }
 #pragma unroll 1
-    for (; block >= first; block -= kStep) add_some_parts<1>(block);
+    for (; block >= first; block -= step) add_some_parts<1>(block, step);
     meet_all();
-    for (block = of_thread; block >= first; block -= S::kMultiplyThreads * kStep) {
+    for (block = of_thread; block >= first; block -= threads * step) {
       ptx::lower_flag(params_.scratch.flags + block);
     }
   }
 
   // On their way together; in the sums one after the other.
   template <int kParts>
-  __device__ __forceinline__ void add_some_parts(int last) {
-    float4 values[kParts][S::kGroupBlocks * S::kSums / 4];
+  __device__ __forceinline__ void add_some_parts(int last, int step) {
+    float4 values[kParts][kThreadValues];
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const float4* const place = part_of_block(last - part * S::kClusterBlocks);
+      const float4* const place = part_of_block(last - part * step);
 #pragma unroll
-      for (int i = 0; i < S::kGroupBlocks * S::kSums / 4; ++i) {
+      for (int i = 0; i < kThreadValues; ++i) {
         values[part][i] = __ldcg(place + i * S::kMultiplyThreads);
       }
     }
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-      for (int i = 0; i < S::kGroupBlocks * S::kSums / 4; ++i) {
-        float* const sums = &sum_[i / (S::kSums / 4)][i % (S::kSums / 4) * 4];
-        sums[0] += values[part][i].x;
-        sums[1] += values[part][i].y;
-        sums[2] += values[part][i].z;
-        sums[3] += values[part][i].w;
-      }
+      for (int i = 0; i < kThreadValues; ++i) add(i, values[part][i]);
     }
   }
 
@@ -854,25 +927,28 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     tile_gemm(const __grid_constant__ TileParams params) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const TileRing<S> ring(params, shared);
+  const bool shares_tile = S::kMayShareTile && params.schedule.pair_parts > 0;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < ring.stages(); ++stage) {
       ptx::barrier_init(ring.filled(stage), 2 * S::kBlocks);
       ptx::barrier_init(ring.x_filled(stage), S::kClusterBlocks == 2 ? 1 : S::kStageChunks);
       ptx::barrier_init(ring.emptied(stage), S::kClusterBlocks * (S::kMultiplyThreads / 32));
     }
+    if (shares_tile) ptx::barrier_init(ring.received(), 1);
     ptx::barrier_init_fence();
+    if (shares_tile) ptx::barrier_expect(ring.received(), S::kHalfTileBytes);
   }
   __syncthreads();
-  if constexpr (S::kClusterBlocks == 2) {
-    ptx::cluster_arrive();
-    ptx::cluster_wait();
-  }
+  if (S::kClusterBlocks == 2 || shares_tile) ptx::cluster_arrive();
+  if (S::kClusterBlocks == 2) ptx::cluster_wait();
   if (threadIdx.x >= S::kMultiplyThreads) {
     ptx::give_registers<S::kFillRegisters>();
     const int role = threadIdx.x / 32 - S::kMultiplyThreads / 32;
     if (role == 0) TileFill<S, FillRole::kCodes>(params, ring).run();
     if (role == 1) TileFill<S, FillRole::kRecords>(params, ring).run();
     if (role == 2) TileFill<S, FillRole::kX>(params, ring).run();
+    __syncwarp();
+    if (shares_tile) ptx::cluster_wait();
   } else {
     ptx::take_registers<S::kMultiplyRegisters>();
     TileMultiply<S>(params, ring).run();

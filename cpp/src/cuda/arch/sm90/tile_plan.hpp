@@ -23,6 +23,9 @@ constexpr std::int32_t stage_groups(const WeightView& w, std::int32_t stage_chun
   return stage_chunks == 1 ? 1 : slab_groups(w);
 }
 
+/// What there is beside the stages and outputs: a barrier.
+constexpr std::int32_t kOtherTileBytes = 8;
+
 /// What a stage takes beside x and codes: records and three barriers.
 constexpr std::int32_t stage_rest(const WeightView& w, std::int32_t blocks,
                                   std::int32_t stage_chunks) noexcept {
