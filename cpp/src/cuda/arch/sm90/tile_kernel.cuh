@@ -357,8 +357,6 @@ class TileMultiply {
       values_[b].set_middle(w_);
     }
     bool waited = false;
-    // Before anything is sent to the other block.
-    if (S::kMayShareTile && params_.schedule.pair_parts > 0) ptx::cluster_wait();
     while (walk.next(part)) {
       multiply(part);
       // Nothing is written before the kernel before has ended.
@@ -939,16 +937,16 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if (shares_tile) ptx::barrier_expect(ring.received(), S::kHalfTileBytes);
   }
   __syncthreads();
-  if (S::kClusterBlocks == 2 || shares_tile) ptx::cluster_arrive();
-  if (S::kClusterBlocks == 2) ptx::cluster_wait();
+  if (S::kClusterBlocks == 2 || shares_tile) {
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+  }
   if (threadIdx.x >= S::kMultiplyThreads) {
     ptx::give_registers<S::kFillRegisters>();
     const int role = threadIdx.x / 32 - S::kMultiplyThreads / 32;
     if (role == 0) TileFill<S, FillRole::kCodes>(params, ring).run();
     if (role == 1) TileFill<S, FillRole::kRecords>(params, ring).run();
     if (role == 2) TileFill<S, FillRole::kX>(params, ring).run();
-    __syncwarp();
-    if (shares_tile) ptx::cluster_wait();
   } else {
     ptx::take_registers<S::kMultiplyRegisters>();
     TileMultiply<S>(params, ring).run();
