@@ -17,13 +17,13 @@ struct TileCosts {
   static constexpr TileCost k128x48{0.42, 0.433, 1.32, 0.83, 0.00, 0.023, 0.40, 0.639, 0.016};
   static constexpr TileCost k128x64{0.08, 0.510, 1.97, 0.40, 0.29, 0.019, 0.86, 0.862, 0.009};
   static constexpr TileCost k128x96{0.00, 0.638, 0.23, 1.33, 0.15, 0.031, 0.52, 0.984, 0.027};
-  static constexpr TileCost k128x128{0.00, 0.757, 0.46, 2.18, 0.00, 0.025, 1.15, 1.248, 0.026};
+  static constexpr TileCost k128x128{0.00, 0.757, 0.46, 2.18, 0.00, 0.025, 1.15, 1.650, 0.026};
   static constexpr TileCost k192x128{0.00, 1.043, 1.02, 1.27, 1.40, 0.023, 1.35};
   static constexpr TileCost k256x16{1.50, 0.600, 0.00, 1.67, 0.52, 0.018, 0.91, 0.765, 0.010};
-  static constexpr TileCost k256x32{0.81, 0.661, 0.00, 1.67, 0.52, 0.018, 0.91, 0.871, 0.022};
-  static constexpr TileCost k256x48{1.01, 0.722, 1.61, 1.04, 0.38, 0.028, 1.54, 0.736, 0.016};
-  static constexpr TileCost k256x64{0.00, 0.821, 3.25, 1.16, 0.48, 0.032, 1.18, 0.679, 0.016};
-  static constexpr TileCost k256x80{0.84, 1.006, 0.07, 1.75, 0.63, 0.024, 1.91, 1.332, 0.027};
+  static constexpr TileCost k256x32{0.81, 0.661, 0.00, 1.67, 0.52, 0.018, 0.91, 1.450, 0.022};
+  static constexpr TileCost k256x48{1.01, 0.722, 1.61, 1.04, 0.38, 0.028, 1.54, 1.450, 0.016};
+  static constexpr TileCost k256x64{0.00, 0.821, 3.25, 1.16, 0.48, 0.032, 1.18, 1.900, 0.016};
+  static constexpr TileCost k256x80{0.84, 1.006, 0.07, 1.75, 0.63, 0.024, 1.91, 1.750, 0.027};
   static constexpr TileCost k256x96{0.00, 1.157, 1.40, 1.14, 0.39, 0.020, 3.41, 1.408, 0.026};
   static constexpr TileCost k256x112{0.00, 1.247, 0.62, 2.51, 0.79, 0.025, 2.33, 1.247, 0.045};
   static constexpr TileCost k256x128{0.00, 1.462, 0.44, 3.23, 0.00, 0.059, 3.35, 1.419, 0.053};
