@@ -157,6 +157,24 @@ TEST(Sm90PlanTest, SlowMemoryTakesOneBlockWithLongRings) {
   }
 }
 
+TEST(Sm90PlanTest, SharesFewTilesInPairs) {
+  constexpr std::int32_t kGroups128 = 3;
+  const DeviceLimits limits = hopper(132);
+  const auto parts = [&](std::int32_t n, std::int32_t k, std::int32_t m,
+                         BatchInvariance invariance) {
+    return sm90::plan(problem_of(n, k, m, 4, kGroups128), limits, invariance).schedule.pair_parts;
+  };
+  for (const std::int32_t m : {96, 192, 256}) {
+    EXPECT_GT(parts(4096, 4096, m, BatchInvariance::kNotRequired), 0) << m;
+    // There, what a tile's sums are must not depend on m.
+    EXPECT_EQ(parts(4096, 4096, m, BatchInvariance::kRequired), 0) << m;
+  }
+  for (const std::int32_t m : {1, 16, 24}) {
+    EXPECT_EQ(parts(4096, 4096, m, BatchInvariance::kNotRequired), 0) << m;
+  }
+  EXPECT_EQ(parts(57344, 8192, 64, BatchInvariance::kNotRequired), 0);
+}
+
 TEST(Sm90PlanTest, CutsTilesOfInvariantLayersInOneWay) {
   constexpr std::int32_t kGroups64 = 2;
   for (const std::int32_t multiprocessors : {132, 114, 78}) {
