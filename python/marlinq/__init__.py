@@ -19,6 +19,7 @@ from marlinq.checkpoint import Checkpoint, ModuleInfo, open
 from marlinq.errors import MarlinqError, MarlinqWarning
 from marlinq.linear import ExpertStack, Linear, load_gptq, load_gptq_stacked
 from marlinq.moe import MoeBlock, moe_align_block_size, route
+from marlinq.schedules import Schedules
 
 __all__ = [
     "Checkpoint",
@@ -29,6 +30,7 @@ __all__ = [
     "MarlinqWarning",
     "ModuleInfo",
     "MoeBlock",
+    "Schedules",
     "__version__",
     "errors",
     "get_cmake_dir",

@@ -17,6 +17,7 @@ __all__: list[str] = [
     "Linear",
     "Module",
     "MoeBlock",
+    "Schedules",
     "backends",
     "build_note",
     "check_block_options",
@@ -28,6 +29,7 @@ __all__: list[str] = [
     "route",
     "time_blocks",
     "time_forwards",
+    "tune",
     "validate",
 ]
 
@@ -155,6 +157,15 @@ class DeviceBuffer:
     ) -> None: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+class Schedules:
+    """
+    Measured schedules: a line for each kind of layer, GPU and rows.
+    """
+    def __init__(self, text: str) -> None: ...
+    def __len__(self) -> int: ...
+    @property
+    def text(self) -> str: ...
 
 class Module:
     """
@@ -302,6 +313,7 @@ def load_gptq(
     compute: str = "auto",
     batch_invariant: bool = False,
     kernel: str = "",
+    schedules: Schedules | None = None,
 ) -> Linear:
     """
     Loads one layer; several modules are fused along N.
@@ -403,6 +415,16 @@ def time_forwards(
 ) -> float:
     """
     Seconds of `count` forwards without a wait between them, through the layers in turn from `first` on.
+    """
+
+def tune(
+    context: Context,
+    linear: Linear,
+    rows: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    dtype: str = "float16",
+) -> list[dict[str, typing.Any]]:
+    """
+    The quickest schedule of a layer for each of these numbers of rows, and its time.
     """
 
 def validate(

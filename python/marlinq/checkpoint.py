@@ -24,6 +24,7 @@ from marlinq.errors import InvalidArgumentError, UnsupportedError
 from marlinq.linear import ExpertStack, Linear, issue_warnings, zero_points_of
 from marlinq.moe import MoeBlock, SharedExpert, check_shared_expert
 from marlinq.reference import Weight, widen
+from marlinq.schedules import Schedules, handle_of
 
 _NEAR_NAMES = 5
 
@@ -147,6 +148,7 @@ class Checkpoint:
         compute: str = "auto",
         batch_invariant: bool = False,
         kernel: str | None = None,
+        schedules: Schedules | None = None,
         context: _core.Context | None = None,
     ) -> Linear:
         """Loads a module, or several fused along N in the order given (q, k, v; gate, up).
@@ -158,6 +160,7 @@ class Checkpoint:
             compute: Arithmetic on the CPU.
             batch_invariant: Whether a row's result must not depend on the other rows.
             kernel: Forces a kernel by name.
+            schedules: Measured ones for a GPU, instead of those that come with the library.
             context: Used instead of this thread's own context; its device counts then.
 
         Raises:
@@ -176,6 +179,7 @@ class Checkpoint:
             compute=compute,
             batch_invariant=batch_invariant,
             kernel=kernel or "",
+            schedules=handle_of(schedules),
         )
         issue_warnings(handle.describe(), stacklevel=2)
         return Linear(handle)

@@ -11,6 +11,7 @@ from marlinq import _core
 from marlinq._arrays import Array, allocate, clear, given, integer, shape_of
 from marlinq._context import Call, context_for
 from marlinq.errors import InvalidArgumentError, MarlinqWarning, UnsupportedError
+from marlinq.schedules import Schedules, handle_of
 
 CHECKPOINT_FORMATS = ("auto", "gptq", "gptq_v2", "gptq_p")
 
@@ -117,6 +118,33 @@ class Linear:
         self._handle.forward(call.context, x, output.target)
         call.finish(x, output.target)
         return output.array()
+
+    def tune(
+        self, rows: Sequence[int], *, dtype: str = "float16", context: _core.Context | None = None
+    ) -> list[dict[str, Any]]:
+        """Measures which schedule of a GPU's kernels is the quickest for this layer.
+
+        Takes a second or so for each number of rows, and some hundred MB of the device; nothing
+        else should run there. Layers of one shape and format have the same answer.
+
+        Args:
+            rows: Ascending numbers of rows of x; each stands for those after the one before it,
+                too.
+            dtype: Of x, "float16" or "bfloat16".
+            context: As of a call.
+
+        Returns:
+            A dict for each number of rows and each run of modules with one row order: "us" of the
+            "schedule", "estimated_us" of what the library takes without one, "text", the line for
+            `Schedules`, and what this consists of: "device", "kernel", "bits", "group_size", "n",
+            "k", "first_rows" and "last_rows". Schedule and line are empty where the library's
+            choice is the quickest and one that has no words.
+
+        Raises:
+            UnsupportedError: The layer is on the CPU.
+            InvalidArgumentError: The rows do not ascend from 1, or the dtype is another one.
+        """
+        return _core.tune(context_for(self._device, context), self._handle, list(rows), dtype)
 
     def __repr__(self) -> str:
         """Shape, format and kernel."""
@@ -333,6 +361,7 @@ def load_gptq(
     compute: str = "auto",
     batch_invariant: bool = False,
     kernel: str | None = None,
+    schedules: Schedules | None = None,
 ) -> Linear:
     """Loads a GPTQ linear layer from its tensors in host memory. They are not needed afterwards.
 
@@ -355,6 +384,7 @@ def load_gptq(
             processor has a unit for it, else float32.
         batch_invariant: Whether a row's result must not depend on the other rows, bit for bit.
         kernel: Forces a kernel by a name that `marlinq.info()` lists.
+        schedules: Measured ones for a GPU, instead of those that come with the library.
 
     Raises:
         InvalidArgumentError: A tensor or an option does not fit.
@@ -372,6 +402,7 @@ def load_gptq(
         compute=compute,
         batch_invariant=batch_invariant,
         kernel=kernel or "",
+        schedules=handle_of(schedules),
     )
     issue_warnings(handle.describe(), stacklevel=2)
     return Linear(handle)

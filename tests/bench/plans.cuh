@@ -1,8 +1,8 @@
-// Times plans of a GPU architecture's products on one GPU, and "auto" and "invariant", which plan() would
+// Times every schedule of a GPU architecture's products on one GPU, and "auto" and "invariant", which plan() would
 // take, and checks each against float64 first: one line of CSV a plan, with its time in us and its error.
 // The cost models of plan() are fitted to these lines.
 //
-// Usage: <program> [fp16 | bf16] [8] [asym] [group=128] [NxK ...] [m=1,16,...] [only=begin of plan names]
+// Usage: <program> [fp16 | bf16] [8] [asym] [group=128] [NxK ...] [m=1,16,...] [only=begin of names]
 //                  [sustain=ms]
 //
 // From some 256 tokens on the power limit sets the clock: what a plan takes in a burst says little about what it takes
@@ -33,17 +33,6 @@
 namespace marlinq::bench {
 
 using namespace marlinq::cuda;
-
-struct NamedPlan {
-  std::string name;
-  GemmPlan plan;
-};
-
-/// What a program times.
-struct PlansOf {
-  const char* arch;
-  std::vector<NamedPlan> (*plans)(const GemmProblem& problem, const DeviceLimits& limits);
-};
 
 struct Shape {
   int n, k;
@@ -134,11 +123,11 @@ __global__ void probe_clock(unsigned long long* elapsed) {
 template <class T>
 class Bench {
  public:
-  Bench(const PlansOf& plans, Shape shape, int bits, bool symmetric, int group_size)
-      : plans_(plans), shape_(shape), bits_(bits), group_size_(group_size) {
+  Bench(const char* arch, Shape shape, int bits, bool symmetric, int group_size)
+      : shape_(shape), bits_(bits), group_size_(group_size) {
     MARLINQ_CUDA_CHECK(cudaStreamCreate(&stream_));
     limits_ = device_limits(0);
-    arch_ = &choose_arch(plans.arch, limits_.capability);
+    arch_ = &choose_arch(arch, limits_.capability);
     const int groups = shape.k / group_size;
     std::uint64_t state = 1;
     std::vector<std::uint32_t> qweight(static_cast<std::size_t>(shape.k) * bits / 32 * shape.n);
@@ -232,8 +221,10 @@ class Bench {
         shape_.k, bits_, group_size_, rows_, step_);
     measure(problem, arch_->plan(problem, limits_, BatchInvariance::kNotRequired), "auto", type);
     measure(problem, arch_->plan(problem, limits_, BatchInvariance::kRequired), "invariant", type);
-    for (const NamedPlan& plan : plans_.plans(problem, limits_))
-      measure(problem, plan.plan, plan.name.c_str(), type);
+    for (const Schedule& schedule : arch_->schedules(problem, limits_)) {
+      measure(problem, arch_->plan_as(problem, limits_, schedule), to_string(schedule).c_str(),
+              type);
+    }
     MARLINQ_CUDA_CHECK(cudaStreamSynchronize(stream_));
     cudaFree(x);
     cudaFree(y);
@@ -299,13 +290,12 @@ class Bench {
     return 1e3 * static_cast<double>(values[0]) / static_cast<double>(values[1]);
   }
 
-  const PlansOf& plans_;
   const ArchKernels* arch_ = nullptr;
   Shape shape_;
   int bits_, group_size_;
 
  public:
-  std::string only;  // begin of the names of plans that are measured
+  std::string only;  // begin of the names of what is measured
   int sustain_ms = 0;
 
  private:
@@ -322,7 +312,7 @@ class Bench {
   int rows_ = 0, step_ = 1;
 };
 
-inline int run_plans(int argc, char** argv, const PlansOf& plans) {
+inline int run_plans(int argc, char** argv, const char* arch) {
   bool half = true, symmetric = true;
   int bits = 4, group_size = 128, sustain_ms = 0;
   std::vector<Shape> shapes;
@@ -358,12 +348,12 @@ inline int run_plans(int argc, char** argv, const PlansOf& plans) {
                              (group_size == 128 ? "" : " g" + std::to_string(group_size));
     for (const Shape shape : shapes) {
       if (half) {
-        Bench<__half> bench(plans, shape, bits, symmetric, group_size);
+        Bench<__half> bench(arch, shape, bits, symmetric, group_size);
         bench.only = only;
         bench.sustain_ms = sustain_ms;
         for (const int m : ms) bench.run(m, type.c_str());
       } else {
-        Bench<__nv_bfloat16> bench(plans, shape, bits, symmetric, group_size);
+        Bench<__nv_bfloat16> bench(arch, shape, bits, symmetric, group_size);
         bench.only = only;
         bench.sustain_ms = sustain_ms;
         for (const int m : ms) bench.run(m, type.c_str());

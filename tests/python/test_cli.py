@@ -328,6 +328,11 @@ def test_bench_knows_models(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
         (("verify", MINILM, "--device", "tpu"), "device: 'tpu', expected 'cpu'"),
         (("bench", "--device", "tpu"), "device: 'tpu', expected 'cpu'"),
         (("inspect", MINILM, "--device", "tpu"), "device: 'tpu', expected 'cpu'"),
+        (("tune", "--device", "cpu"), "tune: expected a checkpoint or --shapes, and not both"),
+        (("tune", MINILM, "--shapes", "8x8", "--device", "cpu"), "tune: expected a checkpoint or"),
+        (("tune", "--shapes", "8"), "'8', expected NxK"),
+        (("tune", "--shapes", "64x64", "--device", "cpu"), "backend 'cpu' does not support tune"),
+        (("bench", "--shapes", "64x64", "--schedules", "missing.txt"), "missing.txt: No such file"),
         (("verify",), "CHECKPOINT"),
         (("nonsense",), "nonsense"),
         ((), "COMMAND"),
@@ -358,7 +363,14 @@ def test_unreadable_checkpoints(
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--help",), ("info", "-h"), ("inspect", "-h"), ("verify", "-h"), ("bench", "-h")],
+    [
+        ("--help",),
+        ("info", "-h"),
+        ("inspect", "-h"),
+        ("verify", "-h"),
+        ("bench", "-h"),
+        ("tune", "-h"),
+    ],
 )
 def test_help_has_examples(run: Any, arguments: tuple[str, ...]) -> None:
     result = run(*arguments)

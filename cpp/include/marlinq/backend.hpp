@@ -8,6 +8,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "marlinq/error.hpp"
 #include "marlinq/gptq.hpp"
@@ -15,6 +16,7 @@
 #include "marlinq/load_options.hpp"
 #include "marlinq/moe_block.hpp"
 #include "marlinq/routing.hpp"
+#include "marlinq/schedules.hpp"
 #include "marlinq/types.hpp"
 
 namespace marlinq {
@@ -40,7 +42,8 @@ concept BackendQuantMarlin =
              std::span<const GptqTensors> experts, const GptqSpec& spec, const LoadOptions& options,
              std::int64_t elements, const MoeBlockParts<B>& parts, const ConstMatrixView& in,
              const MatrixView& out, const RouteOptions& route_options,
-             const ConstArrayView& expert_map, const ArrayView& list, int count, DType dtype) {
+             const ConstArrayView& expert_map, const ArrayView& list, int count, DType dtype,
+             const Linear<B>& linear, std::span<const std::int64_t> rows) {
       { B::load_gptq(context, layer, spec, options) } -> std::same_as<std::unique_ptr<Linear<B>>>;
       {
         B::load_gptq_stacked(context, experts, spec, options)
@@ -56,6 +59,7 @@ concept BackendQuantMarlin =
       { B::copy(context, in, out) } -> std::same_as<void>;
       { B::synchronise(context) } -> std::same_as<void>;
       { B::captured(context) } -> std::same_as<bool>;
+      { B::tune(context, linear, rows, dtype) } -> std::same_as<std::vector<TunedSchedule>>;
     };
 
 /// Derive a backend from QuantMarlinDefaults<Itself> and declare the same static functions for what
@@ -135,6 +139,15 @@ struct QuantMarlinDefaults {
   template <class Context>
   static bool captured(Context&) noexcept {
     return false;
+  }
+
+  /// Measures how a layer runs quickest, for each of `rows` (ascending, at least 1) and the dtype of x (f16 or bf16): an
+  /// entry for each of them and each run of modules with one row order, from the rows before + 1 on. Takes seconds, some
+  /// hundred MB of the device and nothing else that runs there. Throws invalid_argument or out_of_memory.
+  template <class Context>
+  static std::vector<TunedSchedule> tune(Context&, const Linear<B>&, std::span<const std::int64_t>,
+                                         DType) {
+    unsupported("tune");
   }
 
  private:

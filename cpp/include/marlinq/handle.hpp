@@ -16,6 +16,7 @@
 #include "marlinq/load_options.hpp"
 #include "marlinq/moe_block.hpp"
 #include "marlinq/routing.hpp"
+#include "marlinq/schedules.hpp"
 #include "marlinq/types.hpp"
 
 namespace marlinq {
@@ -183,6 +184,10 @@ class MARLINQ_API ContextHandle {
   /// context, measured for some 10 ms. 0 where the backend does not measure it. Throws as load_gptq
   /// for a kernel that there is not.
   double peak_rate(const LoadOptions& options) const;
+
+  /// As QuantMarlinDefaults<B>::tune. Throws invalid_argument also for a layer of another backend.
+  std::vector<TunedSchedule> tune(const LinearHandle& linear, std::span<const std::int64_t> rows,
+                                  DType dtype) const;
 
   detail::AnyContext& any() const noexcept { return *self_; }
 

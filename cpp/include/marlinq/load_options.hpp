@@ -2,10 +2,12 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
 
 #include "marlinq/export.hpp"
+#include "marlinq/schedules.hpp"
 
 namespace marlinq {
 
@@ -39,6 +41,10 @@ struct LoadOptions {
   /// Forces a kernel by one of the names that describe_host() lists; empty lets the backend choose.
   /// A name that this machine cannot run is `unsupported`, an unknown one `invalid_argument`.
   std::string kernel = {};
+  /// Used instead of those that come with the library; null: these. Entries of other devices, kernels and layers do not
+  /// matter; for one of this layer that its kernels do not know the load throws invalid_argument. Batch-invariant layers
+  /// take none. The CPU backend has none, and refuses them as `unsupported`.
+  std::shared_ptr<const Schedules> schedules = nullptr;
 };
 
 }  // namespace marlinq

@@ -10,5 +10,6 @@
 #include "marlinq/moe_block.hpp"
 #include "marlinq/registry.hpp"
 #include "marlinq/routing.hpp"
+#include "marlinq/schedules.hpp"
 #include "marlinq/types.hpp"
 #include "marlinq/version.hpp"

@@ -209,14 +209,6 @@ class PyHostTensor {
   std::optional<py::buffer_info> view_;
 };
 
-DType dtype_of_buffer(const std::string& name) {
-  const std::optional<DType> parsed = parse_dtype(name);
-  if (!parsed)
-    refuse_argument(
-        concat("dtype: ", name, ", expected float32, float16, bfloat16, int32 or int64"));
-  return *parsed;
-}
-
 /// Gives an array the strides of contiguous memory. Returns its elements. Throws invalid_argument or
 /// out_of_memory.
 std::int64_t set_contiguous(BorrowedArray& array, std::vector<std::int64_t> shape) {
@@ -239,7 +231,7 @@ std::int64_t set_contiguous(BorrowedArray& array, std::vector<std::int64_t> shap
 class PyBuffer {
  public:
   PyBuffer(std::vector<std::int64_t> shape, const std::string& dtype) {
-    array_.dtype = dtype_of_buffer(dtype);
+    array_.dtype = named_dtype(dtype);
     const std::int64_t elements = set_contiguous(array_, std::move(shape));
     // Zeroed, so that rows which a call leaves alone are defined.
     array_.owner = std::shared_ptr<void>(
@@ -264,7 +256,7 @@ class PyDeviceBuffer {
  public:
   PyDeviceBuffer(ContextHandle context, std::vector<std::int64_t> shape, const std::string& dtype)
       : context_(std::move(context)) {
-    array_.dtype = dtype_of_buffer(dtype);
+    array_.dtype = named_dtype(dtype);
     const std::int64_t elements = set_contiguous(array_, std::move(shape));
     auto buffer = std::make_shared<BufferHandle>(context_.allocate(array_.dtype, elements));
     array_.device = buffer->device();
@@ -296,6 +288,14 @@ class PyDeviceBuffer {
 };
 
 }  // namespace
+
+DType named_dtype(std::string_view name) {
+  const std::optional<DType> parsed = parse_dtype(name);
+  if (!parsed)
+    refuse_argument(
+        concat("dtype: ", name, ", expected float32, float16, bfloat16, int32 or int64"));
+  return *parsed;
+}
 
 BorrowedArray borrow(py::handle object, std::string_view name, std::int64_t stream) {
   if (is_numpy(object)) return borrow_numpy(py::reinterpret_borrow<py::array>(object), name);

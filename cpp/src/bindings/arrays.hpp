@@ -21,6 +21,9 @@ namespace marlinq::bindings {
 BorrowedArray borrow(pybind11::handle object, std::string_view name,
                      std::int64_t stream = kLegacyDefaultStream);
 
+/// "float16" and so on. Throws invalid_argument.
+DType named_dtype(std::string_view name);
+
 /// The stream of a context for borrow().
 std::int64_t stream_of(const ContextHandle& context);
 

@@ -1,6 +1,7 @@
 // Module, Linear, load_gptq, validate.
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -89,11 +90,13 @@ py::typing::Dict<py::str, py::object> check(const std::vector<const PyModule*>& 
 LinearHandle load(const ContextHandle& context, const std::vector<const PyModule*>& modules,
                   int bits, std::int64_t group_size, std::int64_t k, const std::string& zero_points,
                   const std::string& labelled, const std::string& symmetry,
-                  const std::string& compute, bool batch_invariant, const std::string& kernel) {
+                  const std::string& compute, bool batch_invariant, const std::string& kernel,
+                  const std::optional<PySchedules>& schedules) {
   std::vector<py::object> owners;
   const GptqTensors layer = make_layer(modules, owners);
   const GptqSpec spec = make_spec(bits, group_size, k, zero_points, labelled, symmetry);
-  const LoadOptions options = make_options(compute, batch_invariant, kernel);
+  LoadOptions options = make_options(compute, batch_invariant, kernel);
+  if (schedules) options.schedules = schedules->entries;
   const py::gil_scoped_release release;
   return context.load_gptq(layer, spec, options);
 }
@@ -221,6 +224,7 @@ Each tensor is a HostTensor or anything that HostTensor takes.)")
              py::arg("zero_points") = "auto", py::arg("labelled") = "auto",
              py::arg("symmetry") = "unknown", py::arg("compute") = "auto",
              py::arg("batch_invariant") = false, py::arg("kernel") = "",
+             py::arg("schedules") = py::none(),
              "Loads one layer; several modules are fused along N.");
   module.def("time_forwards", &time_forwards, py::arg("context"), py::arg("layers"), py::arg("x"),
              py::arg("out"), py::kw_only(), py::arg("first"), py::arg("count"),

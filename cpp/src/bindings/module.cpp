@@ -15,7 +15,9 @@ PYBIND11_MODULE(_core, module) {
   bind_arrays(module);
   bind_context(module);
   bind_device_buffer(module);
+  bind_schedules(module);
   bind_linear(module);
+  bind_tuning(module);
   bind_expert_stack(module);
   bind_moe(module);
 }

@@ -5,17 +5,21 @@
 #include <pybind11/typing.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "marlinq/gptq.hpp"
 #include "marlinq/linear.hpp"
 #include "marlinq/load_options.hpp"
+#include "marlinq/schedules.hpp"
 
 namespace marlinq::bindings {
 
 void bind_context(pybind11::module_& module);
+void bind_schedules(pybind11::module_& module);  // before those that take them
 void bind_linear(pybind11::module_& module);
+void bind_tuning(pybind11::module_& module);
 void bind_expert_stack(pybind11::module_& module);
 void bind_moe(pybind11::module_& module);
 
@@ -23,6 +27,11 @@ void bind_moe(pybind11::module_& module);
 struct PyModule {
   GptqModule module;
   std::vector<pybind11::object> owners;
+};
+
+/// Measured schedules, shared by the layers that are loaded with them.
+struct PySchedules {
+  std::shared_ptr<const Schedules> entries;
 };
 
 /// Reads bits, group_size, k, zero_points, labelled and symmetry. Throws invalid_argument.

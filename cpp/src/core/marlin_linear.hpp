@@ -60,6 +60,7 @@ class MarlinLinear final : public Linear<B> {
   Description describe() const override { return B::describe(*packed_, expert_); }
 
   const typename B::Packed& packed() const noexcept { return *packed_; }
+  std::int64_t expert() const noexcept { return expert_; }
 
  private:
   std::shared_ptr<const typename B::Packed> packed_;

@@ -114,6 +114,10 @@ CpuBackend::Context CpuBackend::open(Device device, const ContextOptions& option
 std::shared_ptr<const CpuBackend::Packed> CpuBackend::pack(Context& context,
                                                            std::span<const GptqWeights> experts,
                                                            const LoadOptions& options) {
+  if (options.schedules != nullptr) {
+    throw Error(ErrorCode::kUnsupported,
+                "backend 'cpu' does not support schedules; its kernels have one each");
+  }
   const cpu::IsaKernels& isa = cpu::choose_isa(options.kernel);
   return cpu::pack_experts(experts, isa, cpu::choose_compute(options.compute, isa),
                            context.threads());

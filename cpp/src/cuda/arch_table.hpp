@@ -4,10 +4,12 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string_view>
 #include <vector>
 
 #include "cuda/device_weight.hpp"
 #include "cuda/problem.hpp"
+#include "cuda/schedule.hpp"
 
 namespace marlinq::cuda {
 
@@ -29,6 +31,17 @@ struct ArchKernels {
   /// Pure: how to run a problem.
   GemmPlan (*plan)(const GemmProblem& problem, const DeviceLimits& limits,
                    BatchInvariance invariance);
+
+  /// Pure: every schedule that may be the quickest for a problem, each of which has a plan that fits.
+  std::vector<Schedule> (*schedules)(const GemmProblem& problem, const DeviceLimits& limits);
+
+  /// Pure: the plan of such a schedule. One that these kernels do not have, or that does not fit, has a plan of
+  /// INT32_MAX shared_bytes.
+  GemmPlan (*plan_as)(const GemmProblem& problem, const DeviceLimits& limits,
+                      const Schedule& schedule);
+
+  /// Measured schedules that come with the library, as text.
+  std::string_view measured;
 
   /// Most floats of partial sums and most flags that any plan needs.
   void (*scratch_need)(const DeviceLimits& limits, std::int64_t& partial_floats,

@@ -6,7 +6,7 @@ endif()
 find_package(CUDAToolkit REQUIRED)
 marlinq_add_backend(NAME cuda TYPE marlinq::CudaBackend HEADER marlinq/cuda/cuda_backend.hpp
   SOURCES completion.cpp context.cpp copy_ring.cpp cuda_backend.cpp device_buffer.cpp dispatch.cpp fetch.cu gather.cu info.cpp
-    layers_to_load.cpp memory.cpp packed.cpp products.cpp raw_pieces.cpp tensor_map.cpp upload.cpp
+    layers_to_load.cpp memory.cpp packed.cpp products.cpp raw_pieces.cpp schedule.cpp schedule_table.cpp tensor_map.cpp tune.cpp upload.cpp
     moe/align.cu moe/block.cpp moe/elementwise.cu moe/route.cu moe/routing_api.cpp)
 target_link_libraries(marlinq_cuda PRIVATE CUDA::cudart_static)
 

@@ -70,7 +70,7 @@ std::shared_ptr<const PackedExperts> load_experts(ContextState& state,
     return arch.pack(layers, upload);
   });
   return std::make_shared<const PackedExperts>(std::move(packed), arch, layers.checked(),
-                                               state.limits, options.batch_invariance);
+                                               state.limits, options);
 }
 
 }  // namespace

@@ -3,10 +3,12 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "cuda/completion.hpp"
 #include "cuda/problem.hpp"
+#include "cuda/schedule.hpp"
 #include "marlinq/cuda/cuda_backend.hpp"
 
 namespace marlinq::cuda {
@@ -15,6 +17,8 @@ namespace marlinq::cuda {
 struct Segment {
   WeightView view;
   std::int64_t first_feature = 0;  // of the output
+  std::vector<RowsSchedule>
+      schedules;  // in ascending order; other rows have the plan of the architecture
 };
 
 /// An expert of a stack is a slot of its own: its segments are those of expert 0, so many bytes
@@ -28,5 +32,27 @@ struct DeviceWeight {
   std::int64_t k_padded = 0;
   std::int64_t n_padded = 0;
 };
+
+/// The same weight, so many bytes further.
+inline WeightView moved(const WeightView& view, std::int64_t bytes) noexcept {
+  WeightView result = view;
+  const auto move = [bytes](auto*& pointer) {
+    if (pointer == nullptr) return;
+    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(
+        reinterpret_cast<std::uintptr_t>(pointer) + static_cast<std::uintptr_t>(bytes));
+  };
+  move(result.codes);
+  move(result.groups);
+  move(result.chunk_groups);
+  move(result.bias);
+  move(result.source);
+  return result;
+}
+
+/// An expert of a stack as a weight of its own.
+inline WeightView expert_view(const DeviceWeight& weight, const Segment& segment,
+                              std::int64_t expert) noexcept {
+  return moved(segment.view, expert * weight.expert_bytes);
+}
 
 }  // namespace marlinq::cuda

@@ -8,6 +8,7 @@
 
 #include "core/concat.hpp"
 #include "cuda/cuda_check.hpp"
+#include "cuda/schedule_table.hpp"
 #include "marlinq/cuda/cuda_backend.hpp"
 
 namespace marlinq {
@@ -17,22 +18,18 @@ std::string schedule_text(const DeviceWeight& weight, const ArchKernels& arch,
                           const DeviceLimits& limits, BatchInvariance invariance) {
   std::string text;
   for (const std::int32_t m : {1, 16, 64, 512}) {
-    const WeightView& view = weight.segments.front().view;
-    const GemmPlan plan = arch.plan({.weight = view,
-                                     .x = nullptr,
-                                     .x_type = FloatType::kF16,
-                                     .x_stride = view.k,
-                                     .x_columns = view.k,
-                                     .y = nullptr,
-                                     .y_type = FloatType::kF16,
-                                     .y_stride = view.n,
-                                     .m = m},
+    const Segment& segment = weight.segments.front();
+    const GemmPlan plan = plan_rows(problem_without_data(segment.view, m), segment.schedules, arch,
                                     limits, invariance);
     text += concat(text.empty() ? "" : "; ", "m ", m, ": ",
                    plan.kind == KernelKind::kStrip ? "strips" : "tiles", " on ", plan.blocks,
                    " blocks of ", plan.warps, " warps");
   }
-  return text;
+  std::string measured;
+  for (const RowsSchedule& rows : weight.segments.front().schedules)
+    measured +=
+        concat(measured.empty() ? "; measured for m " : ", ", rows.first_rows, "-", rows.last_rows);
+  return text + measured;
 }
 
 std::string why_no_devices(cudaError_t status) {

@@ -12,7 +12,7 @@
 
 namespace marlinq::cuda {
 
-/// What plan() chooses for float16 rows of a layer, from a single one to many, as text.
+/// The plans of float16 rows of a layer, from a single one to many, and the rows that have measured schedules, as text.
 std::string schedule_text(const DeviceWeight& weight, const ArchKernels& arch,
                           const DeviceLimits& limits, BatchInvariance invariance);
 

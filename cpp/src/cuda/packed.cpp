@@ -6,20 +6,22 @@
 #include "core/elements.hpp"
 #include "core/zero_point_names.hpp"
 #include "cuda/info.hpp"
+#include "cuda/schedule_table.hpp"
 
 namespace marlinq::cuda {
 
 PackedExperts::PackedExperts(DeviceWeight weight, const ArchKernels& arch,
                              std::span<const GptqWeights> experts, const DeviceLimits& limits,
-                             BatchInvariance invariance)
-    : weight_(std::move(weight)), arch_(arch), invariance_(invariance) {
+                             const LoadOptions& options)
+    : weight_(std::move(weight)), arch_(arch), invariance_(options.batch_invariance) {
   const GptqWeights& first = experts.front();
+  take_schedules(options, first.group_size, limits);
   whole_.backend = CudaBackend::kName;
   whole_.device = to_string(device());
   whole_.arch = arch.name;
   whole_.kernel = arch.name;
   whole_.compute = "float16 or bfloat16";  // as the activations
-  whole_.schedule = schedule_text(weight_, arch, limits, invariance);
+  whole_.schedule = schedule_text(weight_, arch, limits, invariance_);
   whole_.bits = first.bits;
   whole_.group_size = first.group_size;
   whole_.k = first.k;
@@ -31,7 +33,7 @@ PackedExperts::PackedExperts(DeviceWeight weight, const ArchKernels& arch,
     whole_.fused.push_back(module.n);
     whole_.bias = whole_.bias || module.bias != nullptr;
   }
-  whole_.batch_invariant = invariance == BatchInvariance::kRequired;
+  whole_.batch_invariant = invariance_ == BatchInvariance::kRequired;
   whole_.scale_dtype = to_string(first.modules.front().scale_dtype);
   whole_.packed_bytes = weight_.memory.size() * 4;
   whole_.symmetric = true;
@@ -51,6 +53,18 @@ PackedExperts::PackedExperts(DeviceWeight weight, const ArchKernels& arch,
     const bool same = parts_.empty() || part.zero_points == whole_.zero_points;
     whole_.zero_points = same ? part.zero_points : "mixed";
     parts_.push_back(std::move(part));
+  }
+}
+
+void PackedExperts::take_schedules(const LoadOptions& options, std::int64_t group_size,
+                                   const DeviceLimits& limits) {
+  const Schedules& entries =
+      options.schedules == nullptr ? measured_schedules(arch_) : *options.schedules;
+  if (entries.empty() || invariance_ == BatchInvariance::kRequired) return;
+  for (Segment& segment : weight_.segments) {
+    segment.schedules =
+        schedules_of(entries, entry_of(device().index, arch_, segment.view, group_size), arch_,
+                     segment.view, limits);
   }
 }
 

@@ -16,9 +16,9 @@ namespace marlinq::cuda {
 /// On one device; immutable, and shared by any number of contexts and streams of it.
 class PackedExperts {
  public:
-  /// `experts` is what `weight` was packed from. `context` is any of its device.
+  /// `experts` is what `weight` was packed from. Throws invalid_argument for schedules that do not fit.
   PackedExperts(DeviceWeight weight, const ArchKernels& arch, std::span<const GptqWeights> experts,
-                const DeviceLimits& limits, BatchInvariance invariance);
+                const DeviceLimits& limits, const LoadOptions& options);
 
   std::int64_t num_experts() const noexcept { return weight_.experts; }
   std::int64_t k() const noexcept { return whole_.k; }
@@ -41,6 +41,9 @@ class PackedExperts {
     std::int64_t checkpoint_bytes = 0;
     std::vector<std::string> warnings;
   };
+
+  void take_schedules(const LoadOptions& options, std::int64_t group_size,
+                      const DeviceLimits& limits);
 
   DeviceWeight weight_;
   const ArchKernels& arch_;

@@ -154,6 +154,8 @@ struct TileSchedule {
   /// Where not 0: the blocks of each tile of the tail, an even number; those next to each other are a cluster, and add up
   /// their sums before they hand them over. There are no whole tiles then.
   std::int32_t pair_parts = 0;
+
+  bool operator==(const TileSchedule&) const = default;
 };
 
 /// How a problem is run; the pure result of plan().
@@ -173,6 +175,8 @@ struct GemmPlan {
   std::int32_t share_halves = 1;
   /// The kernel may start before the one before it has ended, and waits for it by itself.
   bool dependent_launch = false;
+
+  bool operator==(const GemmPlan&) const = default;
 };
 
 }  // namespace marlinq::cuda

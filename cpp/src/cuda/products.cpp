@@ -7,30 +7,12 @@
 #include "core/matrix_checks.hpp"
 #include "cuda/cuda_check.hpp"
 #include "cuda/gather.hpp"
+#include "cuda/schedule_table.hpp"
 
 namespace marlinq::cuda {
 namespace {
 
 std::int64_t size_of(FloatType type) noexcept { return type == FloatType::kF32 ? 4 : 2; }
-
-template <class T>
-T* moved(T* pointer, std::int64_t bytes) noexcept {
-  if (pointer == nullptr) return nullptr;
-  return reinterpret_cast<T*>(reinterpret_cast<std::uintptr_t>(pointer) +
-                              static_cast<std::uintptr_t>(bytes));
-}
-
-// An expert of a stack as a weight of its own.
-WeightView view_of(const DeviceWeight& weight, const Segment& segment, std::int64_t expert) {
-  const std::int64_t bytes = expert * weight.expert_bytes;
-  WeightView view = segment.view;
-  view.codes = moved(view.codes, bytes);
-  view.groups = moved(view.groups, bytes);
-  view.chunk_groups = moved(view.chunk_groups, bytes);
-  view.bias = moved(view.bias, bytes);
-  view.source = moved(view.source, bytes);
-  return view;
-}
 
 // Kernels copy 16 bytes of x at a time.
 bool is_readable(const FloatMatrix& x, std::int64_t rows, std::int64_t k) noexcept {
@@ -46,8 +28,9 @@ void order_after_packing(ContextState& state, const PackedExperts& packed) {
   packed.weight().ready.precede(state.stream);
 }
 
-void run_segment(ContextState& state, const PackedExperts& packed, const WeightView& weight,
-                 const FloatMatrix& x, const FloatOutput& y, std::int64_t m) {
+void run_segment(ContextState& state, const PackedExperts& packed, const Segment& segment,
+                 std::int64_t expert, const FloatMatrix& x, const FloatOutput& y, std::int64_t m) {
+  const WeightView weight = expert_view(packed.weight(), segment, expert);
   GemmProblem problem{.weight = weight,
                       .x = x.data,
                       .x_type = multiplied_in(x.type),
@@ -78,8 +61,9 @@ void run_segment(ContextState& state, const PackedExperts& packed, const WeightV
     part.y =
         static_cast<unsigned char*>(problem.y) + first * problem.y_stride * size_of(problem.y_type);
     part.m = static_cast<std::int32_t>(std::min(most, m - first));
-    packed.arch().launch(part, packed.arch().plan(part, state.limits, packed.invariance()),
-                         state.split_scratch(), state.stream);
+    const GemmPlan plan =
+        plan_rows(part, segment.schedules, packed.arch(), state.limits, packed.invariance());
+    packed.arch().launch(part, plan, state.split_scratch(), state.stream);
   }
 }
 
@@ -158,7 +142,7 @@ void gather_phase(ContextState& state, const PackedExperts& packed, const Segmen
   } else {
     std::int64_t slot = 0;
     for (const ExpertRows& part : phase.dispatches) {
-      gather(view_of(packed.weight(), segment, part.expert), part.input_row, part.rows, slot);
+      gather(expert_view(packed.weight(), segment, part.expert), part.input_row, part.rows, slot);
       slot += round_up(part.rows, plan.tokens);
     }
     problem.x_by_slot = true;
@@ -178,8 +162,7 @@ void run_rows(ContextState& state, const PackedExperts& packed, std::int64_t exp
   for (const Segment& segment : packed.weight().segments) {
     y.data = static_cast<unsigned char*>(output.data) +
              segment.first_feature * size_of(float_output(output).type);
-    run_segment(state, packed, view_of(packed.weight(), segment, expert), float_matrix(input), y,
-                m);
+    run_segment(state, packed, segment, expert, float_matrix(input), y, m);
   }
 }
 

@@ -18,6 +18,8 @@
 namespace marlinq {
 namespace detail {
 
+class AnyLinear;
+
 class AnyBuffer {
  public:
   virtual ~AnyBuffer() = default;
@@ -49,6 +51,8 @@ class AnyContext {
   virtual void copy(const ConstMatrixView&, const MatrixView&) = 0;
   virtual void synchronise() = 0;
   virtual bool captured() = 0;
+  virtual std::vector<TunedSchedule> tune(const AnyLinear&, std::span<const std::int64_t>,
+                                          DType) = 0;
 };
 
 class AnyLinear {
@@ -360,6 +364,11 @@ class ContextModel final : public AnyContext {
     B::synchronise(context_);
   }
   bool captured() override { return B::captured(context_); }
+  std::vector<TunedSchedule> tune(const AnyLinear& linear, std::span<const std::int64_t> rows,
+                                  DType dtype) override {
+    const ContextUse use(busy_);
+    return B::tune(context_, *cast<LinearModel, B>(linear, "linear").typed(), rows, dtype);
+  }
 
   typename B::Context& context() noexcept { return context_; }
   bool on_cpu() const { return context_.device().kind == DeviceKind::kCpu; }

@@ -112,5 +112,10 @@ void ContextHandle::synchronise() const {
   guarded([&] { self_->synchronise(); });
 }
 bool ContextHandle::captured() const { return self_->captured(); }
+std::vector<TunedSchedule> ContextHandle::tune(const LinearHandle& linear,
+                                               std::span<const std::int64_t> rows,
+                                               DType dtype) const {
+  return guarded([&] { return self_->tune(linear.any(), rows, dtype); });
+}
 
 }  // namespace marlinq

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import marlinq
-from marlinq.cli import bench, info, inspect, verify
+from marlinq.cli import bench, info, inspect, tune, verify
 from marlinq.errors import MarlinqError
 
 _DESCRIPTION = "Run and check the layers of 4-bit GPTQ checkpoints."
@@ -16,6 +16,7 @@ examples:
   marlinq inspect path/to/checkpoint        every quantised module and what would run it
   marlinq verify path/to/checkpoint         every module against an independent reference
   marlinq bench --shapes 4096x4096 --rows 1,16
+  marlinq tune path/to/checkpoint --device cuda --output schedules.txt
 
 exit codes:
   0  all is well
@@ -41,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         help="print the directory of marlinqConfig.cmake and exit",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (info, inspect, verify, bench):
+    for command in (info, inspect, verify, bench, tune):
         command.add_command(commands)
     return parser
 

@@ -4,7 +4,7 @@ import argparse
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,16 +20,26 @@ from marlinq.cli._arguments import (
     arithmetic,
     check_load_options,
     new_command,
-    open_from,
     positive,
     rows_list,
-    select,
+)
+from marlinq.cli._cases import (
+    DEFAULT_SHAPES,
+    SEED,
+    Case,
+    checkpoint_cases,
+    load_arguments,
+    random_cases,
+    random_format,
+    random_module,
+    random_weight,
+    shapes_list,
 )
 from marlinq.cli._output import duration, print_json, print_line, print_table, progress, size
 from marlinq.errors import InvalidArgumentError, MarlinqWarning
 from marlinq.linear import ExpertStack, Linear
 from marlinq.moe import MoeBlock
-from marlinq.reference import Weight
+from marlinq.schedules import Schedules
 
 _EXAMPLES = """\
   marlinq bench
@@ -51,8 +61,6 @@ wait between them, so that a kernel shorter than its launch takes as long as the
 tokens. Each call takes the next of several random routings, and packed bytes are those of the
 experts that its tokens meet.
 """
-_DEFAULT_SHAPES = "4096x4096,1024x4096,14336x4096,4096x14336"
-_SEED = 20240229
 _BURST_SECONDS = 0.02
 _FEWEST_BURSTS = 5
 _ASSUMED_CACHE = 64 << 20
@@ -60,18 +68,6 @@ _LEAST_COLD, _MOST_COLD = 64 << 20, 1 << 30  # bytes that the copies of a weight
 _COLD_ON_DEVICE = 256 << 20  # a few times the cache of a GPU
 _MOST_COPIES_ON_DEVICE = 512  # of small weights, which take longer to load than to measure
 _FEWEST_ROUTINGS, _MOST_ROUTINGS = 4, 64
-
-
-@dataclass(frozen=True)
-class _Case:
-    """A weight to measure; `load` makes a fresh copy of it."""
-
-    name: str
-    count: int
-    bits: int
-    group_size: int
-    load: Callable[[], Linear]
-    reference: Weight
 
 
 @dataclass(frozen=True)
@@ -87,16 +83,6 @@ _MODELS = {
     "mixtral-8x7b": _MoeShape(8, 2, 4096, 14336),
     "deepseek-v3": _MoeShape(256, 8, 7168, 2048),
 }
-
-
-def _shapes(text: str) -> list[tuple[int, int]]:
-    shapes = []
-    for part in text.split(","):
-        n, separator, k = part.lower().partition("x")
-        if not separator:
-            raise argparse.ArgumentTypeError(f"{part!r}, expected NxK such as 14336x4096")
-        shapes.append((positive(n), positive(k)))
-    return shapes
 
 
 def _moe_shape(text: str) -> tuple[str, _MoeShape]:
@@ -119,9 +105,9 @@ def add_command(commands: Commands) -> None:
     parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
     parser.add_argument(
         "--shapes",
-        type=_shapes,
+        type=shapes_list,
         metavar="NxK,...",
-        help=f"random weights of these shapes (default: {_DEFAULT_SHAPES})",
+        help=f"random weights of these shapes (default: {DEFAULT_SHAPES})",
     )
     parser.add_argument(
         "--moe",
@@ -136,6 +122,9 @@ def add_command(commands: Commands) -> None:
     )
     parser.add_argument(
         "--seconds", type=float, default=0.5, help="time per measurement (default: 0.5)"
+    )
+    parser.add_argument(
+        "--schedules", metavar="FILE", help="schedules that `marlinq tune` has written"
     )
     parser.add_argument("--hot", action="store_true", help="use one copy of the weight")
     parser.add_argument("--no-numpy", action="store_true", help="do not measure numpy")
@@ -217,69 +206,6 @@ def _round(calls: list[Callable[[], object]]) -> Callable[[int, int], float]:
     return burst
 
 
-def _random_weight(n: int, k: int, bits: int, group_size: int, seed: int) -> Weight:
-    random = np.random.default_rng(seed)
-    words = -(-k * bits // 32)
-    groups = 1 if group_size == -1 else -(-k // group_size)
-    qweight = random.integers(0, 1 << 32, (words, n), np.uint32).view(np.int32)
-    scales = random.uniform(0.5, 1.5, (groups, n)) / (1 << bits)
-    return Weight(qweight, scales.astype(np.float16), bits=bits, group_size=group_size, k=k)
-
-
-def _module(weight: Weight) -> _core.Module:
-    return _core.Module("random", weight.qweight, weight.scales)
-
-
-def _load_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    return {"compute": options.compute, "kernel": options.kernel or ""}
-
-
-def _random_format(options: argparse.Namespace) -> tuple[int, int]:
-    return options.bits or 4, 128 if options.group_size is None else options.group_size
-
-
-def _random_cases(options: argparse.Namespace, context: _core.Context) -> Iterator[_Case]:
-    bits, group_size = _random_format(options)
-    for n, k in options.shapes or _shapes(_DEFAULT_SHAPES):
-        weight = _random_weight(n, k, bits, group_size, _SEED)
-
-        def load(weight: Weight = weight, k: int = k) -> Linear:
-            return Linear(
-                _core.load_gptq(
-                    context,
-                    [_module(weight)],
-                    bits=bits,
-                    group_size=group_size,
-                    k=k,
-                    **_load_arguments(options),
-                )
-            )
-
-        yield _Case(f"{n}x{k}", 1, bits, group_size, load, weight)
-
-
-def _checkpoint_cases(options: argparse.Namespace, context: _core.Context) -> Iterator[_Case]:
-    checkpoint = open_from(options)
-    alike: dict[tuple[object, ...], list[str]] = {}
-    formats = {}
-    for info in select(checkpoint, options.modules):
-        if info.supported:
-            key = (info.n, info.k, info.bits, info.group_size, info.symmetric, info.act_order)
-            alike.setdefault(key, []).append(info.name)
-            formats[info.name] = (info.bits, info.group_size)
-    if not alike:
-        raise InvalidArgumentError(f"{checkpoint.path}: no module that marlinq can load")
-    for names in alike.values():
-        name = names[0]
-
-        def load(name: str = name) -> Linear:
-            return checkpoint.linear(
-                name, compute=options.compute, kernel=options.kernel, context=context
-            )
-
-        yield _Case(name, len(names), *formats[name], load, checkpoint.reference(name))
-
-
 def _matmul(x: Any, weight: Any) -> Callable[[], object]:
     out = np.empty((len(x), len(weight)), np.float32)
     return lambda: np.matmul(x, weight.T, out=out)
@@ -310,7 +236,7 @@ def _forwards(layers: list[Linear], x: Any, context: _core.Context) -> Callable[
 
 
 def _bench_case(
-    case: _Case, options: argparse.Namespace, context: _core.Context
+    case: Case, options: argparse.Namespace, context: _core.Context
 ) -> list[dict[str, Any]]:
     layers = [case.load()]
     chosen = layers[0].describe()
@@ -325,7 +251,7 @@ def _bench_case(
     results = []
     for m in options.rows:
         k, n = layers[0].in_features, layers[0].out_features
-        x = np.random.default_rng(_SEED).standard_normal((m, k), np.float32)
+        x = np.random.default_rng(SEED).standard_normal((m, k), np.float32)
         seconds = _measure(_forwards(layers, x, context), options.seconds)
         numpy = None
         if matrices:
@@ -359,24 +285,24 @@ def _bench_case(
 def _random_stack(
     experts: int, n: int, k: int, options: argparse.Namespace, context: _core.Context
 ) -> ExpertStack:
-    bits, group_size = _random_format(options)
+    bits, group_size = random_format(options)
     # A few different experts stand for all: what they hold does not change the time.
-    weights = [_random_weight(n, k, bits, group_size, _SEED + i) for i in range(min(experts, 4))]
+    weights = [random_weight(n, k, bits, group_size, SEED + i) for i in range(min(experts, 4))]
     return ExpertStack(
         _core.load_gptq_stacked(
             context,
-            [[_module(weights[index % len(weights)])] for index in range(experts)],
+            [[random_module(weights[index % len(weights)])] for index in range(experts)],
             bits=bits,
             group_size=group_size,
             k=k,
-            **_load_arguments(options),
+            **load_arguments(options),
         )
     )
 
 
 def _routings(shape: _MoeShape, tokens: int, count: int) -> list[Any]:
     """Ids of distinct experts for each token, uniform."""
-    random = np.random.default_rng(_SEED)
+    random = np.random.default_rng(SEED)
     scores = (random.random((tokens, shape.experts), np.float32) for _ in range(count))
     return [
         np.argpartition(score, shape.top_k - 1)[:, : shape.top_k].astype(np.int32)
@@ -402,7 +328,7 @@ def _bench_moe(
     handles = [each._handle for each in blocks]
     results = []
     for m in options.rows:
-        x = np.random.default_rng(_SEED).standard_normal((m, shape.hidden), np.float32)
+        x = np.random.default_rng(SEED).standard_normal((m, shape.hidden), np.float32)
         out = _activations(np.zeros_like(x), context)
         x = _activations(x, context)
         count = 1
@@ -505,15 +431,16 @@ def _run(options: argparse.Namespace) -> int:
                     advance(name)
                     results += _bench_moe(name, shape, options, context)
         if options.moe is None or options.shapes:
-            cases = _random_cases if options.checkpoint is None else _checkpoint_cases
-            listed = list(cases(options, context))
+            cases = random_cases if options.checkpoint is None else checkpoint_cases
+            schedules = Schedules.read(options.schedules) if options.schedules else None
+            listed = list(cases(options, context, schedules))
             with progress("measuring", len(listed)) as advance:
                 for case in listed:
                     advance(case.name)
                     results += _bench_case(case, options, context)
     # Weights that stay in a cache are not bound by memory.
     memory = None if options.hot else _memory_speed(context) / 1e9
-    peak = context.peak_rate(**_load_arguments(options)) / 1e9 or None
+    peak = context.peak_rate(**load_arguments(options)) / 1e9 or None
     for result in results:
         result["memory_share"] = None if memory is None else result["gb_per_second"] / memory
         result["peak_share"] = None if peak is None else result["gflop_per_second"] / peak

@@ -33,6 +33,20 @@ TEST(NullBackendTest, MoeAndRoutingNameBackendAndOperation) {
                [&] { NullBackend::moe_align_block_size(context, {}, 8, 1, {}, {}, {}, {}); });
 }
 
+struct NullLinear final : Linear<NullBackend> {
+  std::int64_t in_features() const noexcept override { return 1; }
+  std::int64_t out_features() const noexcept override { return 1; }
+  void forward(NullContext&, const ConstMatrixView&, const MatrixView&,
+               std::int64_t) const override {}
+  Description describe() const override { return {}; }
+};
+
+TEST(NullBackendTest, TuneNamesBackendAndOperation) {
+  NullContext context;
+  expect_error(ErrorCode::kUnsupported, {"backend 'null'", "tune"},
+               [&] { NullBackend::tune(context, NullLinear(), {}, DType::kFloat16); });
+}
+
 TEST(NullBackendTest, PregrowDoesNothing) {
   NullContext context;
   EXPECT_NO_THROW(NullBackend::pregrow_marlin_gather_scratch(context, 0));

@@ -22,11 +22,10 @@ target_include_directories(test_cuda_load PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/c
 target_compile_options(test_cuda_load PRIVATE -Wno-missing-field-initializers $<$<CXX_COMPILER_ID:GNU>:-Wno-restrict>)
 target_link_libraries(test_cuda_load PRIVATE marlinq_internal Threads::Threads)
 
-if(TARGET marlinq_cuda_sm90)
-  marlinq_test_program(cuda_plans cuda cpp/cuda/test_sm90_plans.cpp)
-  target_include_directories(test_cuda_plans PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
-  target_link_libraries(test_cuda_plans PRIVATE marlinq_test_support marlinq_internal CUDA::cudart_static)
-endif()
+marlinq_test_program(cuda_plans cuda cpp/cuda/test_schedules.cpp
+  $<$<TARGET_EXISTS:marlinq_cuda_sm90>:cpp/cuda/test_sm90_plans.cpp>)
+target_include_directories(test_cuda_plans PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
+target_link_libraries(test_cuda_plans PRIVATE marlinq_test_support marlinq_internal CUDA::cudart_static)
 
 # On a device; a visible skip where there is none. What the runtime allocates is counted.
 marlinq_add_test(gpu

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <vector>
 
 #include "marlinq/backend.hpp"
 #include "marlinq/export.hpp"
@@ -97,6 +98,8 @@ struct MARLINQ_API CudaBackend : QuantMarlinDefaults<CudaBackend> {
   static void copy(Context& context, const ConstMatrixView& from, const MatrixView& to);
   static void synchronise(Context& context);
   static bool captured(Context& context) noexcept;
+  static std::vector<TunedSchedule> tune(Context& context, const Linear<CudaBackend>& linear,
+                                         std::span<const std::int64_t> rows, DType dtype);
 
   // For the registry.
   static BackendInfo info();

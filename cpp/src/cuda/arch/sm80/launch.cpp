@@ -17,6 +17,7 @@
 
 namespace marlinq::cuda::sm80 {
 
+extern const ArchKernels kKernels;
 extern const std::array<Instance, kInstanceCount> kInstances_fp16_w4;
 extern const std::array<Instance, kInstanceCount> kInstances_fp16_w8;
 extern const std::array<Instance, kInstanceCount> kInstances_bf16_w4;
@@ -129,32 +130,45 @@ double tile_cost(const Instance& kernel, const GemmPlan& plan, std::int32_t chun
   return time;
 }
 
-// The cheapest plan of a tile kernel among those that share the last tiles among few or all blocks.
-void consider_tiles(const GemmProblem& problem, std::int32_t instance, const DeviceLimits& limits,
-                    bool may_cut, GemmPlan& best, double& least) {
+/// How many tiles of a kernel are left after whole waves, and how many blocks may share them.
+struct Tail {
+  std::int32_t together;  // blocks on a multiprocessor; 0: the kernel does not fit
+  std::int32_t blocks;
+  std::int32_t left;
+  std::int64_t most;
+};
+
+Tail tail_of(const GemmProblem& problem, std::int32_t instance, const DeviceLimits& limits) {
   const Instance& kernel =
       instances(problem.x_type, problem.weight.code_bits)[static_cast<std::size_t>(instance)];
-  const std::int32_t chunks = problem.weight.chunks;
-  GemmPlan plan = tile_plan(problem, instance, 1, 0);
-  if (plan.shared_bytes > usable_shared(limits)) return;
+  const GemmPlan plan = tile_plan(problem, instance, 1, 0);
+  if (plan.shared_bytes > usable_shared(limits)) return {};
   const std::int32_t together = blocks_together(kernel, plan, limits);
   const std::int32_t blocks = together * limits.multiprocessors;
   const std::int32_t left = tile_plan(problem, instance, blocks, 0).schedule.tail_tiles;
   // A run of less than this is not worth handing over.
-  const std::int64_t most =
-      std::min<std::int64_t>(blocks, std::int64_t{left} * chunks / (2 * kernel.row_warps));
-  // Blocks of a tile, and last as many blocks as there can be: the cuts that the costs were fitted to.
-  constexpr std::int32_t kAll = 0;
-  for (const std::int32_t share : {1, 2, 3, 4, 8, kAll}) {
-    const auto tail = static_cast<std::int32_t>(share == kAll ? most : std::int64_t{left} * share);
-    if (share != 1 && (!may_cut || tail > most || tail <= left)) continue;
-    plan = tile_plan(problem, instance, blocks, tail);
-    const double cost = tile_cost(kernel, plan, chunks, together, limits.multiprocessors);
+  const std::int64_t least_chunks = 2 * kernel.row_warps;
+  return {together, blocks, left,
+          std::min<std::int64_t>(blocks, left * problem.weight.chunks / least_chunks)};
+}
+
+// The cheapest plan of a tile kernel among those that share the last tiles among few or all blocks.
+void consider_tiles(const GemmProblem& problem, std::int32_t instance, const DeviceLimits& limits,
+                    bool may_cut, GemmPlan& best, double& least) {
+  const Tail tail = tail_of(problem, instance, limits);
+  if (tail.together == 0) return;
+  const Instance& kernel =
+      instances(problem.x_type, problem.weight.code_bits)[static_cast<std::size_t>(instance)];
+  each_share(tail.left, tail.most, [&](std::int32_t share, std::int32_t blocks) {
+    if (share != 1 && !may_cut) return;
+    const GemmPlan plan = tile_plan(problem, instance, tail.blocks, blocks);
+    const double cost =
+        tile_cost(kernel, plan, problem.weight.chunks, tail.together, limits.multiprocessors);
     if (cost < least) {
       least = cost;
       best = plan;
     }
-  }
+  });
 }
 
 // Kernels that give a row of x the same sums whatever m is: of one family, which divides K in one
@@ -213,6 +227,62 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
   return best;
 }
 
+std::vector<Schedule> schedules(const GemmProblem& problem, const DeviceLimits& limits) {
+  std::vector<Schedule> all;
+  const std::span<const Instance> kernels = instances(problem.x_type, problem.weight.code_bits);
+  for (std::size_t i = 0; i < kernels.size(); ++i) {
+    const Instance& kernel = kernels[i];
+    const auto index = static_cast<std::int32_t>(i);
+    Schedule schedule{.kernels = kKernels.name,
+                      .kind = kernel.kind,
+                      .features = kernel.features,
+                      .tokens = kernel.tokens,
+                      .warps = kernel.warps};
+    if (kernel.kind == KernelKind::kStrip) {
+      if (problem.m > kernel.tokens || problem.m <= kernel.tokens - 8) continue;
+      for (schedule.warps = 4; schedule.warps <= kernel.warps; schedule.warps += 4) {
+        const GemmPlan plan = strip_plan(problem, index, limits.multiprocessors, schedule.warps);
+        if (plan.shared_bytes <= usable_shared(limits)) all.push_back(schedule);
+      }
+      continue;
+    }
+    const Tail tail = tail_of(problem, index, limits);
+    constexpr std::int32_t kFewTokens = 32;
+    if (tail.together == 0 || !problem.weight.scales_divide || problem.m <= kernel.tokens / 8 ||
+        (kernel.tokens == kFewTokens && problem.m > 8 * kFewTokens))
+      continue;
+    each_share(tail.left, tail.most, [&](std::int32_t share, std::int32_t) {
+      schedule.share = share;
+      all.push_back(schedule);
+    });
+  }
+  return all;
+}
+
+GemmPlan plan_as(const GemmProblem& problem, const DeviceLimits& limits, const Schedule& schedule) {
+  const std::span<const Instance> kernels = instances(problem.x_type, problem.weight.code_bits);
+  const bool strips = schedule.kind == KernelKind::kStrip;
+  const auto found = std::find_if(kernels.begin(), kernels.end(), [&](const Instance& kernel) {
+    return kernel.kind == schedule.kind && kernel.tokens == schedule.tokens &&
+           (strips || (kernel.features == schedule.features && kernel.warps == schedule.warps));
+  });
+  GemmPlan plan;
+  if (found == kernels.end()) {
+    plan.shared_bytes = INT32_MAX;
+    return plan;
+  }
+  const auto index = static_cast<std::int32_t>(found - kernels.begin());
+  if (strips) {
+    plan = strip_plan(problem, index, limits.multiprocessors, schedule.warps);
+  } else {
+    const Tail tail = tail_of(problem, index, limits);
+    plan = tile_plan(problem, index, tail.blocks,
+                     blocks_of_share(schedule.share, tail.left, tail.most));
+  }
+  plan.dependent_launch = limits.capability >= 90;
+  return plan;
+}
+
 void launch(const GemmProblem& problem, const GemmPlan& plan, const SplitScratch& scratch,
             void* stream) {
   const Instance& kernel =
@@ -243,7 +313,6 @@ void scratch_need(const DeviceLimits& limits, std::int64_t& partial_floats, std:
 
 }  // namespace
 
-extern const ArchKernels kKernels;
 constinit const ArchKernels kKernels = {
     .name = "sm80",
     .priority = 80,
@@ -252,6 +321,9 @@ constinit const ArchKernels kKernels = {
     .requirement = "compute capability 8.0",
     .pack = load,
     .plan = plan,
+    .schedules = schedules,
+    .plan_as = plan_as,
+    .measured = {},
     .scratch_need = scratch_need,
     .launch = launch,
     .plan_experts = plan_experts,

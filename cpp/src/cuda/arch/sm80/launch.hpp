@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "cuda/arch_table.hpp"
 #include "cuda/problem.hpp"
@@ -77,6 +78,10 @@ void launch_slices(const Kernel& kernel, const GemmProblem& problem, const GemmP
 
 /// As ArchKernels::plan.
 GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvariance invariance);
+
+/// As ArchKernels::schedules and ArchKernels::plan_as.
+std::vector<Schedule> schedules(const GemmProblem& problem, const DeviceLimits& limits);
+GemmPlan plan_as(const GemmProblem& problem, const DeviceLimits& limits, const Schedule& schedule);
 
 /// As ArchKernels::launch.
 void launch(const GemmProblem& problem, const GemmPlan& plan, const SplitScratch& scratch,

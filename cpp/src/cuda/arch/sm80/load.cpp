@@ -175,7 +175,8 @@ Segment view_segment(std::span<const GptqWeights> experts, const SegmentPlan& s,
                    .chunks = static_cast<std::int32_t>(s.layout.chunks),
                    .num_groups = static_cast<std::int32_t>(s.layout.groups),
                    .groups_per_chunk = s.groups_per_chunk},
-          .first_feature = s.first_feature};
+          .first_feature = s.first_feature,
+          .schedules = {}};
 }
 
 void allocate(DeviceWeight& target, const LayerPlan& plan, int device) {

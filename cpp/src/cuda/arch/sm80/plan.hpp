@@ -31,6 +31,23 @@ inline std::int32_t slice_bytes(const WeightView& w, std::int32_t without_record
   return static_cast<std::int32_t>(round_up(without_records + records, kStageAlignment));
 }
 
+/// The ways to share out the `left` tiles of a tail that costs are fitted to, with at most `most` blocks: f(share, blocks),
+/// where share is Schedule::share.
+template <class F>
+void each_share(std::int64_t left, std::int64_t most, F&& f) {
+  for (const std::int32_t share : {1, 2, 3, 4, 8, 0}) {
+    const std::int64_t blocks = share == 0 ? most : left * share;
+    if (share == 1 || (blocks <= most && blocks > left))
+      f(share, static_cast<std::int32_t>(blocks));
+  }
+}
+
+/// The blocks of a share, also where its tiles are too few or too many for it.
+inline std::int32_t blocks_of_share(std::int32_t share, std::int64_t left, std::int64_t most) {
+  const std::int64_t wanted = share == 0 ? most : left * share;
+  return static_cast<std::int32_t>(std::max(std::min(wanted, most), left));
+}
+
 /// Whether `elements` outputs in a row may be stored at once, of whatever rows where m is not 1.
 inline bool stores_together(const GemmProblem& problem, std::int32_t elements) {
   return problem.y_type == problem.x_type && problem.weight.n % elements == 0 &&

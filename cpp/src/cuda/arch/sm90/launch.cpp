@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <limits>
 #include <span>
+#include <string_view>
 
 #include "core/integers.hpp"
 #include "cuda/arch/sm80/experts.hpp"
@@ -16,6 +17,7 @@
 
 namespace marlinq::cuda::sm90 {
 
+extern const ArchKernels kKernels;
 extern const std::array<Instance, kInstanceCount> kInstances_fp16_w4;
 extern const std::array<Instance, kInstanceCount> kInstances_fp16_w8;
 extern const std::array<Instance, kInstanceCount> kInstances_bf16_w4;
@@ -143,6 +145,12 @@ bool fits(const GemmPlan& plan, const DeviceLimits& limits) {
   return plan.shared_bytes <= sm80::usable_shared(limits);
 }
 
+// Groups of whole chunks, and scales that divide.
+bool has_tiles(const WeightView& w) {
+  constexpr std::int32_t kTileShift = 2;
+  return w.scales_divide && w.step_shift >= kTileShift;
+}
+
 // The strip kernel of this shape.
 std::int32_t strip_index(const GemmProblem& problem, std::int32_t token_tiles, bool streams_x,
                          std::int32_t warps) {
@@ -154,24 +162,62 @@ std::int32_t strip_index(const GemmProblem& problem, std::int32_t token_tiles, b
   return static_cast<std::int32_t>(found - all.begin());
 }
 
+// A block at most on a multiprocessor: where that has none of this kernel or of the one before, it would get two.
+void keep_apart(GemmPlan& plan, const DeviceLimits& limits) {
+  if (plan.blocks < limits.multiprocessors)
+    plan.shared_bytes = std::max(plan.shared_bytes, limits.multiprocessor_shared_bytes / 2);
+}
+
 // Of packed blocks: what the features are divided by.
 std::int64_t halves_of(const WeightView& w) {
   return ceil_div(w.n, sm80::Layout::kBlockFeatures) * 2;
 }
 
-/// How the features are divided: as few halves as can be for the busiest cluster, and then as few clusters
-/// as that takes.
+/// How the features are divided.
 struct StripDivision {
   std::int32_t cluster_blocks;
-  std::int64_t busiest;
   std::int32_t clusters;
+  std::int64_t busiest;       // halves of a cluster, at most
+  std::int32_t share_halves;  // StripChoice::share_halves
 };
 
+// As few halves as can be for the busiest cluster, and then as few clusters as that takes.
 StripDivision divide_strips(const WeightView& w, std::int32_t blocks, std::int32_t cluster_blocks) {
   const std::int64_t halves = halves_of(w);
   const std::int64_t busiest = ceil_div(halves, std::max(blocks / cluster_blocks, 1));
-  return {cluster_blocks, busiest, static_cast<std::int32_t>(ceil_div(halves, busiest))};
+  return {cluster_blocks, narrow(ceil_div(halves, busiest)), busiest, busiest % 2 == 0 ? 2 : 1};
 }
+
+// All the clusters that there are.
+StripDivision spread_strips(const WeightView& w, std::int32_t blocks, std::int32_t cluster_blocks) {
+  const std::int64_t halves = halves_of(w);
+  const std::int64_t clusters = std::clamp<std::int64_t>(blocks / cluster_blocks, 1, halves);
+  return {cluster_blocks, narrow(clusters), ceil_div(halves, clusters), 1};
+}
+
+// Like tiles: what an item of so many halves of packed blocks takes, where a whole block of two takes 3.
+std::int64_t item_units(std::int64_t halves) { return halves + ceil_div(halves, 2); }
+
+/// What a strip kernel of 2 or 3 token tiles takes, in the units of TileCost. Fitted to lines of tests/bench/sm90_plans of 28
+/// layers, on an H100 and an H200.
+struct StripCost {
+  double start[2];    // with 8 and 12 warps
+  double busiest[2];  // 100 units of items in the block that has most
+  double mean;        // ... in the mean of all multiprocessors
+  double bytes[2];    // a MB of codes and scales, where memory is slow or fast
+  double cluster;     // clusters of two blocks
+  double idle;        // where some multiprocessors have nothing to do
+  double block;       // each packed block but the first of a strip block
+};
+constexpr StripCost kStripCosts[] = {
+    {{3.173, 3.368}, {2.728, 2.422}, 1.546, {0.100, 0.087}, 0.027, 0.195, 0.105},
+    {{2.835, 2.835}, {4.365, 4.365}, 2.173, {0.028, 0.028}, 0.196, 0.432, 0.363}};
+
+/// A plan, and what it is thought to take, in the units of TileCost.
+struct PricedPlan {
+  GemmPlan plan;
+  double cost = std::numeric_limits<double>::infinity();
+};
 
 /// Plans of strips for so many token tiles of 8.
 class StripPlanner {
@@ -189,7 +235,13 @@ class StripPlanner {
     most_slices_ = w_.chunks >= kLeastChunks ? 2 : 1;
   }
 
-  GemmPlan plan() const { return token_tiles_ == 1 ? plan_one_tile() : plan_more_tiles(); }
+  /// One token tile has no cost: nothing stands in for strips there.
+  PricedPlan plan() const {
+    if (token_tiles_ == 1) return {plan_one_tile(), 0.0};
+    return token_tiles_ == kMostTokenTiles ? plan_most_tiles() : plan_more_tiles();
+  }
+
+  static constexpr std::int32_t kMostTokenTiles = 4;
 
  private:
   static constexpr std::int32_t kWarps = 8;
@@ -202,6 +254,7 @@ class StripPlanner {
   };
   // More that is asked for before x would only delay it.
   static constexpr Rings kShortRings{2, 1};
+  static constexpr Rings kThreeStages{3, 3};
 
   // x comes with the codes, unless what a block needs of it is short; or, with few tokens, unless the rings would
   // have no room for that.
@@ -219,11 +272,9 @@ class StripPlanner {
   }
 
   GemmPlan plan_of(const StripChoice& choice, std::int32_t warps, bool streams_x) const {
-    // Some items for each warp, also of the block that has the fewest (strip_kernel.cuh: an item of one
-    // segment takes 3 or 2).
+    // An item for each warp, also of the block that has the fewest.
     const std::int64_t least = strip_shares(w_, choice) / choice.clusters * choice.share_halves;
-    if ((least + ceil_div(least, 2)) * (items_ / choice.cluster_blocks) < 3 * warps)
-      return no_plan();
+    if (ceil_div(least, 2) * (items_ / choice.cluster_blocks) < warps) return no_plan();
     return strip_plan(problem_, strip_index(problem_, token_tiles_, streams_x, warps), choice);
   }
 
@@ -231,20 +282,16 @@ class StripPlanner {
                    bool streams_x) const {
     return plan_of({.clusters = division.clusters,
                     .cluster_blocks = division.cluster_blocks,
-                    .share_halves = division.busiest % 2 == 0 ? 2 : 1,
+                    .share_halves = division.share_halves,
                     .stages = rings.stages,
                     .early_stages = rings.early},
                    warps, streams_x);
   }
 
-  // A block at most on a multiprocessor.
   GemmPlan one_each(const StripDivision& division, const Rings& rings, std::int32_t warps,
                     bool streams_x) const {
     GemmPlan plan = plan_of(division, rings, warps, streams_x);
-    // Where a multiprocessor has no block of this kernel or of the one before, it would get two.
-    if (plan.blocks < limits_.multiprocessors) {
-      plan.shared_bytes = std::max(plan.shared_bytes, limits_.multiprocessor_shared_bytes / 2);
-    }
+    keep_apart(plan, limits_);
     return plan;
   }
 
@@ -256,39 +303,57 @@ class StripPlanner {
                                             ceil_div(w_.chunks, most_slices_) *
                                             sm80::Layout::kChunkRows * w_.code_bits / 8,
                                         kRingBytes);
-    const std::int32_t clusters = limits_.multiprocessors / most_slices_;
+    const std::int64_t clusters = limits_.multiprocessors / most_slices_;
     if (rings <= 2 && halves_of(w_) >= clusters) {
       // All of the layer is in the rings before the kernel before has ended, beside which a block has room
       // on every multiprocessor.
-      return plan_of({.clusters = clusters, .cluster_blocks = most_slices_}, kWarps,
+      constexpr Rings kWhole{2, 2};
+      return plan_of(spread_strips(w_, limits_.multiprocessors, most_slices_), kWhole, kWarps,
                      !has_short_x(most_slices_));
     }
-    // Where memory is slow, and with 8 bits, the bytes are the bound: one block, whose rings are long.
+    // Where memory is slow, and with 8 bits, the bytes are the bound: one block, whose rings are long. If that would leave
+    // some multiprocessors with less to do, two blocks are quicker.
     constexpr std::int64_t kManyRings = 8;
-    const bool bytes_bound =
-        w_.code_bits == 8 || (!has_fast_memory(limits_) && rings >= kManyRings);
+    constexpr double kEven = 0.9;
+    const bool slow = !has_fast_memory(limits_);
+    const bool even = static_cast<double>(halves_of(w_)) >=
+                      kEven * static_cast<double>(clusters * single.busiest);
+    const bool bytes_bound = w_.code_bits == 8 || (slow && rings > kManyRings && even);
     const GemmPlan plan =
-        bytes_bound ? plan_long_rings(single, rings >= kManyRings) : plan_two_each();
+        bytes_bound ? plan_long_rings(single, rings >= kManyRings) : plan_two_each(rings);
     if (fits(plan, limits_)) return plan;
-    if (has_short_x(single.cluster_blocks)) {
-      const GemmPlan whole = one_each(single, kShortRings, kWarps, false);
-      if (fits(whole, limits_)) return whole;
+    for (const Rings& few : {slow && rings > 2 ? kThreeStages : kShortRings, kShortRings}) {
+      if (has_short_x(single.cluster_blocks)) {
+        const GemmPlan whole = one_each(single, few, kWarps, false);
+        if (fits(whole, limits_)) return whole;
+      }
+      const GemmPlan streamed = one_each(single, few, kWarps, true);
+      if (fits(streamed, limits_)) return streamed;
     }
-    return one_each(single, kShortRings, kWarps, true);
+    return no_plan();
   }
 
   // Two blocks on a multiprocessor have enough warps to hide what each waits for. K is cut where it takes that for
   // all of them to have features, or whole packed blocks: half of one takes more than half of the time.
-  GemmPlan plan_two_each() const {
+  GemmPlan plan_two_each(std::int64_t rings) const {
     const auto divide = [&](std::int32_t slices) {
       return divide_strips(w_, 2 * limits_.multiprocessors, slices);
     };
     const bool cut_first =
         most_slices_ == 2 && divide(1).busiest % 2 != 0 && divide(2).busiest % 2 == 0;
     for (const std::int32_t slices : {cut_first ? 2 : 1, cut_first ? 1 : most_slices_}) {
-      const StripDivision twice = divide(slices);
+      StripDivision twice = divide(slices);
       const std::int64_t least_halves = slices == 1 ? 3 : 2;
-      if (twice.busiest < least_halves) continue;
+      // Whole packed blocks for so few of the blocks leave too much to those that have a second one beside them.
+      const double few = has_fast_memory(limits_) ? 0.62 : 0.7;
+      constexpr std::int64_t kSomeRings = 4;
+      const std::int32_t most = 2 * limits_.multiprocessors / slices;
+      if (twice.busiest == 2 && twice.clusters <= few * most &&
+          (slices == 1 || rings > kSomeRings)) {
+        twice = spread_strips(w_, 2 * limits_.multiprocessors, slices);
+      } else if (twice.busiest < least_halves) {
+        continue;
+      }
       for (const bool streams_x : ways_to_have_x(slices)) {
         const GemmPlan plan = plan_of(twice, kShortRings, kWarps, streams_x);
         if (plan.shared_bytes <= limits_.multiprocessor_shared_bytes / 2 - sm80::kReservedShared)
@@ -307,8 +372,56 @@ class StripPlanner {
     return no_plan();
   }
 
-  GemmPlan plan_more_tiles() const {
-    // As even as it can be, and K not cut where that is as even and blocks have whole segments.
+  // The cheapest: K cut or not, with as few blocks as keep the busiest one as short as it can be, or all there are.
+  PricedPlan plan_more_tiles() const {
+    PricedPlan best{no_plan()};
+    for (std::int32_t slices = 1; slices <= most_slices_; ++slices) {
+      for (const StripDivision& division : {divide_strips(w_, limits_.multiprocessors, slices),
+                                            spread_strips(w_, limits_.multiprocessors, slices)}) {
+        for (const std::int32_t warps : {kWarps, kMoreWarps}) {
+          // Items of a warp, of two halves each: few are shared out unevenly among more warps.
+          constexpr std::int64_t kManyItems = 4;
+          if (warps == kMoreWarps && (token_tiles_ != 2 || division.busiest * items_ / slices <
+                                                               2 * kManyItems * kMoreWarps))
+            continue;
+          const GemmPlan plan = one_each(division, kShortRings, warps, true);
+          const double cost = cost_of(plan);
+          if (fits(plan, limits_) && cost < best.cost) best = {plan, cost};
+        }
+      }
+    }
+    return best;
+  }
+
+  double cost_of(const GemmPlan& plan) const {
+    const StripCost& cost = kStripCosts[token_tiles_ - 2];
+    const int more_warps = plan.warps == kMoreWarps ? 1 : 0;
+    const std::int64_t clusters = plan.blocks / plan.cluster_blocks;
+    const std::int64_t shares = halves_of(w_) / plan.share_halves;
+    const std::int64_t least = shares / clusters * plan.share_halves;
+    const std::int64_t more = shares % clusters;  // clusters that have one share more
+    const std::int64_t most = least + (more > 0 ? plan.share_halves : 0);
+    // A run of single halves may begin inside a packed block.
+    const std::int64_t packed_blocks = plan.share_halves == 2 ? most / 2 : most / 2 + 1;
+    const auto units = [](std::int64_t halves, std::int64_t items) {
+      return 0.01 * static_cast<double>(item_units(halves) * items);
+    };
+    const double megabytes = static_cast<double>(w_.n) * w_.k * w_.code_bits / 8e6;
+    constexpr double kWithScales = 1.03;
+    return cost.start[more_warps] +
+           cost.busiest[more_warps] * units(most, ceil_div(items_, plan.cluster_blocks)) +
+           cost.mean *
+               (static_cast<double>(more) * units(most, items_) +
+                static_cast<double>(clusters - more) * units(least, items_)) /
+               limits_.multiprocessors +
+           cost.bytes[has_fast_memory(limits_) ? 1 : 0] * kWithScales * megabytes +
+           (plan.cluster_blocks == 2 ? cost.cluster : 0) +
+           (plan.blocks < limits_.multiprocessors ? cost.idle : 0) +
+           cost.block * static_cast<double>(packed_blocks - 1);
+  }
+
+  // As even as it can be, and K not cut where that is as even and blocks have whole segments.
+  PricedPlan plan_most_tiles() const {
     StripDivision division = divide_strips(w_, limits_.multiprocessors, 1);
     if (most_slices_ == 2) {
       constexpr double kBetter = 1.05;
@@ -317,14 +430,12 @@ class StripPlanner {
           static_cast<double>(division.busiest) * 2 > static_cast<double>(cut.busiest) * kBetter)
         division = cut;
     }
-    // Items of a warp, of two halves each: many are quicker with more warps, few are shared out unevenly.
-    constexpr std::int64_t kManyItems = 4;
-    if (token_tiles_ == 2 &&
-        division.busiest * items_ / division.cluster_blocks >= 2 * kManyItems * kMoreWarps) {
-      const GemmPlan plan = one_each(division, kShortRings, kMoreWarps, true);
-      if (fits(plan, limits_)) return plan;
-    }
-    return one_each(division, kShortRings, kWarps, true);
+    // The start, and 4 KB of codes for each block.
+    constexpr double kStart = 4.2;
+    constexpr double kItem = 0.245;
+    const double items =
+        static_cast<double>(w_.n) * w_.chunks * w_.code_bits / 512 / limits_.multiprocessors;
+    return {one_each(division, kShortRings, kWarps, true), kStart + items * kItem};
   }
 
   const GemmProblem& problem_;
@@ -367,14 +478,21 @@ double tile_cost(const GemmProblem& problem, const Instance& kernel, const GemmP
   return time;
 }
 
-// In the units of TileCost: the start, and 4 KB of codes for each block; for 2, 3 and 4 token tiles.
-double strip_cost(const WeightView& w, std::int32_t token_tiles, const DeviceLimits& limits) {
-  constexpr double kStart[] = {5.4, 4.2, 4.2};
-  constexpr double kItem[] = {0.155, 0.205, 0.245};
-  const double items =
-      static_cast<double>(w.n) * w.chunks * w.code_bits / 512 / limits.multiprocessors;
-  return kStart[token_tiles - 2] + items * kItem[token_tiles - 2];
+/// How many tiles of a kernel are left after whole waves, and how many units may share them.
+struct Tail {
+  std::int32_t left;
+  std::int64_t most;
+};
+
+Tail tail_of(const GemmProblem& problem, std::int32_t index, const DeviceLimits& limits) {
+  const std::int64_t slabs = ceil_div(problem.weight.chunks, kSlabChunks);
+  const std::int32_t left = tile_plan(problem, index, limits, 1).schedule.tail_tiles;
+  return {left, std::min<std::int64_t>(tile_units(instance_of(problem, index), limits),
+                                       left * slabs / 2)};
 }
+
+// Blocks of a tile, where they are in pairs.
+constexpr std::int32_t kPairParts[] = {2, 4, 6, 8};
 
 // The cheapest plan of a tile kernel; shared_bytes tells whether there is one.
 GemmPlan plan_tiles(const GemmProblem& problem, const DeviceLimits& limits, double& least) {
@@ -393,20 +511,13 @@ GemmPlan plan_tiles(const GemmProblem& problem, const DeviceLimits& limits, doub
   for (std::size_t i = 0; i < all.size(); ++i) {
     if (all[i].kind != KernelKind::kTile) continue;
     const auto index = static_cast<std::int32_t>(i);
-    const std::int32_t left = tile_plan(problem, index, limits, 1).schedule.tail_tiles;
-    // Blocks of a tile, and last as many blocks as there can be.
-    constexpr std::int32_t kAll = 0;
-    for (const std::int32_t share : {1, 2, 3, 4, 8, kAll}) {
-      const std::int64_t most =
-          std::min<std::int64_t>(tile_units(all[i], limits), std::int64_t{left} * slabs / 2);
-      const auto tail =
-          static_cast<std::int32_t>(share == kAll ? most : std::int64_t{left} * share);
-      if (share != 1 && (tail > most || tail <= left)) continue;
-      consider(tile_plan(problem, index, limits, tail), all[i]);
-    }
+    const Tail tail = tail_of(problem, index, limits);
+    sm80::each_share(tail.left, tail.most, [&](std::int32_t, std::int32_t units) {
+      consider(tile_plan(problem, index, limits, units), all[i]);
+    });
     // Where strips have up to 3 token tiles, they are quicker.
     constexpr std::int32_t kFewTokens = 24;
-    for (const std::int32_t parts : {2, 4, 6, 8}) {
+    for (const std::int32_t parts : kPairParts) {
       if (problem.m > kFewTokens && 2 * parts <= slabs)
         consider(tile_pairs_plan(problem, index, limits, parts), all[i]);
     }
@@ -464,35 +575,148 @@ GemmPlan plan_invariant_tiles(const GemmProblem& problem, const DeviceLimits& li
 
 GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvariance invariance) {
   const WeightView& w = problem.weight;
-  constexpr std::int32_t kTileShift = 2;  // groups of whole chunks
   // Groups of any rows are for the kernels of sm80.
   if (w.step_shift < 0) return sm80::plan(problem, limits, invariance);
-  const bool has_tiles = w.scales_divide && w.step_shift >= kTileShift;
   if (invariance == BatchInvariance::kRequired) {
-    if (has_tiles && problem.m > 0) {
+    if (has_tiles(w) && problem.m > 0) {
       const GemmPlan plan = plan_invariant_tiles(problem, limits);
       if (fits(plan, limits)) return plan;
     }
     return sm80::plan(problem, limits, invariance);
   }
   const auto token_tiles = static_cast<std::int32_t>(ceil_div(std::max(problem.m, 1), 8));
-  constexpr std::int32_t kFewTokenTiles = 2;   // for which tiles do not stand in for strips, ...
-  constexpr std::int32_t kMostTokenTiles = 4;  // ... and those of strips at most
-  GemmPlan best = no_plan();
-  if (token_tiles <= (has_tiles ? kMostTokenTiles : kFewTokenTiles)) {
+  constexpr std::int32_t kFewTokenTiles = 2;  // for which tiles do not stand in for strips
+  PricedPlan best{no_plan()};
+  if (token_tiles <= (has_tiles(w) ? StripPlanner::kMostTokenTiles : kFewTokenTiles)) {
     best = StripPlanner(problem, token_tiles, limits).plan();
   } else if (!w.scales_divide) {
-    best = StripPlanner(problem, kFewTokenTiles, limits).plan();  // a slice of x after the other
+    // A slice of x after the other.
+    best = StripPlanner(problem, kFewTokenTiles, limits).plan();
   }
-  const bool has_strips = fits(best, limits);
+  const bool has_strips = fits(best.plan, limits);
   // Which of both is quicker for 2 token tiles is known for 4 bits.
   const bool strips_only = token_tiles == 1 || (token_tiles == kFewTokenTiles && w.code_bits == 8);
-  if (has_tiles && !strips_only && (has_strips || token_tiles > kFewTokenTiles)) {
+  if (has_tiles(w) && !strips_only && (has_strips || token_tiles > kFewTokenTiles)) {
     double cost = 0;
     const GemmPlan tiles = plan_tiles(problem, limits, cost);
-    if (!has_strips || strip_cost(w, token_tiles, limits) >= cost) best = tiles;
+    if (!has_strips || best.cost >= cost) best.plan = tiles;
   }
-  return fits(best, limits) ? best : sm80::plan(problem, limits, invariance);
+  return fits(best.plan, limits) ? best.plan : sm80::plan(problem, limits, invariance);
+}
+
+namespace {
+
+void add_strips(const GemmProblem& problem, const Instance& kernel, Schedule schedule,
+                const DeviceLimits& limits, std::vector<Schedule>& all) {
+  constexpr std::int32_t kMostStages = 5;
+  const std::int64_t halves = halves_of(problem.weight);
+  for (std::int32_t together = 1; together <= kernel.blocks_together; ++together) {
+    for (schedule.cluster_blocks = 1; schedule.cluster_blocks <= 2; ++schedule.cluster_blocks) {
+      const std::int32_t most = together * limits.multiprocessors / schedule.cluster_blocks;
+      // Some multiprocessors would have nothing to do.
+      if (2 * halves < most) continue;
+      const std::int64_t busiest = ceil_div(halves, most);
+      for (const std::int64_t clusters :
+           {ceil_div(halves, busiest), std::min<std::int64_t>(most, halves)}) {
+        schedule.clusters = narrow(clusters);
+        schedule.share_halves = busiest % 2 == 0 && clusters < most ? 2 : 1;
+        for (schedule.stages = 1; schedule.stages <= kMostStages; ++schedule.stages) {
+          for (const std::int32_t early : {1, schedule.stages}) {
+            schedule.early_stages = early;
+            const std::int32_t room = limits.multiprocessor_shared_bytes / together -
+                                      sm80::kReservedShared -
+                                      (limits.shared_bytes - sm80::usable_shared(limits));
+            const bool known = std::find(all.begin(), all.end(), schedule) != all.end();
+            if (!known && plan_as(problem, limits, schedule).shared_bytes <= room)
+              all.push_back(schedule);
+            if (schedule.stages == 1) break;
+          }
+        }
+      }
+    }
+  }
+}
+
+void add_tiles(const GemmProblem& problem, const Instance& kernel, std::int32_t index,
+               Schedule schedule, const DeviceLimits& limits, std::vector<Schedule>& all) {
+  // Many rows of zeros beside x, or codes that are decoded many times over.
+  constexpr std::int32_t kFewTokens = 32;
+  constexpr std::int32_t kManyTokens = 96;
+  const std::int64_t padded = ceil_div(problem.m, kernel.tokens) * kernel.tokens;
+  if (padded >= problem.m + 64 ||
+      (kernel.tokens > kFewTokens && 2 * padded > 3 * std::int64_t{problem.m}) ||
+      problem.m > (kernel.tokens < kManyTokens ? 4 : 64) * kernel.tokens)
+    return;
+  const auto add = [&](std::int32_t share, bool in_pairs) {
+    schedule.share = share;
+    schedule.in_pairs = in_pairs;
+    if (fits(plan_as(problem, limits, schedule), limits)) all.push_back(schedule);
+  };
+  const Tail tail = tail_of(problem, index, limits);
+  sm80::each_share(tail.left, tail.most,
+                   [&](std::int32_t share, std::int32_t) { add(share, false); });
+  const std::int64_t slabs = ceil_div(problem.weight.chunks, kSlabChunks);
+  for (const std::int32_t parts : kPairParts) {
+    if (2 * parts <= slabs) add(parts, true);
+  }
+}
+
+std::int32_t features_of(const Instance& kernel) {
+  return kernel.kind == KernelKind::kTile ? kernel.blocks * sm80::Layout::kBlockFeatures : 0;
+}
+
+}  // namespace
+
+std::vector<Schedule> schedules(const GemmProblem& problem, const DeviceLimits& limits) {
+  std::vector<Schedule> all;
+  const WeightView& w = problem.weight;
+  const std::span<const Instance> kernels = instances(problem.x_type, w.code_bits);
+  for (std::size_t i = 0; i < kernels.size() && w.step_shift >= 0; ++i) {
+    const Instance& kernel = kernels[i];
+    const auto index = static_cast<std::int32_t>(i);
+    const Schedule schedule{.kernels = kKernels.name,
+                            .kind = kernel.kind,
+                            .features = features_of(kernel),
+                            .tokens = kernel.tokens,
+                            .warps = kernel.warps,
+                            .cluster_blocks = kernel.cluster_blocks,
+                            .streams_x = kernel.kind == KernelKind::kStrip && kernel.streams_x};
+    if (kernel.kind == KernelKind::kTile) {
+      if (has_tiles(w)) add_tiles(problem, kernel, index, schedule, limits, all);
+    } else if (problem.m <= kernel.tokens && problem.m > kernel.tokens - 8) {
+      add_strips(problem, kernel, schedule, limits, all);
+    }
+  }
+  return all.empty() ? sm80::schedules(problem, limits) : all;
+}
+
+GemmPlan plan_as(const GemmProblem& problem, const DeviceLimits& limits, const Schedule& schedule) {
+  if (schedule.kernels != kKernels.name) return sm80::plan_as(problem, limits, schedule);
+  const std::span<const Instance> kernels = instances(problem.x_type, problem.weight.code_bits);
+  const bool strips = schedule.kind == KernelKind::kStrip;
+  const auto found = std::find_if(kernels.begin(), kernels.end(), [&](const Instance& kernel) {
+    return kernel.kind == schedule.kind && kernel.tokens == schedule.tokens &&
+           kernel.warps == schedule.warps &&
+           (strips ? kernel.streams_x == schedule.streams_x
+                   : features_of(kernel) == schedule.features &&
+                         kernel.cluster_blocks == schedule.cluster_blocks);
+  });
+  if (found == kernels.end()) return no_plan();
+  const auto index = static_cast<std::int32_t>(found - kernels.begin());
+  if (!strips) {
+    if (schedule.in_pairs) return tile_pairs_plan(problem, index, limits, schedule.share);
+    const Tail tail = tail_of(problem, index, limits);
+    return tile_plan(problem, index, limits,
+                     sm80::blocks_of_share(schedule.share, tail.left, tail.most));
+  }
+  GemmPlan plan = strip_plan(problem, index,
+                             {.clusters = schedule.clusters,
+                              .cluster_blocks = schedule.cluster_blocks,
+                              .share_halves = schedule.share_halves,
+                              .stages = schedule.stages,
+                              .early_stages = schedule.early_stages});
+  keep_apart(plan, limits);
+  return plan;
 }
 
 void launch(const GemmProblem& problem, const GemmPlan& plan, const SplitScratch& scratch,
@@ -524,7 +748,10 @@ void scratch_need(const DeviceLimits& limits, std::int64_t& partial_floats, std:
 
 }  // namespace
 
-extern const ArchKernels kKernels;
+constexpr std::string_view kMeasured =
+#include "cuda/arch/sm90/schedules.inc"
+    ;
+
 // The packed order is that of sm80.
 constinit const ArchKernels kKernels = {.name = "sm90",
                                         .priority = 90,
@@ -533,6 +760,9 @@ constinit const ArchKernels kKernels = {.name = "sm90",
                                         .requirement = "compute capability 9.0",
                                         .pack = sm80::load,
                                         .plan = plan,
+                                        .schedules = schedules,
+                                        .plan_as = plan_as,
+                                        .measured = kMeasured,
                                         .scratch_need = scratch_need,
                                         .launch = launch,
                                         .plan_experts = plan_experts,

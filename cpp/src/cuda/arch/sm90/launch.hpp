@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "cuda/arch/sm80/launch.hpp"
 #include "cuda/arch/sm90/strip_plan.hpp"
@@ -74,6 +75,10 @@ GemmPlan cut_tile_plan(const GemmProblem& problem, std::int32_t index, const Dev
 
 /// As ArchKernels::plan.
 GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvariance invariance);
+
+/// As ArchKernels::schedules and ArchKernels::plan_as.
+std::vector<Schedule> schedules(const GemmProblem& problem, const DeviceLimits& limits);
+GemmPlan plan_as(const GemmProblem& problem, const DeviceLimits& limits, const Schedule& schedule);
 
 /// As ArchKernels::launch.
 void launch(const GemmProblem& problem, const GemmPlan& plan, const SplitScratch& scratch,
