@@ -9,6 +9,7 @@ from cuda_support import (
     DEVICE,
     TYPES,
     DeviceLayer,
+    DeviceStack,
     each_kernel,
     guarded,
     needs_device,
@@ -17,6 +18,7 @@ from cuda_support import (
     torch,
     untouched,
 )
+from gptq_writer import make_layer, write_checkpoint
 from marlinq.cli import main
 from marlinq.errors import InvalidArgumentError
 
@@ -97,13 +99,18 @@ def test_a_graph_keeps_its_schedule() -> None:
 
 
 def test_fused_modules_with_different_orders_are_tuned_apart(tmp_path: Path) -> None:
-    from gptq_writer import make_layer, write_checkpoint
-
     layers = {f"m.{i}": make_layer(256, 512, act_order=True, seed=i) for i in range(2)}
     checkpoint = marlinq.open(write_checkpoint(tmp_path, layers))
     linear = checkpoint.linear(list(layers), device=DEVICE)
     tuned = linear.tune([1, 32])
     assert [(one["n"], one["last_rows"]) for one in tuned] == [(256, 1), (256, 32)] * 2
+
+
+def test_an_expert_is_tuned_as_a_layer() -> None:
+    stack = DeviceStack(3, 256, 512, group_size=128)
+    (found,) = stack.load()[1].tune([32])
+    assert (found["n"], found["k"], found["group_size"]) == (256, 512, 128)
+    assert 0 < found["us"] <= found["estimated_us"]
 
 
 def test_batch_invariant_layers_take_none() -> None:

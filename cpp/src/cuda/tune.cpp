@@ -32,24 +32,29 @@ void check_rows_to_tune(std::span<const std::int64_t> rows) {
   }
 }
 
-/// A weight, and as many copies of it as leave no room in the cache for the first one.
+/// Modules of an expert, of those after it, and of as many copies of all of them as leave no room in the cache for the
+/// first when its turn comes again.
 class ColdCopies {
  public:
-  ColdCopies(const DeviceWeight& weight, const WeightView& view, int device, cudaStream_t stream)
-      : views_{view} {
+  ColdCopies(const DeviceWeight& weight, const Segment& segment, std::int64_t expert, int device,
+             cudaStream_t stream) {
     int cache = 0;
     MARLINQ_CUDA_CHECK(cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device));
     constexpr std::int64_t kTimesCache = 3;
+    const std::int64_t wanted = kTimesCache * cache;
+    for (std::int64_t i = 0; i < weight.experts && i * weight.expert_bytes < wanted; ++i)
+      views_.push_back(expert_view(weight, segment, (expert + i) % weight.experts));
+    const std::size_t originals = views_.size();
     const std::int64_t bytes = weight.memory.size() * 4;
     const auto* const first = static_cast<const unsigned char*>(weight.memory.data());
-    for (std::int64_t total = bytes; total < kTimesCache * cache; total += bytes) {
+    for (std::int64_t total = bytes; total < wanted; total += bytes) {
       memories_.emplace_back(device, weight.memory.dtype(), weight.memory.size());
       auto* const copy = static_cast<unsigned char*>(memories_.back().data());
       MARLINQ_CUDA_CHECK(cudaMemcpyAsync(copy, first, static_cast<std::size_t>(bytes),
                                          cudaMemcpyDeviceToDevice, stream));
-      views_.push_back(
-          moved(view, static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(copy) -
-                                                reinterpret_cast<std::uintptr_t>(first))));
+      const auto away = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(copy) -
+                                                  reinterpret_cast<std::uintptr_t>(first));
+      for (std::size_t i = 0; i < originals; ++i) views_.push_back(moved(views_[i], away));
     }
   }
 
@@ -96,8 +101,7 @@ class SegmentTuner {
         arch_(packed.arch()),
         entry_(
             entry_of(state.device, packed.arch(), segment.view, packed.description().group_size)),
-        copies_(packed.weight(), expert_view(packed.weight(), segment, expert), state.device,
-                stream_.get()) {
+        copies_(packed.weight(), segment, expert, state.device, stream_.get()) {
     const WeightView& view = segment.view;
     const std::int32_t columns = view.chunks * 64;
     x_ = CudaBuffer(state.device, DType::kFloat16, most_rows * columns);

@@ -148,8 +148,9 @@ Tail tail_of(const GemmProblem& problem, std::int32_t instance, const DeviceLimi
   const std::int32_t left = tile_plan(problem, instance, blocks, 0).schedule.tail_tiles;
   // A run of less than this is not worth handing over.
   const std::int64_t least_chunks = 2 * kernel.row_warps;
-  return {together, blocks, left,
-          std::min<std::int64_t>(blocks, left * problem.weight.chunks / least_chunks)};
+  return {
+      together, blocks, left,
+      std::min<std::int64_t>(blocks, std::int64_t{left} * problem.weight.chunks / least_chunks)};
 }
 
 // The cheapest plan of a tile kernel among those that share the last tiles among few or all blocks.

@@ -195,7 +195,7 @@ StripDivision spread_strips(const WeightView& w, std::int32_t blocks, std::int32
   return {cluster_blocks, narrow(clusters), ceil_div(halves, clusters), 1};
 }
 
-// Like tiles: what an item of so many halves of packed blocks takes, where a whole block of two takes 3.
+// What an item of so many halves of packed blocks takes: 3 for two that are a block, 2 for one.
 std::int64_t item_units(std::int64_t halves) { return halves + ceil_div(halves, 2); }
 
 /// What a strip kernel of 2 or 3 token tiles takes, in the units of TileCost. Fitted to lines of tests/bench/sm90_plans of 28
