@@ -209,7 +209,8 @@ class RowGroupProduct {
     const RowTiles chunks = cut(group.count, kMaxTaskRows);
     const std::int64_t chunk = piece_of(chunks, row);
     const std::int64_t in_chunk = row - first_row(chunks, chunk);
-    const RowTiles tiles = cut(row_count(chunks, chunk), arithmetic_.tile_rows);
+    const Arithmetic& arithmetic = arithmetic_of(row_count(chunks, chunk));
+    const RowTiles tiles = cut(row_count(chunks, chunk), arithmetic.tile_rows);
     const std::int64_t tile = piece_of(tiles, in_chunk);
     const auto in_tile = static_cast<std::int32_t>(in_chunk - first_row(tiles, tile));
     const std::int64_t first = row - in_tile;
@@ -227,19 +228,25 @@ class RowGroupProduct {
     };
     const std::int64_t input = row_map(group, row).input;
     float restore = 1.0F;
-    const float largest = prepare_row(task, order, input, 1.0F);
+    const float largest = prepare_row(arithmetic, task, order, input, 1.0F);
     if (largest >= kLargeInput) {
       // Sums of such a row could overflow where the result does not: a power of two is exact.
       restore = kLargeInput;
     } else if (largest > 0.0F && largest < 1.0F / kLargeInput) {
       restore = 1.0F / kLargeInput;
     }
-    if (restore != 1.0F) prepare_row(task, order, input, 1.0F / restore);
+    if (restore != 1.0F) prepare_row(arithmetic, task, order, input, 1.0F / restore);
     return restore;
   }
 
+  // For the rows of a chunk.
+  const Arithmetic& arithmetic_of(std::int32_t rows) const noexcept {
+    return rows <= arithmetic_.most_few_rows ? *arithmetic_.few_rows : arithmetic_;
+  }
+
   // Prepares factor * x of one input row, and returns the largest finite magnitude of x.
-  float prepare_row(PrepareTask task, const RowOrder& order, std::int64_t row, float factor) const {
+  float prepare_row(const Arithmetic& arithmetic, PrepareTask task, const RowOrder& order,
+                    std::int64_t row, float factor) const {
     const std::uint8_t* source = element(input_.data, input_.dtype, row * input_.row_stride);
     const std::span<const RowBlock> runs = order.blocks;
     float values[Layout::kMaxRowBlock];
@@ -256,7 +263,7 @@ class RowGroupProduct {
       task.values = values;
       task.runs = runs.data() + first;
       task.num_runs = static_cast<std::int32_t>(last - first);
-      largest = std::max(largest, arithmetic_.prepare(task));
+      largest = std::max(largest, arithmetic.prepare(task));
       if (task.run_inputs != nullptr) task.run_inputs += task.num_runs * task.tile_rows;
     }
     return largest;
@@ -334,6 +341,7 @@ class RowGroupProduct {
     const Layout& layout = module.layout;
     const auto runs = static_cast<std::int32_t>(order.blocks.size());
     const auto scale_size = module.scale_type == FloatType::kF32 ? 4 : 2;
+    const Arithmetic& arithmetic = arithmetic_of(segment.rows);
     const std::uint8_t* data = packed_.data();
     const BlockTask task{
         .codes = data + module.codes + layout.code_offset(block),
@@ -350,10 +358,10 @@ class RowGroupProduct {
         .run_inputs =
             place.run_inputs == nullptr ? nullptr : place.run_inputs + segment.first_row * runs,
         .rows = segment.rows,
-        .tiles = cut(segment.rows, arithmetic_.tile_rows),
+        .tiles = cut(segment.rows, arithmetic.tile_rows),
         .result = result,
     };
-    arithmetic_.gemm(task);
+    arithmetic.gemm(task);
   }
 
   // Adds the bias, applies the row's weight, rounds once.

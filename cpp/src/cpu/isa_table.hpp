@@ -103,6 +103,10 @@ struct Arithmetic {
   /// Runs the inner instructions of `gemm` on registers alone, `rounds` times as many as hide their
   /// latency. Returns how many products of a weight and an activation that is, each with its sum.
   std::int64_t (*saturate)(std::int64_t rounds);
+  /// What multiplies at most so many rows instead, with the same results to the last bit; null: nothing does. Its elements of
+  /// x have as many bytes.
+  std::int32_t most_few_rows = 0;
+  const Arithmetic* few_rows = nullptr;
 };
 
 /// One entry of the table of instruction sets.

@@ -1,7 +1,7 @@
 # Fails when an innermost loop of dot products in the objects of one instruction set moves vectors to or from the
 # stack: a compiler that runs out of registers there halves the speed and breaks no other test. Wants OBJDUMP, ISA,
 # OBJECTS.
-set(dot "({vex} )?vpdpbusd|vdpbf16ps|vpmaddubsw")
+set(dot "({vex} )?vpdp(busd|wssd)|vdpbf16ps|vpmadd(ubsw|wd)")
 set(loops 0)
 set(dots 0)
 foreach(object IN LISTS OBJECTS)

@@ -204,6 +204,12 @@ MARLINQ_INLINE void end_run(const BlockTask& task, const RunInput* inputs, std::
   }
 }
 
+// A sum of a run, by the scales of the weight and of x.
+MARLINQ_INLINE void add_to_result(float* result, F total, F scale, float x_scale) {
+  const F factor = Vec::multiply(scale, Vec::broadcast(x_scale));
+  Vec::store(result, Vec::multiply_add(total, factor, Vec::load(result)));
+}
+
 template <int kRows, int kVectors, int kHalves, int kChains>
 MARLINQ_INLINE void start_sums(const RunInput* inputs,
                                IntegerSums<kRows, kVectors, kHalves, kChains>& sum) {
@@ -240,9 +246,8 @@ template <bool kAlone, int kBits, int kHalves, int kRows, int kVectors>
     end_run<kRows, kVectors, kHalves, kOwnChains>(
         task, inputs, first, sum,
         [&]<int r, int v>(F total, F scale) __attribute__((always_inline)) {
-          float* place_of_sum = result + r * kBlockColumns + v * Vec::kLanes;
-          const F factor = Vec::multiply(scale, Vec::broadcast(inputs[r].scale));
-          Vec::store(place_of_sum, Vec::multiply_add(total, factor, Vec::load(place_of_sum)));
+          add_to_result(result + r * kBlockColumns + v * Vec::kLanes, total, scale,
+                        inputs[r].scale);
         });
   }
 }
@@ -368,9 +373,9 @@ void gemm_integer(const BlockTask& task) {
   }
 }
 
-// As Arithmetic::saturate, for 4-bit codes.
-template <int kHalves, class V>
-std::int64_t saturate_integers(std::int64_t rounds) {
+// As Arithmetic::saturate: add(sum, codes) adds up `products` of them a word.
+template <class V, class Add>
+std::int64_t saturate_sums(std::int64_t rounds, int products, const Add& add) {
   constexpr int kSums = kSaturatingSums;
   I sum[kSums];
   I codes = V::broadcast_word(&kSums);
@@ -381,11 +386,7 @@ std::int64_t saturate_integers(std::int64_t rounds) {
   for (std::int64_t round = 0; round < rounds; ++round) {
     unrolled<kSums>([&]<int i>() __attribute__((always_inline)) {
       V::keep_in_register(codes);  // or the compiler multiplies once for all
-      if constexpr (HasDot<V>) {
-        V::template dot<4>(sum[i], codes, codes);
-      } else {
-        V::dot_narrow(sum[i], codes, codes);
-      }
+      add(sum[i], codes);
     });
   }
   alignas(64) float total[V::kLanes * kSums];
@@ -393,7 +394,19 @@ std::int64_t saturate_integers(std::int64_t rounds) {
     V::store(total + i * V::kLanes, V::to_float(sum[i]));
   });
   __asm__ volatile("" : : "r"(total) : "memory");
-  return rounds * kSums * V::kLanes * 4 / kHalves;
+  return rounds * kSums * V::kLanes * products;
+}
+
+// For 4-bit codes.
+template <int kHalves, class V>
+std::int64_t saturate_integers(std::int64_t rounds) {
+  return saturate_sums<V>(rounds, 4 / kHalves, [](I& sum, I codes) __attribute__((always_inline)) {
+    if constexpr (HasDot<V>) {
+      V::template dot<4>(sum, codes, codes);
+    } else {
+      V::dot_narrow(sum, codes, codes);
+    }
+  });
 }
 
 // int16 (two halves) or int8 (one) where Vec has `dot`.

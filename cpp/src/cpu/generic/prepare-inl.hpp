@@ -74,20 +74,24 @@ MARLINQ_INLINE void quantise(const float* values, float limit, Quantised& result
 constexpr float kInt16Limit = 32600.0F;
 constexpr float kInt8Limit = 127.0F;
 
+MARLINQ_INLINE void store_run_inputs(const PrepareTask& task, const Quantised& q) {
+  for (int i = 0; i < task.num_runs; ++i) {
+    const RowBlock& run = task.runs[i];
+    const std::int32_t* of_run = q.value + (run.first - task.runs[0].first);
+    std::int32_t sum = 0;
+    for (int p = 0; p < run.count; ++p) sum += of_run[p];
+    task.run_inputs[i * task.tile_rows + task.row] = {
+        .scale = q.scale, .start = -task.middle * sum, .sum = static_cast<float>(sum)};
+  }
+}
+
 // [packed row / 4][row of the tile][half] dwords of four consecutive packed rows.
 template <int kHalves>
 float prepare_integers(const PrepareTask& task) {
   Quantised q;
   const int first = task.runs[0].first;
   quantise(task.values, kHalves == 2 ? kInt16Limit : kInt8Limit, q);
-  for (int i = 0; i < task.num_runs; ++i) {
-    const RowBlock& run = task.runs[i];
-    const std::int32_t* of_run = q.value + (run.first - first);
-    std::int32_t sum = 0;
-    for (int p = 0; p < run.count; ++p) sum += of_run[p];
-    task.run_inputs[i * task.tile_rows + task.row] = {
-        .scale = q.scale, .start = -task.middle * sum, .sum = static_cast<float>(sum)};
-  }
+  store_run_inputs(task, q);
   alignas(64) std::uint8_t bytes[kHalves][kMaxRowBlock];
   for (int p = 0; p < kMaxRowBlock; ++p) {
     const std::int32_t upper = (q.value[p] + 128) >> 8;

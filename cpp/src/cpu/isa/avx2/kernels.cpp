@@ -16,6 +16,18 @@ struct Vec : Vec256 {
   // pairs are 30720.
   static constexpr int kNarrowRows = 32;
 
+  // As float32's tiles: 12 sums, 2 codes, a broadcast and a product.
+  static constexpr int kPairRows = 6;
+  static constexpr int kMostFewRows = 3;
+
+  /// sum += the two products of 16-bit codes and x in each word. In the order of the source: left to itself, GCC 12
+  /// begins with all products and moves sums to the stack.
+  [[gnu::always_inline]] static inline void dot_pairs(I& sum, I codes, I x) {
+    I products;
+    __asm__ volatile("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
+                     : "+x"(sum), "=&x"(products)
+                     : "x"(codes), "x"(x));
+  }
   /// sum += the products of unsigned bytes of 4-bit codes with signed bytes of x, in pairs, in 16 bits.
   [[gnu::always_inline]] static inline void dot_narrow(I& sum, I codes, I x) {
     sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x));
@@ -40,11 +52,12 @@ struct Vec : Vec256 {
 //
 #include "cpu/generic/integer_gemm-inl.hpp"
 #include "cpu/generic/kernels-inl.hpp"
+#include "cpu/generic/pairs_gemm-inl.hpp"
 
 namespace marlinq::cpu::avx2 {
 
 extern const IsaKernels kKernels;
-constinit const IsaKernels kKernels = with_integers(with_floats({
+constinit const IsaKernels kKernels = with_pairs(with_floats({
     .name = "avx2",
     .priority = 20,
     .required = kAvx2 | kFma | kF16c,

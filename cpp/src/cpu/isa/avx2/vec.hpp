@@ -95,6 +95,16 @@ struct Vec256 {
     return low_nibbles(_mm256_srli_epi32(words, 4));
   }
 
+  [[gnu::always_inline]] static inline void store_words(std::uint32_t* p, I value) {
+    _mm256_store_si256(reinterpret_cast<I*>(p), value);
+  }
+  /// The codes of a word's pair kPair, as two numbers of 16 bits.
+  template <int kBits, int kPair>
+  [[gnu::always_inline]] static inline I pair_of_codes(I words) {
+    const I mask = _mm256_set1_epi32(kBits == 4 ? 0x000F000F : 0x00FF00FF);
+    return _mm256_and_si256(_mm256_srli_epi32(words, kBits * kPair), mask);
+  }
+
   struct Decoder {
     F middle;
     [[gnu::always_inline]] explicit inline Decoder(std::int32_t value)
