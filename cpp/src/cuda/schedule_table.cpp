@@ -3,10 +3,12 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <bit>
 #include <map>
 #include <mutex>
 
 #include "core/concat.hpp"
+#include "core/integers.hpp"
 #include "core/refuse.hpp"
 #include "cuda/cuda_check.hpp"
 
@@ -51,6 +53,30 @@ GemmProblem problem_without_data(const WeightView& view, std::int32_t m) {
           .m = m};
 }
 
+namespace {
+
+// What such layers most often are: symmetric, with float16 scales and groups of one length. Others hold more beside the codes, and may
+// have no room for what was measured with that; or other kernels.
+WeightView usual_layer(const WeightView& view, std::int64_t group_size) {
+  constexpr std::int32_t kRecordBytes = 32;
+  WeightView usual = view;
+  usual.has_zeros = false;
+  usual.scale_type = FloatType::kF16;
+  usual.scales_divide = true;
+  usual.record_bytes = kRecordBytes;
+  const std::int64_t steps = group_size / 16;
+  if (view.step_shift < 0 && group_size % 16 == 0 && steps > 0 &&
+      std::has_single_bit(static_cast<std::uint64_t>(steps))) {
+    usual.step_shift = std::countr_zero(static_cast<std::uint64_t>(steps));
+    usual.chunk_shift = std::max(usual.step_shift - 2, -1);
+    usual.num_groups = static_cast<std::int32_t>(ceil_div(view.k, group_size));
+    usual.groups_per_chunk = static_cast<std::int32_t>(std::max<std::int64_t>(4 / steps, 1));
+  }
+  return usual;
+}
+
+}  // namespace
+
 std::vector<RowsSchedule> schedules_of(std::span<const ScheduleEntry> entries,
                                        const ScheduleEntry& layer, const ArchKernels& arch,
                                        const WeightView& view, const DeviceLimits& limits) {
@@ -67,13 +93,18 @@ std::vector<RowsSchedule> schedules_of(std::span<const ScheduleEntry> entries,
         .first_rows = static_cast<std::int32_t>(std::min(entry.first_rows, kMostRows)),
         .last_rows = last,
         .schedule = parse_schedule(entry.schedule)};
-    const std::vector<Schedule> known = arch.schedules(problem_without_data(view, last), limits);
-    if (std::find(known.begin(), known.end(), rows.schedule) == known.end()) {
+    const auto is_one_of = [&](const WeightView& weight) {
+      const std::vector<Schedule> known =
+          arch.schedules(problem_without_data(weight, last), limits);
+      return std::find(known.begin(), known.end(), rows.schedule) != known.end();
+    };
+    if (is_one_of(view)) {
+      found.push_back(rows);
+    } else if (!is_one_of(usual_layer(view, entry.group_size))) {
       refuse_argument(concat("schedules: '", entry.schedule, "' for ", entry.n, "x", entry.k,
                              " and ", entry.last_rows, " rows: ", arch.name,
                              " has no such schedule; tune this layer again"));
     }
-    found.push_back(rows);
   }
   std::sort(found.begin(), found.end(), [](const RowsSchedule& a, const RowsSchedule& b) {
     return a.first_rows < b.first_rows;

@@ -24,8 +24,8 @@ ScheduleEntry entry_of(int device, const ArchKernels& arch, const WeightView& vi
 /// A product of m rows with the weight, whose x and y lie nowhere.
 GemmProblem problem_without_data(const WeightView& view, std::int32_t m);
 
-/// The schedules among `entries` for `layer`, whose weight is `view`. Throws invalid_argument for one that the
-/// kernels do not have, or where two are for the same rows.
+/// The schedules among `entries` for `layer`, whose weight is `view`, without those that only a symmetric one with
+/// float16 scales and groups of one length would take. Throws invalid_argument for one that the kernels do not have, or where two are for the same rows.
 std::vector<RowsSchedule> schedules_of(std::span<const ScheduleEntry> entries,
                                        const ScheduleEntry& layer, const ArchKernels& arch,
                                        const WeightView& view, const DeviceLimits& limits);

@@ -221,8 +221,27 @@ TEST_F(TableTest, ThoseThatComeWithTheLibraryAreKnownToIt) {
           weight_of(static_cast<std::int32_t>(entry.n), static_cast<std::int32_t>(entry.k));
       ASSERT_EQ(entry.group_size, 128);
       view.code_bits = entry.bits;
-      EXPECT_NO_THROW(schedules_of({&entry, 1}, layer, *arch, view, limits_))
+      EXPECT_EQ(schedules_of({&entry, 1}, layer, *arch, view, limits_).size(), 1u)
           << entry.n << "x" << entry.k << " " << entry.schedule;
+      // Any layer of that shape can be loaded, and takes what it has room for.
+      for (const std::int32_t bytes : {48, 64, 80}) {
+        for (const std::int32_t shift : {kGroups128, -1}) {
+          WeightView other = view;
+          other.record_bytes = bytes;
+          other.has_zeros = bytes % 32 != 0;
+          other.scale_type = bytes >= 64 ? FloatType::kF32 : FloatType::kF16;
+          other.step_shift = shift;
+          other.scales_divide = bytes != 64;
+          for (const RowsSchedule& rows : schedules_of({&entry, 1}, layer, *arch, other, limits_)) {
+            for (const std::int32_t m : {rows.first_rows, rows.last_rows}) {
+              EXPECT_LE(arch->plan_as(problem_without_data(other, m), limits_, rows.schedule)
+                            .shared_bytes,
+                        sm80::usable_shared(limits_))
+                  << entry.schedule;
+            }
+          }
+        }
+      }
     }
   }
 }
