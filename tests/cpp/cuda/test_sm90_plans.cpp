@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <utility>
+#include <vector>
 
 #include "core/integers.hpp"
 #include "cuda/arch/sm80/plan.hpp"
@@ -153,6 +154,30 @@ TEST(Sm90PlanTest, SlowMemoryTakesOneBlockWithLongRings) {
       EXPECT_EQ(plan.kind, KernelKind::kStrip);
       EXPECT_LE(plan.blocks, limits.multiprocessors) << n << " x " << k << ", m " << m;
       EXPECT_GE(plan.stages, 3) << n << " x " << k << ", m " << m;
+    }
+  }
+}
+
+// Two blocks of one kernel on a multiprocessor leave another without any.
+TEST(Sm90PlanTest, BlocksForOneMultiprocessorEachDoNotMeet) {
+  constexpr std::int32_t kGroups128 = 3;
+  for (const std::int32_t rate : {3350, 4800}) {
+    DeviceLimits limits = hopper(132);
+    limits.memory_rate = rate;
+    for (const auto& [n, k] :
+         {std::pair{4096, 14336}, {4224, 12288}, {5120, 25600}, {4096, 8192}}) {
+      for (const std::int32_t m : {1, 2, 8}) {
+        const GemmProblem problem = problem_of(n, k, m, 4, kGroups128);
+        std::vector<GemmPlan> plans = {sm90::plan(problem, limits, BatchInvariance::kNotRequired)};
+        for (const Schedule& schedule : sm90::schedules(problem, limits))
+          plans.push_back(sm90::plan_as(problem, limits, schedule));
+        for (const GemmPlan& plan : plans) {
+          if (plan.kind != KernelKind::kStrip || plan.blocks > limits.multiprocessors) continue;
+          EXPECT_GT(2 * (plan.shared_bytes + sm80::kReservedShared),
+                    limits.multiprocessor_shared_bytes)
+              << n << " x " << k << ", m " << m << ", " << plan.blocks << " blocks";
+        }
+      }
     }
   }
 }

@@ -162,15 +162,27 @@ std::int32_t strip_index(const GemmProblem& problem, std::int32_t token_tiles, b
   return static_cast<std::int32_t>(found - all.begin());
 }
 
-// A block at most on a multiprocessor: where that has none of this kernel or of the one before, it would get two.
-void keep_apart(GemmPlan& plan, const DeviceLimits& limits) {
-  if (plan.blocks < limits.multiprocessors)
-    plan.shared_bytes = std::max(plan.shared_bytes, limits.multiprocessor_shared_bytes / 2);
-}
-
 // Of packed blocks: what the features are divided by.
 std::int64_t halves_of(const WeightView& w) {
   return ceil_div(w.n, sm80::Layout::kBlockFeatures) * 2;
+}
+
+// What a block of 8 warps streams, in rings of one stage, if it has so many halves and one of so many slices of K.
+std::int64_t rings_of(const WeightView& w, std::int64_t halves, std::int32_t slices) {
+  constexpr std::int64_t kRingBytes = 8 * 4096;
+  return ceil_div(halves * (sm80::Layout::kBlockFeatures / 2) * ceil_div(w.chunks, slices) *
+                      sm80::Layout::kChunkRows * w.code_bits / 8,
+                  kRingBytes);
+}
+
+// So many are in the rings before the kernel before has ended.
+constexpr std::int64_t kRingsOfWhole = 2;
+
+// A block at most on a multiprocessor. Two of this kernel would meet on one that has none of the kernel before, or is done
+// with it sooner than others.
+void keep_apart(GemmPlan& plan, const DeviceLimits& limits) {
+  if (plan.blocks <= limits.multiprocessors)
+    plan.shared_bytes = std::max(plan.shared_bytes, limits.multiprocessor_shared_bytes / 2);
 }
 
 /// How the features are divided.
@@ -297,14 +309,9 @@ class StripPlanner {
 
   GemmPlan plan_one_tile() const {
     const StripDivision single = divide_strips(w_, limits_.multiprocessors, most_slices_);
-    // What a block streams, in rings of one stage.
-    constexpr std::int64_t kRingBytes = kWarps * 4096;
-    const std::int64_t rings = ceil_div(single.busiest * (sm80::Layout::kBlockFeatures / 2) *
-                                            ceil_div(w_.chunks, most_slices_) *
-                                            sm80::Layout::kChunkRows * w_.code_bits / 8,
-                                        kRingBytes);
+    const std::int64_t rings = rings_of(w_, single.busiest, most_slices_);
     const std::int64_t clusters = limits_.multiprocessors / most_slices_;
-    if (rings <= 2 && halves_of(w_) >= clusters) {
+    if (rings <= kRingsOfWhole && halves_of(w_) >= clusters) {
       // All of the layer is in the rings before the kernel before has ended, beside which a block has room
       // on every multiprocessor.
       constexpr Rings kWhole{2, 2};
@@ -322,7 +329,8 @@ class StripPlanner {
     const GemmPlan plan =
         bytes_bound ? plan_long_rings(single, rings >= kManyRings) : plan_two_each(rings);
     if (fits(plan, limits_)) return plan;
-    for (const Rings& few : {slow && rings > 2 ? kThreeStages : kShortRings, kShortRings}) {
+    for (const Rings& few :
+         {slow && rings > kRingsOfWhole ? kThreeStages : kShortRings, kShortRings}) {
       if (has_short_x(single.cluster_blocks)) {
         const GemmPlan whole = one_each(single, few, kWarps, false);
         if (fits(whole, limits_)) return whole;
@@ -715,7 +723,10 @@ GemmPlan plan_as(const GemmProblem& problem, const DeviceLimits& limits, const S
                               .share_halves = schedule.share_halves,
                               .stages = schedule.stages,
                               .early_stages = schedule.early_stages});
-  keep_apart(plan, limits);
+  const std::int64_t busiest = ceil_div(halves_of(problem.weight), schedule.clusters);
+  const bool is_whole = plan.blocks == limits.multiprocessors &&
+                        rings_of(problem.weight, busiest, schedule.cluster_blocks) <= kRingsOfWhole;
+  if (!is_whole) keep_apart(plan, limits);
   return plan;
 }
 
