@@ -58,13 +58,12 @@ PackedExperts::PackedExperts(DeviceWeight weight, const ArchKernels& arch,
 
 void PackedExperts::take_schedules(const LoadOptions& options, std::int64_t group_size,
                                    const DeviceLimits& limits) {
-  const Schedules& entries =
-      options.schedules == nullptr ? measured_schedules(arch_) : *options.schedules;
-  if (entries.empty() || invariance_ == BatchInvariance::kRequired) return;
+  if (invariance_ == BatchInvariance::kRequired) return;
   for (Segment& segment : weight_.segments) {
-    segment.schedules =
-        schedules_of(entries, entry_of(device().index, arch_, segment.view, group_size), arch_,
-                     segment.view, limits);
+    const ScheduleEntry layer = entry_of(device().index, arch_, segment.view, group_size);
+    segment.schedules = options.schedules == nullptr
+                            ? measured_schedules_of(layer, arch_, segment.view, limits)
+                            : schedules_of(*options.schedules, layer, arch_, segment.view, limits);
   }
 }
 

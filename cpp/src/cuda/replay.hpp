@@ -3,7 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
-#include <utility>
+#include <memory>
+#include <type_traits>
 
 #include "cuda/cuda_check.hpp"
 
@@ -14,62 +15,57 @@ class Replay {
  public:
   /// Of run(0) to run(launches - 1), which put kernels into the stream.
   template <class F>
-  Replay(cudaStream_t stream, int launches, F&& run) : stream_(stream), launches_(launches) {
-    MARLINQ_CUDA_CHECK(cudaEventCreate(&begin_));
-    MARLINQ_CUDA_CHECK(cudaEventCreate(&end_));
-    cudaGraph_t graph = nullptr;
+  Replay(cudaStream_t stream, int launches, F&& run)
+      : stream_(stream), launches_(launches), begin_(new_event()), end_(new_event()) {
     MARLINQ_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    const auto end_capture = [stream] {
+      cudaGraph_t graph = nullptr;
+      MARLINQ_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+      return Graph(graph);
+    };
     try {
       for (int i = 0; i < launches; ++i) run(i);
     } catch (...) {
-      (void)cudaStreamEndCapture(stream, &graph);
-      if (graph != nullptr) (void)cudaGraphDestroy(graph);
-      release();
+      (void)end_capture();
       throw;
     }
-    MARLINQ_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
-    const cudaError_t status = cudaGraphInstantiate(&exec_, graph, 0);
-    (void)cudaGraphDestroy(graph);
-    MARLINQ_CUDA_CHECK(status);
+    const Graph graph = end_capture();
+    cudaGraphExec_t exec = nullptr;
+    MARLINQ_CUDA_CHECK(cudaGraphInstantiate(&exec, graph.get(), 0));
+    exec_.reset(exec);
   }
-  Replay(Replay&& other) noexcept
-      : stream_(other.stream_),
-        launches_(other.launches_),
-        exec_(std::exchange(other.exec_, nullptr)),
-        begin_(std::exchange(other.begin_, nullptr)),
-        end_(std::exchange(other.end_, nullptr)) {}
-  Replay& operator=(Replay&& other) noexcept {
-    std::swap(stream_, other.stream_);
-    std::swap(launches_, other.launches_);
-    std::swap(exec_, other.exec_);
-    std::swap(begin_, other.begin_);
-    std::swap(end_, other.end_);
-    return *this;
-  }
-  ~Replay() { release(); }
 
   /// What a launch takes in one more replay, in us.
   double us() {
-    MARLINQ_CUDA_CHECK(cudaEventRecord(begin_, stream_));
-    MARLINQ_CUDA_CHECK(cudaGraphLaunch(exec_, stream_));
-    MARLINQ_CUDA_CHECK(cudaEventRecord(end_, stream_));
-    MARLINQ_CUDA_CHECK(cudaEventSynchronize(end_));
+    MARLINQ_CUDA_CHECK(cudaEventRecord(begin_.get(), stream_));
+    MARLINQ_CUDA_CHECK(cudaGraphLaunch(exec_.get(), stream_));
+    MARLINQ_CUDA_CHECK(cudaEventRecord(end_.get(), stream_));
+    MARLINQ_CUDA_CHECK(cudaEventSynchronize(end_.get()));
     float ms = 0;
-    MARLINQ_CUDA_CHECK(cudaEventElapsedTime(&ms, begin_, end_));
+    MARLINQ_CUDA_CHECK(cudaEventElapsedTime(&ms, begin_.get(), end_.get()));
     return static_cast<double>(ms) * 1e3 / launches_;
   }
 
  private:
-  void release() noexcept {
-    if (exec_ != nullptr) (void)cudaGraphExecDestroy(exec_);
-    if (begin_ != nullptr) (void)cudaEventDestroy(begin_);
-    if (end_ != nullptr) (void)cudaEventDestroy(end_);
+  struct Delete {
+    void operator()(cudaGraph_t graph) const noexcept { (void)cudaGraphDestroy(graph); }
+    void operator()(cudaGraphExec_t exec) const noexcept { (void)cudaGraphExecDestroy(exec); }
+    void operator()(cudaEvent_t event) const noexcept { (void)cudaEventDestroy(event); }
+  };
+  template <class Handle>
+  using Owned = std::unique_ptr<std::remove_pointer_t<Handle>, Delete>;
+  using Graph = Owned<cudaGraph_t>;
+
+  static Owned<cudaEvent_t> new_event() {
+    cudaEvent_t event = nullptr;
+    MARLINQ_CUDA_CHECK(cudaEventCreate(&event));
+    return Owned<cudaEvent_t>(event);
   }
 
   cudaStream_t stream_;
   int launches_;
-  cudaGraphExec_t exec_ = nullptr;
-  cudaEvent_t begin_ = nullptr, end_ = nullptr;
+  Owned<cudaEvent_t> begin_, end_;
+  Owned<cudaGraphExec_t> exec_;
 };
 
 }  // namespace marlinq::cuda

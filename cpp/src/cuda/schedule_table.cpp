@@ -6,6 +6,8 @@
 #include <bit>
 #include <map>
 #include <mutex>
+#include <string_view>
+#include <tuple>
 
 #include "core/concat.hpp"
 #include "core/integers.hpp"
@@ -126,6 +128,23 @@ const Schedules& measured_schedules(const ArchKernels& arch) {
     return parsed;
   }();
   return all.at(arch.name);
+}
+
+std::vector<RowsSchedule> measured_schedules_of(const ScheduleEntry& layer, const ArchKernels& arch,
+                                                const WeightView& view,
+                                                const DeviceLimits& limits) {
+  // Models have many layers of few kinds, and to look for schedules takes as long as a small layer's copies.
+  using Kind = std::tuple<std::string, std::string_view, std::int32_t, std::int64_t, std::int64_t,
+                          std::int64_t, std::int32_t, std::int32_t, FloatType, bool, bool>;
+  static std::mutex mutex;
+  static std::map<Kind, std::vector<RowsSchedule>> known;
+  const Kind kind{layer.device,    arch.name,      layer.bits,        layer.group_size,
+                  layer.n,         layer.k,        view.chunks,       view.step_shift,
+                  view.scale_type, view.has_zeros, view.scales_divide};
+  const std::scoped_lock lock(mutex);
+  const auto place = known.find(kind);
+  if (place != known.end()) return place->second;
+  return known[kind] = schedules_of(measured_schedules(arch), layer, arch, view, limits);
 }
 
 GemmPlan plan_rows(const GemmProblem& problem, std::span<const RowsSchedule> schedules,

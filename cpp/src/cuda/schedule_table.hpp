@@ -33,6 +33,10 @@ std::vector<RowsSchedule> schedules_of(std::span<const ScheduleEntry> entries,
 /// Those that come with the library.
 const Schedules& measured_schedules(const ArchKernels& arch);
 
+/// The same of those that come with the library, kept for the next layer of the kind.
+std::vector<RowsSchedule> measured_schedules_of(const ScheduleEntry& layer, const ArchKernels& arch,
+                                                const WeightView& view, const DeviceLimits& limits);
+
 /// As `schedules` say for so many rows, else as the architecture plans.
 GemmPlan plan_rows(const GemmProblem& problem, std::span<const RowsSchedule> schedules,
                    const ArchKernels& arch, const DeviceLimits& limits, BatchInvariance invariance);

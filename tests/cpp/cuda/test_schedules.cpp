@@ -211,6 +211,37 @@ TEST_F(TableTest, RefusesTwoForTheSameRows) {
                [&] { of({entry(32, 64), entry(17, 32)}); });
 }
 
+TEST_F(TableTest, KindsOfLayersAreKeptApart) {
+  for (const ArchKernels* arch : arch_kernels()) {
+    for (const ScheduleEntry& entry : measured_schedules(*arch)) {
+      ScheduleEntry layer = entry;
+      layer.first_rows = layer.last_rows = 1;
+      layer.schedule = {};
+      for (const std::int32_t bytes : {32, 48, 64}) {
+        for (const std::int32_t shift : {kGroups128, -1}) {
+          WeightView view =
+              weight_of(static_cast<std::int32_t>(entry.n), static_cast<std::int32_t>(entry.k));
+          view.record_bytes = bytes;
+          view.has_zeros = bytes == 48;
+          view.scale_type = bytes == 64 ? FloatType::kF32 : FloatType::kF16;
+          view.step_shift = shift;
+          const auto expected =
+              schedules_of(measured_schedules(*arch), layer, *arch, view, limits_);
+          for (int i = 0; i < 2; ++i) {
+            const auto found = measured_schedules_of(layer, *arch, view, limits_);
+            ASSERT_EQ(found.size(), expected.size()) << entry.n << "x" << entry.k;
+            for (std::size_t j = 0; j < found.size(); ++j) {
+              EXPECT_EQ(found[j].first_rows, expected[j].first_rows);
+              EXPECT_EQ(found[j].last_rows, expected[j].last_rows);
+              EXPECT_EQ(found[j].schedule, expected[j].schedule);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST_F(TableTest, ThoseThatComeWithTheLibraryAreKnownToIt) {
   for (const ArchKernels* arch : arch_kernels()) {
     for (const ScheduleEntry& entry : measured_schedules(*arch)) {
