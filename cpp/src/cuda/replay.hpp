@@ -18,18 +18,16 @@ class Replay {
   Replay(cudaStream_t stream, int launches, F&& run)
       : stream_(stream), launches_(launches), begin_(new_event()), end_(new_event()) {
     MARLINQ_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    const auto end_capture = [stream] {
-      cudaGraph_t graph = nullptr;
-      MARLINQ_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
-      return Graph(graph);
-    };
+    cudaGraph_t captured = nullptr;
     try {
       for (int i = 0; i < launches; ++i) run(i);
     } catch (...) {
-      (void)end_capture();
+      (void)cudaStreamEndCapture(stream, &captured);
+      const Graph dropped(captured);
       throw;
     }
-    const Graph graph = end_capture();
+    MARLINQ_CUDA_CHECK(cudaStreamEndCapture(stream, &captured));
+    const Graph graph(captured);
     cudaGraphExec_t exec = nullptr;
     MARLINQ_CUDA_CHECK(cudaGraphInstantiate(&exec, graph.get(), 0));
     exec_.reset(exec);
