@@ -332,6 +332,10 @@ def test_bench_knows_models(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
         (("tune", MINILM, "--shapes", "8x8", "--device", "cpu"), "tune: expected a checkpoint or"),
         (("tune", "--shapes", "8"), "'8', expected NxK"),
         (("tune", "--shapes", "64x64", "--device", "cpu"), "backend 'cpu' does not support tune"),
+        (
+            ("tune", "--shapes", "8x8", "--device", "cpu", "--output", "missing/schedules.txt"),
+            "missing/schedules.txt: No such file",
+        ),
         (("bench", "--shapes", "64x64", "--schedules", "missing.txt"), "missing.txt: No such file"),
         (("verify",), "CHECKPOINT"),
         (("nonsense",), "nonsense"),

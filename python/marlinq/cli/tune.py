@@ -94,6 +94,8 @@ def _cases(options: argparse.Namespace, context: Any) -> list[Case]:
 def _run(options: argparse.Namespace) -> int:
     context = context_for(options.device)
     cases = _cases(options, context)
+    if options.output is not None:
+        options.output.touch()  # rather now than after minutes
     found: list[dict[str, Any]] = []
     lines: dict[tuple[Any, ...], str] = {}
     with progress("tuning", len(cases)) as advance:
