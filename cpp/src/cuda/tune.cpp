@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <limits>
+#include <string>
 #include <vector>
 
 #include "core/marlin_linear.hpp"
@@ -117,10 +117,15 @@ class SegmentTuner {
   TunedSchedule tune(std::int64_t rows_before, std::int64_t rows) {
     problem_.m = static_cast<std::int32_t>(rows);
     const GemmPlan estimated = arch_.plan(problem_, state_.limits, BatchInvariance::kNotRequired);
+    std::string words;  // of the estimate's choice, where that has some
     std::vector<Candidate> candidates;
     for (const Schedule& schedule : arch_.schedules(problem_, state_.limits)) {
       const GemmPlan plan = arch_.plan_as(problem_, state_.limits, schedule);
-      if (plan != estimated) candidates.push_back({schedule, time_of(plan)});
+      if (plan == estimated) {
+        words = to_string(schedule);
+      } else {
+        candidates.push_back({schedule, plan, time_of(plan)});
+      }
     }
     // Few are timed well: one after the other in turns, so that a change of the clock is a change for all.
     constexpr std::size_t kFinalists = 6;
@@ -130,31 +135,23 @@ class SegmentTuner {
                       [](const Candidate& a, const Candidate& b) { return a.us < b.us; });
     std::vector<Replay> replays;
     replays.push_back(replay_of(estimated));
-    for (std::size_t i = 0; i < finalists; ++i)
-      replays.push_back(replay_of(arch_.plan_as(problem_, state_.limits, candidates[i].schedule)));
+    for (std::size_t i = 0; i < finalists; ++i) replays.push_back(replay_of(candidates[i].plan));
     const std::vector<double> times = times_in_turns(replays);
     const auto best =
         static_cast<std::size_t>(std::min_element(times.begin(), times.end()) - times.begin());
     TunedSchedule result{.entry = entry_, .us = times[best], .estimated_us = times[0]};
     result.entry.first_rows = rows_before + 1;
     result.entry.last_rows = rows;
-    result.entry.schedule =
-        best == 0 ? schedule_of(estimated) : to_string(candidates[best - 1].schedule);
+    result.entry.schedule = best == 0 ? words : to_string(candidates[best - 1].schedule);
     return result;
   }
 
  private:
   struct Candidate {
     Schedule schedule;
+    GemmPlan plan;
     double us;
   };
-
-  // The estimate's choice as a schedule; empty where none is the same.
-  std::string schedule_of(const GemmPlan& plan) const {
-    for (const Schedule& schedule : arch_.schedules(problem_, state_.limits))
-      if (arch_.plan_as(problem_, state_.limits, schedule) == plan) return to_string(schedule);
-    return {};
-  }
 
   Replay replay_of(const GemmPlan& plan) {
     // Long enough for the host's part in a replay to be small.

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <set>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "core/integers.hpp"
@@ -121,6 +122,24 @@ TEST(ScheduleTest, TheEstimateIsAmongThem) {
   }
 }
 
+// Most kernels multiply sums by quotients of scales.
+TEST(ScheduleTest, ScalesThatDoNotDivideHaveTheKernelsThatNeedNoQuotients) {
+  for (const auto& [arch, limits] : everywhere()) {
+    for (const std::int32_t step_shift : {kGroups128, kGroups32, -1}) {
+      WeightView w = weight_of(4096, 4096, step_shift);
+      w.scales_divide = false;
+      const bool sm80_only = std::string_view(arch.name) == "sm80" || step_shift < 0;
+      for (const std::int32_t m : {1, 8, 9, 16, 24, 64, 512}) {
+        for (const Schedule& schedule : arch.schedules(problem_without_data(w, m), limits)) {
+          EXPECT_EQ(schedule.kind, KernelKind::kStrip) << to_string(schedule);
+          EXPECT_TRUE(!sm80_only || schedule.tokens == 8) << to_string(schedule);
+          EXPECT_LE(m, schedule.tokens) << to_string(schedule);
+        }
+      }
+    }
+  }
+}
+
 TEST(ScheduleTest, RefusesOtherText) {
   for (const char* text :
        {"", "sm90", "sm90 tile features=128", "sm90 tiles features",
@@ -141,6 +160,11 @@ class TableTest : public ::testing::Test {
         arch_.schedules(problem_without_data(view_, static_cast<std::int32_t>(last)), limits_);
     result.schedule = to_string(all.at(static_cast<std::size_t>(which)));
     return result;
+  }
+  static ScheduleEntry layer_of(ScheduleEntry entry) {
+    entry.first_rows = entry.last_rows = 1;
+    entry.schedule = {};
+    return entry;
   }
   std::vector<RowsSchedule> of(const Schedules& entries) const {
     return schedules_of(entries, layer_, arch_, view_, limits_);
@@ -214,9 +238,7 @@ TEST_F(TableTest, RefusesTwoForTheSameRows) {
 TEST_F(TableTest, KindsOfLayersAreKeptApart) {
   for (const ArchKernels* arch : arch_kernels()) {
     for (const ScheduleEntry& entry : measured_schedules(*arch)) {
-      ScheduleEntry layer = entry;
-      layer.first_rows = layer.last_rows = 1;
-      layer.schedule = {};
+      const ScheduleEntry layer = layer_of(entry);
       for (const std::int32_t bytes : {32, 48, 64}) {
         for (const std::int32_t shift : {kGroups128, -1}) {
           WeightView view =
@@ -245,9 +267,7 @@ TEST_F(TableTest, KindsOfLayersAreKeptApart) {
 TEST_F(TableTest, ThoseThatComeWithTheLibraryAreKnownToIt) {
   for (const ArchKernels* arch : arch_kernels()) {
     for (const ScheduleEntry& entry : measured_schedules(*arch)) {
-      ScheduleEntry layer = entry;
-      layer.first_rows = layer.last_rows = 1;
-      layer.schedule = {};
+      const ScheduleEntry layer = layer_of(entry);
       WeightView view =
           weight_of(static_cast<std::int32_t>(entry.n), static_cast<std::int32_t>(entry.k));
       ASSERT_EQ(entry.group_size, 128);

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "cpu/generic/block-inl.hpp"
 #include "cpu/generic/integer_gemm-inl.hpp"
@@ -119,23 +118,13 @@ void gemm_pairs(const BlockTask& task) {
   }
 }
 
-// [pair of packed rows][row of the tile] dwords of two integers of 16 bits.
 float prepare_pairs(const PrepareTask& task) {
   Quantised q;
   quantise(task.values, kInt16Limit, q);
   store_run_inputs(task, q);
-  const int step = 32 / task.code_bits;
-  const std::int64_t stride = std::int64_t{4} * task.tile_rows;
-  std::uint8_t* place = task.x + task.runs[0].first / 2 * stride + task.row * 4;
-  const int count = packed_rows_of(task);
-  for (int p = 0; p < count; p += step) {
-    for (int pair = 0; pair < step / 2; ++pair, place += stride) {
-      const int row = p + first_row_of_pair(task.code_bits, pair);
-      const auto low = static_cast<std::uint32_t>(q.value[row]) & 0xFFFF;
-      const std::uint32_t word = low | static_cast<std::uint32_t>(q.value[row + 2]) << 16;
-      std::memcpy(place, &word, sizeof word);
-    }
-  }
+  std::uint16_t values[kMaxRowBlock];
+  for (int p = 0; p < kMaxRowBlock; ++p) values[p] = static_cast<std::uint16_t>(q.value[p]);
+  store_pairs(task, values);
   return q.largest;
 }
 

@@ -167,11 +167,24 @@ constexpr int first_row_of_pair(int code_bits, int pair) {
   return code_bits == 4 ? kRows[pair] : pair;
 }
 
-// [packed row / 2][row of the tile] dwords of the two packed rows whose codes a kernel finds 16 bits
-// apart; or, where no unit multiplies pairs, float32 of the same values.
+// [packed row / 2][row of the tile] dwords of the two packed rows whose codes a kernel finds 16 bits apart.
+MARLINQ_INLINE void store_pairs(const PrepareTask& task, const std::uint16_t* values) {
+  const int count = packed_rows_of(task);
+  const int step = 32 / task.code_bits;
+  const std::int64_t stride = std::int64_t{4} * task.tile_rows;
+  std::uint8_t* place = task.x + task.runs[0].first / 2 * stride + task.row * 4;
+  for (int p = 0; p < count; p += step) {
+    for (int pair = 0; pair < step / 2; ++pair, place += stride) {
+      const int row = p + first_row_of_pair(task.code_bits, pair);
+      std::memcpy(place, values + row, 2);
+      std::memcpy(place + 2, values + row + 2, 2);
+    }
+  }
+}
+
+// In pairs; or, where no unit multiplies them, float32 of the same values.
 template <bool kInPairs>
 float prepare_bfloat16(const PrepareTask& task) {
-  const int count = packed_rows_of(task);
   std::uint16_t bits[kMaxRowBlock];
   float values[kMaxRowBlock];
   for (int p = 0; p < kMaxRowBlock; ++p) {
@@ -183,16 +196,7 @@ float prepare_bfloat16(const PrepareTask& task) {
     store_floats(task, values);
     return largest;
   }
-  const int step = 32 / task.code_bits;
-  const std::int64_t stride = std::int64_t{4} * task.tile_rows;
-  std::uint8_t* place = task.x + task.runs[0].first / 2 * stride + task.row * 4;
-  for (int p = 0; p < count; p += step) {
-    for (int pair = 0; pair < step / 2; ++pair, place += stride) {
-      const int row = p + first_row_of_pair(task.code_bits, pair);
-      std::memcpy(place, bits + row, 2);
-      std::memcpy(place + 2, bits + row + 2, 2);
-    }
-  }
+  store_pairs(task, bits);
   sum_runs(task, values);
   return largest;
 }

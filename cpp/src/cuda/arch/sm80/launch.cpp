@@ -84,6 +84,8 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t instance, std::int32
 
 namespace {
 
+constexpr std::int32_t kPromoting = 0;  // the strip kernel that needs no quotients of scales
+
 // Few tokens: as many warps as have some items each.
 GemmPlan plan_strips(const GemmProblem& problem, std::int32_t instance,
                      const DeviceLimits& limits) {
@@ -196,7 +198,6 @@ std::int32_t invariant_row_warps(const GemmProblem& problem, const DeviceLimits&
 GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvariance invariance) {
   const std::span<const Instance> all = instances(problem.x_type, problem.weight.code_bits);
   const bool invariant = invariance == BatchInvariance::kRequired;
-  constexpr std::int32_t kPromoting = 0;  // the strip kernel that needs no quotients of scales
   constexpr std::int32_t kStrips = 2;
   GemmPlan best;
   bool found = false;
@@ -234,6 +235,7 @@ std::vector<Schedule> schedules(const GemmProblem& problem, const DeviceLimits& 
   for (std::size_t i = 0; i < kernels.size(); ++i) {
     const Instance& kernel = kernels[i];
     const auto index = static_cast<std::int32_t>(i);
+    if (!problem.weight.scales_divide && index != kPromoting) continue;
     Schedule schedule{.kernels = kKernels.name,
                       .kind = kernel.kind,
                       .features = kernel.features,
@@ -249,7 +251,7 @@ std::vector<Schedule> schedules(const GemmProblem& problem, const DeviceLimits& 
     }
     const Tail tail = tail_of(problem, index, limits);
     constexpr std::int32_t kFewTokens = 32;
-    if (tail.together == 0 || !problem.weight.scales_divide || problem.m <= kernel.tokens / 8 ||
+    if (tail.together == 0 || problem.m <= kernel.tokens / 8 ||
         (kernel.tokens == kFewTokens && problem.m > 8 * kFewTokens))
       continue;
     each_share(tail.left, tail.most, [&](std::int32_t share, std::int32_t) {

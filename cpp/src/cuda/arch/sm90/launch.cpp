@@ -617,27 +617,27 @@ namespace {
 void add_strips(const GemmProblem& problem, const Instance& kernel, Schedule schedule,
                 const DeviceLimits& limits, std::vector<Schedule>& all) {
   constexpr std::int32_t kMostStages = 5;
-  const std::int64_t halves = halves_of(problem.weight);
+  const WeightView& w = problem.weight;
+  const auto add = [&](std::int32_t room) {
+    const bool known = std::find(all.begin(), all.end(), schedule) != all.end();
+    if (!known && plan_as(problem, limits, schedule).shared_bytes <= room) all.push_back(schedule);
+  };
   for (std::int32_t together = 1; together <= kernel.blocks_together; ++together) {
+    const std::int32_t blocks = together * limits.multiprocessors;
+    const std::int32_t room = limits.multiprocessor_shared_bytes / together -
+                              sm80::kReservedShared -
+                              (limits.shared_bytes - sm80::usable_shared(limits));
     for (schedule.cluster_blocks = 1; schedule.cluster_blocks <= 2; ++schedule.cluster_blocks) {
-      const std::int32_t most = together * limits.multiprocessors / schedule.cluster_blocks;
       // Some multiprocessors would have nothing to do.
-      if (2 * halves < most) continue;
-      const std::int64_t busiest = ceil_div(halves, most);
-      for (const std::int64_t clusters :
-           {ceil_div(halves, busiest), std::min<std::int64_t>(most, halves)}) {
-        schedule.clusters = narrow(clusters);
-        schedule.share_halves = busiest % 2 == 0 && clusters < most ? 2 : 1;
+      if (2 * halves_of(w) < blocks / schedule.cluster_blocks) continue;
+      for (const StripDivision& division : {divide_strips(w, blocks, schedule.cluster_blocks),
+                                            spread_strips(w, blocks, schedule.cluster_blocks)}) {
+        schedule.clusters = division.clusters;
+        schedule.share_halves = division.share_halves;
         for (schedule.stages = 1; schedule.stages <= kMostStages; ++schedule.stages) {
           for (const std::int32_t early : {1, schedule.stages}) {
             schedule.early_stages = early;
-            const std::int32_t room = limits.multiprocessor_shared_bytes / together -
-                                      sm80::kReservedShared -
-                                      (limits.shared_bytes - sm80::usable_shared(limits));
-            const bool known = std::find(all.begin(), all.end(), schedule) != all.end();
-            if (!known && plan_as(problem, limits, schedule).shared_bytes <= room)
-              all.push_back(schedule);
-            if (schedule.stages == 1) break;
+            add(room);
           }
         }
       }
