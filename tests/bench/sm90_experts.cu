@@ -648,7 +648,7 @@ class Bench {
       std::swap(y_, y_before_);
       compares_ = true;
     }
-    for (const int rows : {16, 32, 64, 80, 128}) {
+    for (const int rows : {16, 32, 64, 80, 144}) {
       if (products && aligned) break;
       if (average * 8 < rows || average > rows * 5) continue;
       if (!only_rows.empty() &&

@@ -145,7 +145,7 @@ __device__ __forceinline__ void keep_in_place(uint32_t (&registers)[kCount]) {
 /// that covers it.
 template <class T, int kCount>
 __device__ __forceinline__ void wgmma_k16(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b) {
-  static_assert(kCount % 8 == 0 && kCount >= 8 && (kCount <= 64 || kCount == 128));
+  static_assert(kCount % 8 == 0 && kCount >= 8 && (kCount <= 64 || kCount == 72 || kCount == 128));
   if constexpr (kCount == 8) MARLINQ_WGMMA_EITHER("16", 1, "8", "9", "10", "11", "12");
   if constexpr (kCount == 16) MARLINQ_WGMMA_EITHER("32", 2, "16", "17", "18", "19", "20");
   if constexpr (kCount == 24) MARLINQ_WGMMA_EITHER("48", 3, "24", "25", "26", "27", "28");
@@ -154,6 +154,7 @@ __device__ __forceinline__ void wgmma_k16(float (&d)[kCount], const uint32_t (&a
   if constexpr (kCount == 48) MARLINQ_WGMMA_EITHER("96", 6, "48", "49", "50", "51", "52");
   if constexpr (kCount == 56) MARLINQ_WGMMA_EITHER("112", 7, "56", "57", "58", "59", "60");
   if constexpr (kCount == 64) MARLINQ_WGMMA_EITHER("128", 8, "64", "65", "66", "67", "68");
+  if constexpr (kCount == 72) MARLINQ_WGMMA_EITHER("144", 9, "72", "73", "74", "75", "76");
   if constexpr (kCount == 128) MARLINQ_WGMMA_EITHER("256", 16, "128", "129", "130", "131", "132");
 }
 

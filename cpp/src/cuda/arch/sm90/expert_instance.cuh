@@ -67,6 +67,7 @@ void launch_expert_tiles(const ExpertProblem& problem, const ExpertPlan& plan,
 template <class T, int kBits, int kGroups, int kTokens>
 constexpr ExpertInstance expert_tile_instance() {
   using S = ExpertShape<T, kBits, kGroups, kTokens>;
+  static_assert(kTokens % S::kOutputTokens == 0);
   return {.tokens = S::kTokens,
           .blocks = S::kBlocks,
           .stage_bytes = S::kStageBytes,
@@ -113,7 +114,7 @@ void launch_expert_strips(const ExpertProblem& problem, const ExpertPlan& plan,
                     .stage_bytes = expert_stage_bytes(w, S::kRecordsPlace, S::kItemSteps),
                     .item_groups = groups,
                     .sub_steps = S::kItemSteps / groups,
-                    .least_items = std::max(plan.warps, items / kMostStripBlocks),
+                    .least_items = Divider(std::max(plan.warps, items / kMostStripBlocks)),
                     .weights = problem.weights,
                     .weights_bias = problem.weights_bias,
                     .may_cut = plan.may_cut,
@@ -154,7 +155,7 @@ constexpr ExpertKernels make_expert_kernels() {
   return {
       .strips = expert_strip_instance<T, kBits>(),
       .tiles = {expert_tile_instance<T, kBits, 4, 32>(), expert_tile_instance<T, kBits, 3, 80>(),
-                expert_tile_instance<T, kBits, 2, 128>()}};
+                expert_tile_instance<T, kBits, 2, 144>()}};
 }
 
 }  // namespace marlinq::cuda::sm90

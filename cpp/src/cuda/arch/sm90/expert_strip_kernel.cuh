@@ -20,6 +20,7 @@
 #include "cuda/arch/sm80/expert_tiles.cuh"
 #include "cuda/arch/sm80/layout.hpp"
 #include "cuda/arch/sm80/share.hpp"
+#include "cuda/arch/sm90/rough_divider.cuh"
 #include "cuda/arch/sm90/strip_product.cuh"
 #include "cuda/problem.hpp"
 #include "cuda/ptx/arithmetic.cuh"
@@ -28,6 +29,7 @@
 #include "cuda/ptx/flag.cuh"
 #include "cuda/ptx/launch.cuh"
 #include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/warp.cuh"
 
 namespace marlinq::cuda::sm90 {
 
@@ -92,9 +94,9 @@ struct ExpertStripParams {
   Divider items;  // of a unit
   int hand_over;  // what it takes to leave a part and to add it, in items of a block
   int stage_bytes;
-  int item_groups;  // groups of an item, at most
-  int sub_steps;    // steps of an item that have one group
-  int least_items;  // of a block, where units are cut between blocks
+  int item_groups;      // groups of an item, at most
+  int sub_steps;        // steps of an item that have one group
+  Divider least_items;  // of a block, where units are cut between blocks
   const float* weights;
   bool weights_bias;
   bool may_cut;
@@ -117,13 +119,19 @@ class StripRuns {
     // One half alone takes most of the time of two.
     const int by_halves =
         most_halves * items_.divisor / 2 + (most_halves % 2 != 0 ? items_.divisor * 3 / 10 : 0);
-    const int by_items = max(params.blocks.divide(total + blocks - 1), params.least_items);
+    const int by_items = max(params.blocks.divide(total + blocks - 1), params.least_items.divisor);
     const bool cuts = params.may_cut && (params.share == 0 ? by_items + params.hand_over < by_halves
                                                            : params.share > 1);
     first_begin_ = 0;
     last_end_ = items_.divisor;
     if (cuts) {
-      by_items_ = EvenShare(total, max(min(blocks, total / params.least_items), 1));
+      const int parts = max(min(blocks, params.least_items.divide(total)), 1);
+      by_items_.total = total;
+      by_items_.parts = parts;
+      // With fewer parts there are few items.
+      by_items_.least =
+          parts == blocks ? params.blocks.divide(total) : RoughDivider(parts).divide(total);
+      by_items_.rest = total - by_items_.least * parts;
       const int begin = by_items_.begin(block);
       const int size = block < by_items_.parts ? by_items_.size(block) : 0;
       first_unit_ = items_.divide(begin);
@@ -241,7 +249,7 @@ class ExpertStrips {
         warps_(params.warps.divisor),
         lane_(threadIdx.x % 32) {
     parts_ = reinterpret_cast<float4*>(shared + sizeof(Tables)) + lane_;
-    warp_ = threadIdx.x / 32;
+    warp_ = ptx::same_in_warp(threadIdx.x / 32);
     ring_ = static_cast<int>(ptx::shared_address(shared)) + static_cast<int>(sizeof(Tables)) +
             warps_ * S::kPartBytes + warp_ * S::kStages * params.stage_bytes;
     barriers_ = static_cast<int>(ptx::shared_address(tables_.barriers[0])) + warp_ * S::kStages * 8;
@@ -322,7 +330,7 @@ class ExpertStrips {
   }
 
   __device__ __forceinline__ void init_barriers() const {
-    if (lane_ == 0) {
+    if (ptx::elected()) {
       for (int stage = 0; stage < S::kStages; ++stage) ptx::barrier_init(barriers_ + stage * 8, 1);
       ptx::barrier_init_fence();
     }
@@ -347,6 +355,7 @@ class ExpertStrips {
       if (fill_item_ < fill_end_) {
         if (stage >= early) fill_weights(stage);
         fill_x(stage);
+        if (stage == 0) find_factors();
         if (stage >= early) {
           advance_codes();
         } else {
@@ -356,6 +365,7 @@ class ExpertStrips {
       }
       ptx::copy_commit();
     }
+    look_up();
     let_next_start();
   }
 
@@ -371,7 +381,11 @@ class ExpertStrips {
   __device__ __forceinline__ void follow_fill() {
     if (fill_item_ < fill_end_) return;
     find_weights();
-    if (fill_item_ < fill_end_) find_rows();
+    if (fill_item_ < fill_end_) {
+      find_rows();
+      find_factors();
+    }
+    look_up();
     let_next_start();
   }
 
@@ -380,10 +394,14 @@ class ExpertStrips {
     next_ = 0;
     last_ = -1;
     if (runs_.segments() == 0) return;
-    next_ = runs_.segment_of_warp(warp_);
-    next_begin_ = runs_.begin_of_warp(next_, warp_);
-    last_ = runs_.segment_of_warp(warp_ + 1);
-    last_end_ = runs_.begin_of_warp(last_, warp_ + 1);
+    // Odd lanes find the end.
+    const int warp = warp_ + lane_ % 2;
+    const int segment = runs_.segment_of_warp(warp);
+    const int item = runs_.begin_of_warp(segment, warp);
+    next_ = ptx::same_in_warp(segment);
+    next_begin_ = ptx::same_in_warp(item);
+    last_ = ptx::same_in_warp(segment, 1);
+    last_end_ = ptx::same_in_warp(item, 1);
     if (next_ < last_ && next_begin_ == runs_.end(next_)) {
       ++next_;
       next_begin_ = runs_.begin(next_);
@@ -398,7 +416,8 @@ class ExpertStrips {
 
   // The tile of the next segment, and its ids: long before they are needed.
   __device__ __forceinline__ void look_up() {
-    if (next_ > last_) return;
+    if (looked_ || next_ > last_) return;
+    looked_ = true;
     const int unit = runs_.unit(next_);
     const int tile = params_.feature_tiles.divide(unit);
     next_block_ = unit - tile * params_.feature_tiles.divisor;
@@ -411,6 +430,8 @@ class ExpertStrips {
     fill_item_ = 0;
     fill_end_ = 0;
     while (next_ <= last_) {
+      look_up();
+      looked_ = false;
       const int segment = next_;
       const int begin = next_begin_;
       const int end = segment == last_ ? last_end_ : runs_.end(segment);
@@ -419,7 +440,6 @@ class ExpertStrips {
       fill_id_ = next_id_;
       ++next_;
       next_begin_ = 0;
-      look_up();
       if (static_cast<uint32_t>(fill_tile_.expert) < static_cast<uint32_t>(params_.num_experts)) {
         fill_item_ = begin;
         fill_end_ = end;
@@ -466,12 +486,18 @@ class ExpertStrips {
     for (int i = 0; i < kCopies; ++i) {
       x_row_[i] = __shfl_sync(0xffffffffu, first, i * kCopyRows + lane_ / kRowLanes);
     }
-    StripSegment& at = tables_.segments[warp_][fill_table_];
-    if (lane_ < S::kTokens) {
-      at.y[lane_] = place.y;
-      at.weight[lane_] =
-          params_.weights != nullptr && place.x >= 0 ? params_.weights[place.weight] : 1.0f;
+    if (lane_ < S::kTokens) tables_.segments[warp_][fill_table_].y[lane_] = place.y;
+    __syncwarp();
+  }
+
+  // What the rows of the output are multiplied by, which they wait for, while those of x do not.
+  __device__ __forceinline__ void find_factors() {
+    float factor = 1.0f;
+    if (params_.weights != nullptr) {
+      const RowPlace place = params_.rows.place(fill_tile_, lane_, fill_id_);
+      if (place.x >= 0) factor = params_.weights[place.weight];
     }
+    if (lane_ < S::kTokens) tables_.segments[warp_][fill_table_].weight[lane_] = factor;
     __syncwarp();
   }
 
@@ -480,7 +506,7 @@ class ExpertStrips {
   }
 
   __device__ __forceinline__ void fill_weights(int stage) const {
-    if (lane_ != 0) return;
+    if (!ptx::elected()) return;
     const int codes = stage_place(stage);
     const int records = codes + S::kRecordsPlace;
     const int barrier = barriers_ + stage * 8;
@@ -741,6 +767,7 @@ class ExpertStrips {
   bool waited_ = false;
   // The next segment of this warp that is to be filled.
   int next_, next_begin_, next_block_, next_id_;
+  bool looked_ = false;  // up: its tile and ids
   int last_, last_end_;  // of the run of this warp
   TokenTile next_tile_;
   // The one that is filled.

@@ -14,6 +14,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/arch/sm80/group_values.cuh"
@@ -293,14 +294,16 @@ class ExpertMultiply {
   __device__ __forceinline__ void run(SegmentQueue<S> queue) {
 #pragma unroll
     for (int b = 0; b < S::kGroupBlocks; ++b) values_[b].set_middle(w_);
-    clear();
     bool waited = false;
 #pragma unroll 1
     for (;; queue.release()) {
       const ExpertSegment<S>& at = queue.wait();
       if (at.tokens == 0) break;
-      clear();
-      if (at.expert >= 0) multiply(at);
+      if (at.expert >= 0) {
+        multiply(at);
+      } else {
+        clear();
+      }
       // Nothing is written before the kernel before has ended.
       if (!waited) ptx::wait_for_predecessor();
       waited = true;
@@ -313,9 +316,8 @@ class ExpertMultiply {
 #pragma unroll
     for (int b = 0; b < S::kGroupBlocks; ++b) {
       values_[b].scale[0][0] = values_[b].scale[0][1] = 0.0f;
-#pragma unroll
-      for (int i = 0; i < S::kSums; ++i) sum_[b][i] = 0.0f;
     }
+    clear_sums<0, S::kSums>();
   }
 
   __device__ __forceinline__ void multiply(const ExpertSegment<S>& at) {
@@ -323,7 +325,7 @@ class ExpertMultiply {
     for (int b = 0; b < S::kGroupBlocks; ++b) {
       values_[b].scale[0][0] = values_[b].scale[0][1] = 0.0f;
     }
-    multiply_as_many<S::kTokenStep>(at);
+    multiply_as_many<S::kLeastTokens>(at);
   }
 
   // As many tokens as have rows.
@@ -331,7 +333,7 @@ class ExpertMultiply {
   __device__ __forceinline__ void multiply_as_many(const ExpertSegment<S>& at) {
     if constexpr (kTokens < S::kTokens) {
       if (at.tokens > kTokens) {
-        multiply_as_many<kTokens + S::kTokenStep>(at);
+        multiply_as_many<std::min(kTokens + S::kTokenStep, S::kTokens)>(at);
         return;
       }
     }
@@ -340,12 +342,24 @@ class ExpertMultiply {
 
   template <int kTokens>
   __device__ __forceinline__ void multiply_tokens(const ExpertSegment<S>& at) {
+    clear_sums<0, kTokens / 2>();
     if (params_.slab_groups > 1) {
       multiply_half_slabs<kTokens>(at.begin, at.end);
     } else if (plain_) {
       multiply_slabs<kTokens, true>(at.begin, at.end);
     } else {
       multiply_slabs<kTokens, false>(at.begin, at.end);
+    }
+    // Not before, so that products of fewer tokens have these registers.
+    clear_sums<kTokens / 2, S::kSums>();
+  }
+
+  template <int kBegin, int kEnd>
+  __device__ __forceinline__ void clear_sums() {
+#pragma unroll
+    for (int b = 0; b < S::kGroupBlocks; ++b) {
+#pragma unroll
+      for (int i = kBegin; i < kEnd; ++i) sum_[b][i] = 0.0f;
     }
   }
 
@@ -374,7 +388,7 @@ class ExpertMultiply {
       const bool changes = kPlain || slab == begin || (slab & (params_.group_slabs - 1)) == 0;
       const uint32_t x = ptx::wgmma_operand_low(ring_.x());
       const uint32_t codes = ring_.x() + codes_;
-      if (changes && kFragmentSets > 1) {
+      if (changes && kFragmentSets<kTokens> > 1) {
 #pragma unroll
         for (int b = 0; b < S::kGroupBlocks; ++b) {
           float quotient[2];
@@ -385,18 +399,19 @@ class ExpertMultiply {
 #pragma unroll
       for (int b = 0; b < S::kGroupBlocks; ++b) {
         float quotient[2];
-        if (changes && kFragmentSets == 1) load_group<kPlain>(b, 0, quotient);
+        if (changes && kFragmentSets<kTokens> == 1) load_group<kPlain>(b, 0, quotient);
 #pragma unroll
         for (int chunk = 0; chunk < kSlabChunks; ++chunk) {
           uint32_t words[S::kBits];
           load_codes(codes + b * S::kBlockStageBytes + chunk * S::kChunkBytes, words);
-          if (kFragmentSets == 1 && i + b > 0) {
+          if (kFragmentSets<kTokens> == 1 && i + b > 0) {
             ptx::wgmma_wait<1>();
             if (i > 0 && chunk == 0) ptx::keep_in_place(sums<kTokens>(b));
           }
           if (i > 0 && b == 0 && chunk == 1) release(before);
-          if (changes && kFragmentSets == 1 && chunk == 0) scale_sums<kTokens>(b, quotient);
-          decode_chunk(b, chunk, words);
+          if (changes && kFragmentSets<kTokens> == 1 && chunk == 0)
+            scale_sums<kTokens>(b, quotient);
+          decode_chunk<kTokens>(b, chunk, words);
           ptx::wgmma_fence();
           multiply_chunk<kTokens>(b, chunk, x);
           ptx::wgmma_commit();
@@ -432,8 +447,8 @@ class ExpertMultiply {
         for (int b = 0; b < S::kGroupBlocks; ++b) {
           uint32_t words[S::kBits];
           load_codes(codes + b * S::kBlockStageBytes + chunk * S::kChunkBytes, words);
-          if (kFragmentSets == 1 && b > 0) ptx::wgmma_wait<0>();
-          decode_chunk(b, chunk, words);
+          if (kFragmentSets<kTokens> == 1 && b > 0) ptx::wgmma_wait<0>();
+          decode_chunk<kTokens>(b, chunk, words);
           ptx::wgmma_fence();
           multiply_chunk<kTokens>(b, chunk, x);
           ptx::wgmma_commit();
@@ -501,11 +516,12 @@ class ExpertMultiply {
     }
   }
 
+  template <int kTokens>
   __device__ __forceinline__ void decode_chunk(int b, int chunk,
                                                const uint32_t (&words)[S::kBits]) {
 #pragma unroll
     for (int step = 0; step < Layout::kChunkSteps; ++step) {
-      decode(fragment_[b % kFragmentSets][chunk * Layout::kChunkSteps + step],
+      decode(fragment_[b % kFragmentSets<kTokens>][chunk * Layout::kChunkSteps + step],
              &words[step * (S::kBits / 4)], values_[b].zero[0], T());
     }
   }
@@ -515,7 +531,7 @@ class ExpertMultiply {
 #pragma unroll
     for (int step = 0; step < Layout::kChunkSteps; ++step) {
       ptx::wgmma_k16<T>(sums<kTokens>(b),
-                        fragment_[b % kFragmentSets][chunk * Layout::kChunkSteps + step],
+                        fragment_[b % kFragmentSets<kTokens>][chunk * Layout::kChunkSteps + step],
                         ptx::wgmma_operand_of(x + (chunk * S::kXTileBytes + step * 32) / 16));
     }
   }
@@ -581,8 +597,10 @@ class ExpertMultiply {
   bool plain_;        // scales are of float16, a group is a slab, and there are no zero points
   GroupValues<T, S::kBits, 1> values_[S::kGroupBlocks];
   // Two sets where there are registers for them; both packed blocks of a warpgroup share one otherwise.
-  static constexpr int kFragmentSets = S::kGroups == 2 ? 2 : 1;
-  uint32_t fragment_[kFragmentSets][kSlabSteps][4];
+  static constexpr int kMostFragmentSets = S::kGroups == 2 ? 2 : 1;
+  template <int kTokens>
+  static constexpr int kFragmentSets = kTokens <= 128 ? kMostFragmentSets : 1;
+  uint32_t fragment_[kMostFragmentSets][kSlabSteps][4];
   float sum_[S::kGroupBlocks][S::kSums];
 };
 
@@ -601,6 +619,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   }
   __syncthreads();
   if (!params.settled) ptx::wait_for_predecessor();
+  if (threadIdx.x < 128) params.rows.prefetch(blockIdx.x, params.feature_tiles);
   if (threadIdx.x >= S::kMultiplyThreads) {
     ptx::give_registers<S::kFillRegisters>();
     const int role = threadIdx.x / 32 - S::kMultiplyThreads / 32;
@@ -612,7 +631,6 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if (role >= 2) ExpertGather<S, Rows>(params, ring, role - 2).run(queue);
   } else {
     ptx::take_registers<S::kMultiplyRegisters>();
-    if (threadIdx.x < 128) params.rows.prefetch(blockIdx.x, params.feature_tiles);
     ExpertMultiply<S, Rows>(params, ring).run(queue);
   }
 }

@@ -12,6 +12,7 @@
 #include "cuda/arch/sm80/layout.hpp"
 #include "cuda/arch/sm80/share.hpp"
 #include "cuda/arch/sm80/x_tile.cuh"
+#include "cuda/arch/sm90/rough_divider.cuh"
 #include "cuda/arch/sm90/tile_plan.hpp"
 #include "cuda/arch/sm90/tile_shape.cuh"
 #include "cuda/problem.hpp"
@@ -31,9 +32,13 @@ using sm80::RowPlace;
 template <class T, int kBits, int kGroups_, int kTokens>
 struct ExpertShape : WgmmaShape<T, kBits, kGroups_, 2, kTokens> {
   using Base = WgmmaShape<T, kBits, kGroups_, 2, kTokens>;
-  // Tiles multiply as many tokens as they have rows, in steps of so many.
+  // Tiles multiply as many tokens as they have rows: so many, or more by steps of which the last may be less.
+  static constexpr int kLeastTokens = kTokens <= 80 ? 16 : 64;
   static constexpr int kTokenStep = kTokens <= 80 ? 16 : 32;
-  static constexpr int kOutputTokens = kTokens <= 80 ? kTokens : 64;  // that are stored at a time
+  __device__ __forceinline__ static int tokens_for(int rows) {
+    return max(min((rows + kTokenStep - 1) / kTokenStep * kTokenStep, kTokens), kLeastTokens);
+  }
+  static constexpr int kOutputTokens = kTokens <= 80 ? kTokens : 48;  // that are stored at a time
   static constexpr int kGroupOutputBytes = kOutputTokens * Layout::kBlockFeatures * 2;
   static constexpr int kOutputBytes = Base::kGroups * kGroupOutputBytes;
   // Registers move from the warpgroup that fills to the others.
@@ -84,7 +89,7 @@ template <class S>
 struct ExpertSegment {
   static constexpr uint32_t kNoRow = 0xffffffffu;
 
-  int tokens;  // that are multiplied, a multiple of S::kTokenStep; 0: there are no more segments
+  int tokens;  // that are multiplied, as S::tokens_for(); 0: there are no more segments
   int expert;  // negative: none, the outputs are 0
   int feature_tile;
   int begin;  // slabs
@@ -93,21 +98,6 @@ struct ExpertSegment {
   alignas(16) uint32_t x[S::kTokens];  // the row's first piece of 16 bytes, or kNoRow
   int y[S::kTokens];                   // row of the output; negative: none
   float weight[S::kTokens];
-};
-
-/// n / d for 0 <= n < 2^21 and d > 0, without a division: where a block waits for the result, it is to come soon.
-/// n + 1/2 is exact, and its quotient is further from all integers than what is rounded.
-struct RoughDivider {
-  int divisor = 1;
-  float reciprocal = 1.0f;
-
-  RoughDivider() = default;
-  __device__ __forceinline__ explicit RoughDivider(int d)
-      : divisor(d), reciprocal(ptx::divide_roughly(1.0f, static_cast<float>(d))) {}
-
-  __device__ __forceinline__ int divide(int n) const {
-    return __float2int_rz(__fmul_rn(static_cast<float>(n) + 0.5f, reciprocal));
-  }
 };
 
 /// The segments that lie in shared memory: one warp writes them, the others read them one after the
@@ -183,9 +173,22 @@ class SegmentLister {
       : params_(params), queue_(queue), joined_(joined) {}
 
   __device__ __forceinline__ void run() {
-    share_out();
+    token_tiles_ = params_.rows.count();
+    if constexpr (kJoins) {
+      if (params_.joins) token_tiles_ = join(token_tiles_);
+    }
+    whole_tiles_ = params_.blocks.divide(token_tiles_ * params_.feature_tiles.divisor);
+    // All wait for the first tile. If it is a whole one, it does not depend on how those that are left are shared.
+    bool shared = false;
 #pragma unroll 1
-    for (int step = 0; has_segment(step); ++step) write(step);
+    for (int step = 0;; ++step) {
+      if (!shared && step >= min(whole_tiles_, 1)) {
+        share_out();
+        shared = true;
+      }
+      if (!has_segment(step)) break;
+      write(step);
+    }
     ExpertSegment<S>& end = queue_.wait_for_room();
     if (lane() == 0) end.tokens = 0;
     queue_.publish();
@@ -198,13 +201,7 @@ class SegmentLister {
   // last lane, all blocks with runs that cross from a tile into the next.
   __device__ __forceinline__ void share_out() {
     const int blocks = gridDim.x;
-    token_tiles_ = params_.rows.count();
-    if constexpr (kJoins) {
-      if (params_.joins) token_tiles_ = join(token_tiles_);
-    }
-    const int tiles = token_tiles_ * params_.feature_tiles.divisor;
-    whole_tiles_ = params_.blocks.divide(tiles);
-    const int left = tiles - whole_tiles_ * blocks;
+    const int left = token_tiles_ * params_.feature_tiles.divisor - whole_tiles_ * blocks;
     const int most = min(blocks, left * params_.slabs / 2);
     const bool all = lane() == 31;
     const int tail = all ? most : left * (lane() + 1);
@@ -293,7 +290,7 @@ class SegmentLister {
     if (last == 0) return;
     ExpertSegment<S>& segment = queue_.wait_for_room();
     if (lane() == 0) {
-      segment.tokens = (last + S::kTokenStep - 1) / S::kTokenStep * S::kTokenStep;
+      segment.tokens = S::tokens_for(last);
       segment.expert = here ? rows.expert : -1;
       segment.feature_tile = feature_tile;
       segment.begin = here ? begin : 0;

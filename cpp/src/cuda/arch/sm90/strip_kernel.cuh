@@ -31,6 +31,7 @@
 #include "cuda/ptx/copy.cuh"
 #include "cuda/ptx/launch.cuh"
 #include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/warp.cuh"
 
 namespace marlinq::cuda::sm90 {
 
@@ -88,7 +89,7 @@ class StripLoop {
 
   __device__ __forceinline__ StripLoop(const StripParams& params, unsigned char* shared)
       : params_(params), p_(params.problem), w_(params.problem.weight) {
-    warp_ = threadIdx.x / 32;
+    warp_ = ptx::same_in_warp(threadIdx.x / 32);
     lane_ = threadIdx.x % 32;
     const int cluster = params.cluster_blocks == 2 ? blockIdx.x / 2 : blockIdx.x;
     rank_ = params.cluster_blocks == 2 ? blockIdx.x % 2 : 0;
@@ -251,7 +252,7 @@ class StripLoop {
   }
 
   __device__ __forceinline__ void init_barriers() const {
-    if (lane_ == 0) {
+    if (ptx::elected()) {
       for (int stage = 0; stage < params_.stages; ++stage)
         ptx::barrier_init(ring_barriers_ + stage * 8, 1);
       ptx::barrier_init(part_barriers_ + warp_ * 8, 1);
@@ -292,7 +293,7 @@ class StripLoop {
   }
 
   __device__ __forceinline__ void fill_weights(int stage) const {
-    if (lane_ != 0) return;
+    if (!ptx::elected()) return;
     const uint32_t target = stage_place(stage);
     const uint32_t barrier = ring_barriers_ + stage * 8;
     const int item = first_item_ + fill_item_;
@@ -330,7 +331,7 @@ class StripLoop {
 
   // Chunks that the weight does not have meet zeros: whatever codes lie there.
   __device__ __forceinline__ void fill_x(int stage, int item) const {
-    if (lane_ != 0) return;
+    if (!ptx::elected()) return;
     const uint32_t target = stage_place(stage) + S::kItemBytes;
     const int column = (first_item_ + item) * S::kItemRows;
 #pragma unroll
@@ -347,7 +348,7 @@ class StripLoop {
     if (count <= 0) return;
     const int bytes = x_row_bytes(item, count);
     const uint32_t barrier = part_barriers_ + warp_ * 8;
-    if (lane_ == 0) ptx::barrier_expect(barrier, p_.m * bytes);
+    if (ptx::elected()) ptx::barrier_expect(barrier, p_.m * bytes);
     if (lane_ < p_.m && bytes > 0) {
       ptx::bulk_copy(base_ + params_.memory.x_place + lane_ * params_.memory.x_pitch +
                          item * (S::kItemRows * 2),

@@ -684,41 +684,29 @@ class TileMultiply {
       for (int i = 0; i < S::kSums; ++i) sum_[b][i] = __fmul_rn(sum_[b][i], factor[0][i / 2 % 2]);
     }
     if (shares_tile()) {
-      finish_in_pair(part);
-      return;
-    }
-    if (part.end < params_.slabs) {
-      leave_part();
-      return;
-    }
-    if (part.begin > 0) {
-      add_parts(first_unit(part) * S::kClusterBlocks + rank_in_unit<S>(), S::kClusterBlocks);
-    }
-    store(part);
-  }
-
-  __device__ __forceinline__ bool shares_tile() const {
-    return S::kMayShareTile && params_.schedule.pair_parts > 0;
-  }
-
-  // Block r of a pair gets what both have of the features of warpgroup r.
-  __device__ __forceinline__ void finish_in_pair(const TilePart& part) {
-    if constexpr (S::kMayShareTile) {
+      // Block r of a pair gets what both have of the features of warpgroup r.
       const int rank = blockIdx.x % 2;
       if (group_ != rank) {
         send(rank ^ 1);
         return;
       }
       receive();
-      // The blocks of a tile stand side by side.
-      const int pair = blockIdx.x % params_.schedule.pair_parts / 2;
-      if (pair + 1 < params_.schedule.pair_parts / 2) {
-        leave_part();
-        return;
-      }
-      if (pair > 0) add_parts(static_cast<int>(blockIdx.x) - 2 * pair, 2);
-      store(part);
     }
+    if (shares_tile() ? pair() + 1 < params_.schedule.pair_parts / 2 : part.end < params_.slabs) {
+      leave_part();
+      return;
+    }
+    if (shares_tile() ? pair() > 0 : part.begin > 0) add_parts(part);
+    store(part);
+  }
+
+  /// Of those that share this tile, whose blocks stand side by side.
+  __device__ __forceinline__ int pair() const {
+    return blockIdx.x % params_.schedule.pair_parts / 2;
+  }
+
+  __device__ __forceinline__ bool shares_tile() const {
+    return S::kMayShareTile && params_.schedule.pair_parts > 0;
   }
 
   static constexpr int kThreadValues = S::kGroupBlocks * S::kSums / 4;  // of 16 bytes
@@ -779,7 +767,10 @@ class TileMultiply {
 
   // Those of blocks one `step` apart, which have the same features, the nearest first. They have started before this
   // block, since blocks start in the order of their numbers, and work on this tile before all others of their tail.
-  __device__ __forceinline__ void add_parts(int first, int step) {
+  __device__ __forceinline__ void add_parts(const TilePart& part) {
+    const int step = shares_tile() ? 2 : S::kClusterBlocks;
+    const int first = shares_tile() ? static_cast<int>(blockIdx.x) - 2 * pair()
+                                    : first_unit(part) * S::kClusterBlocks + rank_in_unit<S>();
     const int threads = shares_tile() ? 128 : S::kMultiplyThreads;
     const int last = static_cast<int>(blockIdx.x) - step;
     const int of_thread = last - static_cast<int>(threadIdx.x % threads) * step;
