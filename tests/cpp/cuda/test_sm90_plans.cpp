@@ -403,17 +403,17 @@ TEST(Sm90ExpertPlanTest, TilesGrowWithTheRowsOfAnExpert) {
   for (std::int64_t tokens = 1; tokens <= 8192; tokens *= 2) {
     const std::int32_t rows = rows_of(tokens, BatchInvariance::kNotRequired);
     EXPECT_GE(rows, before) << tokens;
-    EXPECT_LE(rows, 128) << tokens;
+    EXPECT_LE(rows, 144) << tokens;
     before = rows;
     EXPECT_EQ(rows_of(tokens, BatchInvariance::kRequired),
               sm80::tile_rows(tokens, tokens * 8, 128, BatchInvariance::kRequired));
   }
-  EXPECT_EQ(before, 128);
+  EXPECT_EQ(before, 144);
 }
 
 TEST(Sm90ExpertPlanTest, TilesFillWithTheRowsOfAnExpert) {
-  // 64 experts: one tile of 80, one of 128, two of 80, two of 128.
-  for (const auto& [rows, expected] : {std::pair{64, 80}, {96, 128}, {150, 80}, {175, 128}}) {
+  // 64 experts: one tile of 80, one of 144, two of 80, two of 144.
+  for (const auto& [rows, expected] : {std::pair{64, 80}, {96, 144}, {150, 80}, {175, 144}}) {
     const std::int64_t ids = std::int64_t{rows} * 64;
     EXPECT_EQ(sm90::tile_rows(ids / 8, ids, 64, BatchInvariance::kNotRequired), expected) << rows;
   }
