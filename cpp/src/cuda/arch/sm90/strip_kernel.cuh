@@ -70,12 +70,14 @@ struct StripParams {
   int share_halves;  // ... so many halves of a packed block each
   int cluster_blocks;
   int stages;
-  int early_stages;  // that are filled before the wait for the kernel before
-  int items;         // along K
-  int part_shift;    // x comes in parts of 1 << part_shift items
-  int item_groups;   // groups of an item
-  int sub_steps;     // steps of an item that have one group
-  bool pairs;        // two outputs fit into one store
+  int early_stages;       // that are filled before the wait for the kernel before
+  int items;              // along K
+  int part_shift;         // x comes in parts of 1 << part_shift items
+  int item_groups;        // groups of an item
+  int item_record_bytes;  // of its records
+  int partial_item;       // which has fewer chunks or groups; -1: none
+  int sub_steps;          // steps of an item that have one group
+  bool pairs;             // two outputs fit into one store
   // Where x is streamed: boxes of the rows that there are, and their bytes. What is left of a tile in shared memory are
   // columns of the product that nobody reads.
   TensorMap x_map;
@@ -268,6 +270,7 @@ class StripLoop {
 
   __device__ __forceinline__ void start_fill(int segment, int item, int left) {
     fill_segment_ = segment;
+    fill_width_ = width(segment);
     fill_item_ = item;
     fill_left_ = left;
     const int64_t block = first_block_ + segment;
@@ -297,11 +300,19 @@ class StripLoop {
     const uint32_t target = stage_place(stage);
     const uint32_t barrier = ring_barriers_ + stage * 8;
     const int item = first_item_ + fill_item_;
-    const int chunks = min(S::kItemChunks, w_.chunks - item * S::kItemChunks);
     const int group = (item * S::kItemSteps) >> w_.step_shift;
-    const int records = min(params_.item_groups, w_.num_groups - group) * group_bytes();
-    const bool whole = width(fill_segment_) == 2;
     const uint32_t x_bytes = S::kStreamsX ? S::kItemChunks * params_.x_box_bytes : 0;
+    const bool whole = fill_width_ == 2;
+    if (whole && item != params_.partial_item) {
+      ptx::barrier_expect(barrier, S::kItemBytes + params_.item_record_bytes + x_bytes);
+      ptx::bulk_copy(target, fill_codes_, S::kItemBytes, barrier, policy_);
+      ptx::bulk_copy(records_ + stage * params_.memory.record_bytes,
+                     fill_records_ + static_cast<int64_t>(group) * group_bytes(),
+                     params_.item_record_bytes, barrier);
+      return;
+    }
+    const int chunks = min(S::kItemChunks, w_.chunks - item * S::kItemChunks);
+    const int records = min(params_.item_groups, w_.num_groups - group) * group_bytes();
     ptx::barrier_expect(barrier,
                         chunks * (whole ? S::kChunkBytes : S::kChunkBytes / 2) + records + x_bytes);
     if (whole) {
@@ -613,7 +624,7 @@ class StripLoop {
   uint32_t parity_;
   uint64_t policy_;
   // Where the next copies of this warp come from.
-  int fill_segment_, fill_item_, fill_left_;
+  int fill_segment_, fill_item_, fill_left_, fill_width_;
   const unsigned char* fill_codes_;
   const unsigned char* fill_records_;  // of packed group 0
   float sum_[Layout::kBlockStrips][S::kTokenTiles][4];
