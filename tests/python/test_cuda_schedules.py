@@ -25,6 +25,18 @@ from marlinq.errors import InvalidArgumentError
 pytestmark = needs_device
 
 ROWS = [1, 8, 16, 24, 64, 100, 256]
+TILES = {
+    "sm80": "sm80 tiles features=256 tokens=64 warps=8 cluster=1",
+    "sm90": "sm90 tiles features=128 tokens=96 warps=12 cluster=1",
+}
+
+
+def line(one: dict[str, Any], schedule: str) -> str:
+    """That schedule for what was tuned, also where the tuner has none: its text is empty then."""
+    return (
+        f"{one['device']} | {one['kernel']} | w{one['bits']} g{one['group_size']} | "
+        f"{one['n']}x{one['k']} | {one['first_rows']}-{one['last_rows']} | {schedule}\n"
+    )
 
 
 @each_kernel
@@ -62,16 +74,12 @@ def test_a_schedule_decides_what_runs(arch: str) -> None:
     """Each of those of 80 rows, against float64 and the same bits each time."""
     layer = DeviceLayer(1024, 4096, act_order=True, seed=6)
     plain = layer.load(kernel=arch)
-    before = plain.tune([80])[0]["text"].rsplit("|", 1)[0]
+    (one,) = plain.tune([80])
     x = normal(80, 4096, "float16", seed=4)
     expected = reference(layer, x)
     results = set()
-    kernel = {
-        "sm80": "features=256 tokens=64 warps=8",
-        "sm90": "features=128 tokens=96 warps=12",
-    }[arch]
     for share in (1, 2, 3, 4, 8):
-        text = f"{before}| {arch} tiles {kernel} cluster=1 share={share}\n"
+        text = line(one, f"{TILES[arch]} share={share}")
         linear = layer.load(kernel=arch, schedules=marlinq.Schedules(text))
         y = linear(x)
         expected.check(y, text)
@@ -114,11 +122,13 @@ def test_an_expert_is_tuned_as_a_layer() -> None:
 
 
 def test_batch_invariant_layers_take_none() -> None:
-    layer = DeviceLayer(1024, 2048, seed=9)
-    text = layer.load().tune([64])[0]["text"]
-    invariant = layer.load(batch_invariant=True, schedules=marlinq.Schedules(text))
+    layer = DeviceLayer(1024, 4096, seed=9)
+    (one,) = layer.load(kernel="sm80").tune([80])
+    schedules = marlinq.Schedules(line(one, f"{TILES['sm80']} share=1"))
+    assert "measured" in layer.load(kernel="sm80", schedules=schedules).describe()["schedule"]
+    invariant = layer.load(kernel="sm80", batch_invariant=True, schedules=schedules)
     assert "measured" not in invariant.describe()["schedule"]
-    x = normal(64, 2048, "float16")
+    x = normal(64, 4096, "float16")
     assert torch.equal(invariant(x)[5], invariant(x[5:6])[0])
 
 
@@ -131,14 +141,16 @@ def test_refusals() -> None:
     for dtype in ("float32", "int32"):
         with pytest.raises(InvalidArgumentError, match=r"dtype: .*expected float16 or bfloat16"):
             linear.tune([1], dtype=dtype)
-    line = linear.tune([1])[0]["text"]
-    before = line.rsplit("|", 1)[0]
+    (one,) = linear.tune([1])
     with pytest.raises(InvalidArgumentError, match="is no schedule, expected one that a tuner"):
-        layer.load(schedules=marlinq.Schedules(f"{before}| fast\n"))
+        layer.load(schedules=marlinq.Schedules(line(one, "fast")))
     with pytest.raises(InvalidArgumentError, match="has no such schedule; tune this layer again"):
-        layer.load(schedules=marlinq.Schedules(f"{before}| sm80 tiles features=1\n"))
-    with pytest.raises(InvalidArgumentError, match="two for 256x512 and 1 rows"):
-        layer.load(schedules=marlinq.Schedules(2 * line))
+        layer.load(schedules=marlinq.Schedules(line(one, "sm80 tiles features=1")))
+    layer = DeviceLayer(1024, 4096, seed=1)
+    (one,) = layer.load(kernel="sm80").tune([80])
+    twice = 2 * line(one, f"{TILES['sm80']} share=1")
+    with pytest.raises(InvalidArgumentError, match="two for 1024x4096 and 1 rows"):
+        layer.load(kernel="sm80", schedules=marlinq.Schedules(twice))
 
 
 def test_tune_in_a_capture_is_refused() -> None:
