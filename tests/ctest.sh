@@ -1,7 +1,8 @@
 #!/bin/sh
 # Builds the C++ tests and runs them with ctest; installs GoogleTest from the system's packages where it is missing.
-# Arguments go to CMake's configure step, after those of CMAKE_ARGS. BUILD_DIR says where to build (default: build/tests). Tests that need a GPU
-# are built where a CUDA compiler is, for the GPUs of this machine alone, and skip where there is no GPU.
+# Arguments go to CMake's configure step, after those of CMAKE_ARGS. BUILD_DIR says where to build (default:
+# build/tests). Tests that need a GPU are built where a CUDA compiler is, for the GPUs of this machine or CUDAARCHS alone,
+# and skip where there is no GPU.
 set -eu
 cd "$(dirname "$0")/.."
 build=${BUILD_DIR:-build/tests}

@@ -121,12 +121,13 @@ def test_an_expert_is_tuned_as_a_layer() -> None:
     assert 0 < found["us"] <= found["estimated_us"]
 
 
-def test_batch_invariant_layers_take_none() -> None:
+@each_kernel
+def test_batch_invariant_layers_take_none(arch: str) -> None:
     layer = DeviceLayer(1024, 4096, seed=9)
-    (one,) = layer.load(kernel="sm80").tune([80])
-    schedules = marlinq.Schedules(line(one, f"{TILES['sm80']} share=1"))
-    assert "measured" in layer.load(kernel="sm80", schedules=schedules).describe()["schedule"]
-    invariant = layer.load(kernel="sm80", batch_invariant=True, schedules=schedules)
+    (one,) = layer.load(kernel=arch).tune([80])
+    schedules = marlinq.Schedules(line(one, f"{TILES[arch]} share=1"))
+    assert "measured" in layer.load(kernel=arch, schedules=schedules).describe()["schedule"]
+    invariant = layer.load(kernel=arch, batch_invariant=True, schedules=schedules)
     assert "measured" not in invariant.describe()["schedule"]
     x = normal(64, 4096, "float16")
     assert torch.equal(invariant(x)[5], invariant(x[5:6])[0])

@@ -7,7 +7,8 @@ namespace marlinq::cuda::ptx {
 
 /// The value of one lane, as one that the compiler knows to be the same in all lanes: what follows from it is
 /// worked out once for a warp then, and a copy that takes it as operand needs no loop over lanes. By all lanes.
-__device__ __forceinline__ int same_in_warp(int value, int lane = 0) {
+template <class V>
+__device__ __forceinline__ V same_in_warp(V value, int lane = 0) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
 

@@ -249,7 +249,7 @@ class ExpertStrips {
         warps_(params.warps.divisor),
         lane_(threadIdx.x % 32) {
     parts_ = reinterpret_cast<float4*>(shared + sizeof(Tables)) + lane_;
-    warp_ = ptx::same_in_warp(threadIdx.x / 32);
+    warp_ = ptx::same_in_warp<int>(threadIdx.x / 32);
     ring_ = static_cast<int>(ptx::shared_address(shared)) + static_cast<int>(sizeof(Tables)) +
             warps_ * S::kPartBytes + warp_ * S::kStages * params.stage_bytes;
     barriers_ = static_cast<int>(ptx::shared_address(tables_.barriers[0])) + warp_ * S::kStages * 8;

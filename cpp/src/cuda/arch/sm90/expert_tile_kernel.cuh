@@ -299,10 +299,11 @@ class ExpertMultiply {
     for (;; queue.release()) {
       const ExpertSegment<S>& at = queue.wait();
       if (at.tokens == 0) break;
+      clear_scales();
       if (at.expert >= 0) {
-        multiply(at);
+        multiply_as_many<S::kLeastTokens>(at);
       } else {
-        clear();
+        clear_sums<0, S::kSums>();
       }
       // Nothing is written before the kernel before has ended.
       if (!waited) ptx::wait_for_predecessor();
@@ -312,20 +313,11 @@ class ExpertMultiply {
   }
 
  private:
-  __device__ __forceinline__ void clear() {
+  __device__ __forceinline__ void clear_scales() {
 #pragma unroll
     for (int b = 0; b < S::kGroupBlocks; ++b) {
       values_[b].scale[0][0] = values_[b].scale[0][1] = 0.0f;
     }
-    clear_sums<0, S::kSums>();
-  }
-
-  __device__ __forceinline__ void multiply(const ExpertSegment<S>& at) {
-#pragma unroll
-    for (int b = 0; b < S::kGroupBlocks; ++b) {
-      values_[b].scale[0][0] = values_[b].scale[0][1] = 0.0f;
-    }
-    multiply_as_many<S::kLeastTokens>(at);
   }
 
   // As many tokens as have rows.

@@ -91,7 +91,7 @@ class StripLoop {
 
   __device__ __forceinline__ StripLoop(const StripParams& params, unsigned char* shared)
       : params_(params), p_(params.problem), w_(params.problem.weight) {
-    warp_ = ptx::same_in_warp(threadIdx.x / 32);
+    warp_ = ptx::same_in_warp<int>(threadIdx.x / 32);
     lane_ = threadIdx.x % 32;
     const int cluster = params.cluster_blocks == 2 ? blockIdx.x / 2 : blockIdx.x;
     rank_ = params.cluster_blocks == 2 ? blockIdx.x % 2 : 0;

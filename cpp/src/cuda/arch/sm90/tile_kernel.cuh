@@ -42,6 +42,7 @@
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/stmatrix.cuh"
 #include "cuda/ptx/store.cuh"
+#include "cuda/ptx/warp.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/tensor_map.hpp"
 
@@ -533,9 +534,8 @@ class TileMultiply {
     }
   }
 
-  // The same in all lanes, as the compiler sees from this.
   __device__ __forceinline__ XOperand x_operand() const {
-    return whole_operand(__shfl_sync(0xffffffffu, x_operand_ + stage_ * (S::kStageBytes / 16), 0));
+    return whole_operand(ptx::same_in_warp(x_operand_ + stage_ * (S::kStageBytes / 16)));
   }
   __device__ __forceinline__ static XOperand whole_operand(uint32_t low) {
     if constexpr (kFewTokens) {
