@@ -75,7 +75,7 @@ TEST(ScheduleTest, EachHasAPlanThatFitsAlsoForFewerRows) {
               for (const std::int32_t rows : {m, m - 3, m - 63}) {
                 if (rows < 1) continue;
                 const GemmPlan plan = arch.plan_as(problem_without_data(w, rows), limits, schedule);
-                ASSERT_LE(plan.shared_bytes, sm80::usable_shared(limits))
+                ASSERT_LE(plan.shared_bytes, limits.shared_bytes)
                     << arch.name << ", " << n << " x " << k << ", m " << rows << " as of " << m
                     << ": " << to_string(schedule);
                 ASSERT_GE(plan.blocks, 1);
@@ -287,7 +287,7 @@ TEST_F(TableTest, ThoseThatComeWithTheLibraryAreKnownToIt) {
             for (const std::int32_t m : {rows.first_rows, rows.last_rows}) {
               EXPECT_LE(arch->plan_as(problem_without_data(other, m), limits_, rows.schedule)
                             .shared_bytes,
-                        sm80::usable_shared(limits_))
+                        limits_.shared_bytes)
                   << entry.schedule;
             }
           }

@@ -57,7 +57,7 @@ const sm90::Instance& instance_of(const GemmProblem& problem, const GemmPlan& pl
 void check(const GemmProblem& problem, const DeviceLimits& limits) {
   const GemmPlan plan = sm90::plan(problem, limits, BatchInvariance::kNotRequired);
   ASSERT_GE(plan.blocks, 1);
-  ASSERT_LE(plan.shared_bytes, sm80::usable_shared(limits));
+  ASSERT_LE(plan.shared_bytes, limits.shared_bytes);
   if (is_of_sm80(plan)) return;
   const WeightView& w = problem.weight;
   const sm90::Instance& kernel = instance_of(problem, plan);
@@ -213,7 +213,7 @@ TEST(Sm90PlanTest, CutsTilesOfInvariantLayersInOneWay) {
             const GemmPlan plan = sm90::plan(problem, limits, BatchInvariance::kRequired);
             ASSERT_FALSE(is_of_sm80(plan));
             ASSERT_EQ(plan.kind, KernelKind::kTile);
-            ASSERT_LE(plan.shared_bytes, sm80::usable_shared(limits));
+            ASSERT_LE(plan.shared_bytes, limits.shared_bytes);
             const TileSchedule& schedule = plan.schedule;
             ASSERT_GE(schedule.parts, 1);
             ASSERT_LE(schedule.parts, ceil_div(problem.weight.chunks, 2));
@@ -274,7 +274,7 @@ TEST(Sm90ExpertPlanTest, FitsAndHoldsATile) {
               const ExpertPlan plan =
                   sm90::plan_experts(problem, limits, BatchInvariance::kNotRequired);
               ASSERT_FALSE(is_of_sm80(plan));
-              ASSERT_LE(plan.shared_bytes, sm80::usable_shared(limits));
+              ASSERT_LE(plan.shared_bytes, limits.shared_bytes);
               ASSERT_GE(plan.blocks, 1);
               ASSERT_GE(plan.tokens, rows);
               if (rows < 16) {

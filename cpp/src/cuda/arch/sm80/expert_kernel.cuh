@@ -20,6 +20,7 @@
 #include "cuda/arch/sm80/expert_output.cuh"
 #include "cuda/arch/sm80/expert_tiles.cuh"
 #include "cuda/arch/sm80/experts.hpp"
+#include "cuda/arch/sm80/plan.hpp"
 #include "cuda/arch/sm80/tile_loop.cuh"
 #include "cuda/problem.hpp"
 #include "cuda/ptx/copy.cuh"
@@ -453,6 +454,7 @@ template <class S, class Rows>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocksTogether)
     expert_gemm(const __grid_constant__ ExpertParams<Rows> params) {
   extern __shared__ __align__(128) unsigned char shared[];
+  static_assert(sizeof(SegmentWalk<S, Rows>) <= kExpertStaticShared);
   __shared__ __align__(16) unsigned char walk[sizeof(SegmentWalk<S, Rows>)];
   ExpertLoop<S, Rows> loop(params, shared, *reinterpret_cast<SegmentWalk<S, Rows>*>(walk));
   loop.run();

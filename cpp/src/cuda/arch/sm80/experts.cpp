@@ -44,6 +44,10 @@ std::int32_t shared_bytes(const WeightView& w, const ExpertInstance& kernel) {
   return static_cast<std::int32_t>(std::min<std::int64_t>(ring + kernel.table_bytes, INT32_MAX));
 }
 
+bool fits(const WeightView& w, const ExpertInstance& kernel, const DeviceLimits& limits) {
+  return shared_bytes(w, kernel) <= limits.shared_bytes - kExpertStaticShared;
+}
+
 constexpr std::size_t kStrips = 0;
 
 }  // namespace
@@ -61,14 +65,14 @@ ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits
     const std::size_t least = invariant ? kAnyBatch : kAnyScales;
     chosen = least;
     while (chosen + 1 < all.size() && all[chosen].tokens < most_rows(problem)) ++chosen;
-    while (chosen > least && shared_bytes(w, all[chosen]) > usable_shared(limits)) --chosen;
+    while (chosen > least && !fits(w, all[chosen], limits)) --chosen;
   }
   // How this one divides K depends on the batch. Where blocks have long runs the other is quicker, whose
   // warps share x.
   constexpr std::int64_t kMostChunks = 1500;
-  const bool fits = !invariant && shared_bytes(w, all[kStrips]) <= usable_shared(limits);
+  const bool may_use_strips = !invariant && fits(w, all[kStrips], limits);
   if (problem.tiles.topk.data != nullptr ||
-      (fits && chosen == kAnyScales &&
+      (may_use_strips && chosen == kAnyScales &&
        most_tiles(problem, all[kStrips].tokens) * ceil_div(w.n, all[kStrips].features) * w.chunks <=
            kMostChunks * all[kStrips].blocks_together * limits.multiprocessors)) {
     chosen = kStrips;

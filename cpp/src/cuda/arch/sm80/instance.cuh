@@ -84,14 +84,12 @@ constexpr Instance strip_instance() {
             allow_shared_memory(strip_gemm<S>, devices_done);
             const WeightView& w = problem.weight;
             const EvenShare strips(strip_count(w), plan.blocks);
-            const StripMemory memory = strip_memory(w, strips, S::kXBytes);
             launch_planned(strip_gemm<S>,
                            StripParams{.problem = problem,
                                        .strips = strips,
                                        .smaller = StripShare(strips.least, w.chunks, plan.warps),
                                        .larger = StripShare(strips.least + 1, w.chunks, plan.warps),
-                                       .stage_bytes = memory.stage_bytes,
-                                       .codes_place = memory.codes_place},
+                                       .memory = strip_memory(w, strips, S::kXBytes)},
                            plan, stream);
           }};
 }

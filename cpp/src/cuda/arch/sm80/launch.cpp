@@ -37,16 +37,19 @@ GemmPlan strip_plan(const GemmProblem& problem, std::int32_t instance, std::int3
   // As few strips for the busiest block as can be, then as few blocks as that takes.
   const auto most = static_cast<std::int32_t>(ceil_div(strips, multiprocessors));
   const auto blocks = static_cast<std::int32_t>(ceil_div(strips, most));
-  const StripMemory memory = strip_memory(w, EvenShare(strips, blocks), kernel.slice_bytes);
-  const std::int64_t ring = std::int64_t{warps} * kernel.stages * memory.stage_bytes;
-  const std::int64_t slots = std::int64_t{memory.groups - 1} * kernel.sum_bytes;
-  const std::int64_t contributors = std::int64_t{memory.groups} * 4;
+  const EvenShare share(strips, blocks);
+  const StripMemory memory = strip_memory(w, share, kernel.slice_bytes);
+  const std::int64_t groups = strip_groups_at_most(share);
+  const std::int64_t rings =
+      std::int64_t{warps} * kernel.stages * (memory.stage_bytes + memory.record_bytes);
+  const std::int64_t slots = (groups - 1) * kernel.sum_bytes;
+  const std::int64_t contributors = groups * 4;
   return {.kind = KernelKind::kStrip,
           .instance = instance,
           .blocks = blocks,
           .warps = warps,
           .shared_bytes = static_cast<std::int32_t>(
-              std::min<std::int64_t>(ring + slots + contributors, INT32_MAX)),
+              std::min<std::int64_t>(rings + slots + contributors, INT32_MAX)),
           .tokens = kernel.tokens,
           .schedule = {},
           .dependent_launch = false};
@@ -97,7 +100,7 @@ GemmPlan plan_strips(const GemmProblem& problem, std::int32_t instance,
   std::int32_t warps = kernel.warps;
   if (kernel.tokens == 8 && items < 3 * warps) warps = items >= 8 ? 8 : 4;
   GemmPlan best = strip_plan(problem, instance, limits.multiprocessors, warps);
-  while (warps > 1 && best.shared_bytes > usable_shared(limits)) {
+  while (warps > 1 && best.shared_bytes > limits.shared_bytes) {
     best = strip_plan(problem, instance, limits.multiprocessors, --warps);
   }
   return best;
@@ -144,7 +147,7 @@ Tail tail_of(const GemmProblem& problem, std::int32_t instance, const DeviceLimi
   const Instance& kernel =
       instances(problem.x_type, problem.weight.code_bits)[static_cast<std::size_t>(instance)];
   const GemmPlan plan = tile_plan(problem, instance, 1, 0);
-  if (plan.shared_bytes > usable_shared(limits)) return {};
+  if (plan.shared_bytes > limits.shared_bytes) return {};
   const std::int32_t together = blocks_together(kernel, plan, limits);
   const std::int32_t blocks = together * limits.multiprocessors;
   const std::int32_t left = tile_plan(problem, instance, blocks, 0).schedule.tail_tiles;
@@ -185,8 +188,7 @@ std::int32_t invariant_row_warps(const GemmProblem& problem, const DeviceLimits&
   const std::span<const Instance> all = instances(problem.x_type, problem.weight.code_bits);
   for (std::size_t i = 0; i < all.size(); ++i) {
     if (is_invariant_family(all[i], kMany) &&
-        tile_plan(problem, static_cast<std::int32_t>(i), 1, 0).shared_bytes >
-            usable_shared(limits)) {
+        tile_plan(problem, static_cast<std::int32_t>(i), 1, 0).shared_bytes > limits.shared_bytes) {
       return 1;
     }
   }
@@ -208,7 +210,7 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
   for (std::int32_t i = 0; i < kStrips && !found && !invariant; ++i) {
     if (problem.m > all[static_cast<std::size_t>(i)].tokens) continue;
     best = plan_strips(problem, i, limits);
-    found = best.shared_bytes <= usable_shared(limits);
+    found = best.shared_bytes <= limits.shared_bytes;
   }
   if (!found) {
     const std::int32_t row_warps = invariant ? invariant_row_warps(problem, limits) : 0;
@@ -220,7 +222,7 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
     }
     found = least < std::numeric_limits<double>::infinity();
   }
-  if (!found || best.shared_bytes > usable_shared(limits)) {
+  if (!found || best.shared_bytes > limits.shared_bytes) {
     throw Error(ErrorCode::kInternal,
                 concat("sm80: no kernel for ", problem.m, " tokens x ", problem.weight.n,
                        " features fits ", limits.shared_bytes, " bytes of shared memory"));
@@ -245,7 +247,7 @@ std::vector<Schedule> schedules(const GemmProblem& problem, const DeviceLimits& 
       if (problem.m > kernel.tokens || problem.m <= kernel.tokens - 8) continue;
       for (schedule.warps = 4; schedule.warps <= kernel.warps; schedule.warps += 4) {
         const GemmPlan plan = strip_plan(problem, index, limits.multiprocessors, schedule.warps);
-        if (plan.shared_bytes <= usable_shared(limits)) all.push_back(schedule);
+        if (plan.shared_bytes <= limits.shared_bytes) all.push_back(schedule);
       }
       continue;
     }

@@ -17,11 +17,8 @@ constexpr std::int64_t kStageAlignment = 128;
 // What the system keeps of each block on a multiprocessor.
 constexpr std::int32_t kReservedShared = 1024;
 
-/// The dynamic shared memory that a block can have: the static one counts towards the same limit.
-inline std::int32_t usable_shared(const DeviceLimits& limits) {
-  constexpr std::int32_t kStaticShared = 512;
-  return limits.shared_bytes - kStaticShared;
-}
+/// What the kernels over experts have of static shared memory, at most; the others have none.
+constexpr std::int32_t kExpertStaticShared = 512;
 
 /// A slice of a tile kernel: x and codes, and the records of each block of features.
 inline std::int32_t slice_bytes(const WeightView& w, std::int32_t without_records,
@@ -59,25 +56,20 @@ inline std::int32_t strip_count(const WeightView& w) {
   return static_cast<std::int32_t>(ceil_div(w.n, Layout::kStripFeatures));
 }
 
-/// The shared memory of a strip kernel: a stage of a warp holds x, group records and codes.
+/// The shared memory of a strip kernel: a ring of stages for each warp, and another for their group
+/// records, whose size would take x out of its alignment.
 struct StripMemory {
-  std::int32_t codes_place = 0;  // in a stage
-  std::int32_t stage_bytes = 0;
-  std::int32_t groups = 1;  // strip groups of a block, at most
+  std::int32_t stage_bytes = 0;   // x and codes
+  std::int32_t record_bytes = 0;  // of a stage
 };
 
 inline StripMemory strip_memory(const WeightView& w, const EvenShare& strips,
                                 std::int32_t x_bytes) {
-  constexpr std::int64_t kPieceBytes = 512;
-  const std::int64_t most = strips.least + (strips.rest > 0 ? 1 : 0);
-  const std::int64_t records =
-      std::int64_t{Layout::kBlockStrips} * w.groups_per_chunk * w.record_bytes;
-  const std::int64_t codes_place = round_up(x_bytes + records, kStageAlignment);
-  const std::int64_t codes =
-      std::min<std::int64_t>(most, Layout::kBlockStrips) * (w.code_bits / 4) * kPieceBytes;
-  return {.codes_place = static_cast<std::int32_t>(codes_place),
-          .stage_bytes = static_cast<std::int32_t>(codes_place + codes),
-          .groups = strip_groups_at_most(strips)};
+  constexpr std::int32_t kPieceBytes = 512;
+  const std::int32_t most = strips.least + (strips.rest > 0 ? 1 : 0);
+  return {.stage_bytes = x_bytes + std::min<std::int32_t>(most, Layout::kBlockStrips) *
+                                       (w.code_bits / 4) * kPieceBytes,
+          .record_bytes = Layout::kBlockStrips * w.groups_per_chunk * w.record_bytes};
 }
 
 }  // namespace marlinq::cuda::sm80

@@ -24,6 +24,7 @@
 #include "cuda/arch/sm80/group_values.cuh"
 #include "cuda/arch/sm80/layout.hpp"
 #include "cuda/arch/sm80/output.cuh"
+#include "cuda/arch/sm80/plan.hpp"
 #include "cuda/arch/sm80/share.hpp"
 #include "cuda/arch/sm80/x_tile.cuh"
 #include "cuda/device/dequantize.cuh"
@@ -97,12 +98,16 @@ struct StripParams {
   EvenShare strips;    // over the blocks
   StripShare smaller;  // of a block with strips.least strips
   StripShare larger;   // with one more
-  int stage_bytes;
-  int codes_place;  // in a stage, after x and the group records
+  StripMemory memory;
 };
 
 template <class S>
 class StripLoop {
+  // Where x and the codes after it lie, and where the group records do.
+  struct Stage {
+    uint32_t data, records;
+  };
+
  public:
   using T = typename S::T;
 
@@ -122,8 +127,12 @@ class StripLoop {
     shared_ = shared;
     missing_chunk_ =
         p_.x_columns % Layout::kChunkRows == 0 ? -1 : p_.x_columns / Layout::kChunkRows;
-    ring_ = ptx::shared_address(shared) + warp_ * S::kStages * params.stage_bytes;
-    ring_end_ = ring_ + S::kStages * params.stage_bytes;
+    const StripMemory& memory = params.memory;
+    const int warps = blockDim.x / 32;
+    ring_ = {ptx::shared_address(shared) + warp_ * S::kStages * memory.stage_bytes,
+             ptx::shared_address(shared) + warps * S::kStages * memory.stage_bytes +
+                 warp_ * S::kStages * memory.record_bytes};
+    ring_end_ = ring_.data + S::kStages * memory.stage_bytes;
   }
 
   __device__ __forceinline__ void run(uint32_t* contributors) {
@@ -221,7 +230,7 @@ class StripLoop {
       __syncwarp();
       if (chunk == change_chunk) {
         groups = load_chunk_groups(w_, chunk);
-        if (groups.first() != quant_group) change_group(records(stage_));
+        if (groups.first() != quant_group) change_group(stage_.records);
         quant_group = groups.last();
         change_chunk = next_change(w_, chunk);
       }
@@ -238,8 +247,8 @@ class StripLoop {
       }
       ptx::copy_commit();
       fill_slot_ = stage_;
-      stage_ += params_.stage_bytes;
-      if (stage_ == ring_end_) stage_ = ring_;
+      stage_ = after(stage_);
+      if (stage_.data == ring_end_) stage_ = ring_;
       ++chunk;
     } while (--left > 0);
   }
@@ -301,7 +310,7 @@ class StripLoop {
           advance_fill();
         }
         if (pass == 1) ptx::copy_commit();
-        fill_slot_ += params_.stage_bytes;
+        fill_slot_ = after(fill_slot_);
       }
     }
     if (fill_left_ <= 0 && warp_ == 0) ptx::launch_dependents();
@@ -310,17 +319,18 @@ class StripLoop {
   __device__ __forceinline__ int group_bytes() const {
     return Layout::kBlockStrips * w_.record_bytes;
   }
-  // A stage: x, the group records, the codes.
-  __device__ __forceinline__ static uint32_t records(uint32_t stage) { return stage + S::kXBytes; }
-  __device__ __forceinline__ uint32_t codes(uint32_t stage) const {
-    return stage + params_.codes_place + lane_ * 16;
+  __device__ __forceinline__ Stage after(Stage stage) const {
+    return {stage.data + params_.memory.stage_bytes, stage.records + params_.memory.record_bytes};
+  }
+  __device__ __forceinline__ uint32_t codes(Stage stage) const {
+    return stage.data + S::kXBytes + lane_ * 16;
   }
   __device__ __forceinline__ const unsigned char* record_source(int group) const {
     return fill_records_ + static_cast<uint64_t>(static_cast<uint32_t>(group)) *
                                static_cast<uint32_t>(group_bytes());
   }
 
-  __device__ __forceinline__ void fill_weights(uint32_t slot, bool on) const {
+  __device__ __forceinline__ void fill_weights(Stage slot, bool on) const {
     const uint32_t target = codes(slot);
     const unsigned char* here = fill_codes_;
     const unsigned char* next = here + static_cast<int64_t>(w_.chunks - 1) * S::kBlockBytes;
@@ -333,12 +343,12 @@ class StripLoop {
       }
     }
     const int group = load_chunk_groups(w_, fill_chunk_).first();
-    ptx::copy_async_if(on && fill_record_, records(slot) + lane_ * 16, record_source(group));
+    ptx::copy_async_if(on && fill_record_, slot.records + lane_ * 16, record_source(group));
   }
 
-  __device__ __forceinline__ void fill_x(uint32_t slot, bool on) const {
+  __device__ __forceinline__ void fill_x(Stage slot, bool on) const {
     const bool there = on && fill_chunk_ * Layout::kChunkRows + lane_ % 8 * 8 < p_.x_columns;
-    const uint32_t target = slot + x_piece_place(lane_ / 8, lane_ % 8);
+    const uint32_t target = slot.data + x_piece_place(lane_ / 8, lane_ % 8);
 #pragma unroll
     for (int i = 0; i < S::kTokens / 4; ++i) {
       // Row 4 of each 8 has bit 2 of its swizzle.
@@ -349,16 +359,16 @@ class StripLoop {
   }
 
   // What few items have: groups that start inside the chunk, columns that x does not have.
-  __device__ __forceinline__ void fill_rest(uint32_t slot) const {
+  __device__ __forceinline__ void fill_rest(Stage slot) const {
     const ChunkGroups groups = load_chunk_groups(w_, fill_chunk_);
     if (groups.changes() && fill_record_) {
 #pragma unroll 1
       for (int i = 1; i < groups.count(); ++i) {
-        ptx::copy_async(records(slot) + i * group_bytes() + lane_ * 16,
+        ptx::copy_async(slot.records + i * group_bytes() + lane_ * 16,
                         record_source(groups.first() + i));
       }
     }
-    clear_missing_columns(slot, fill_chunk_, p_, S::kTokens, lane_, 32);
+    clear_missing_columns(slot.data, fill_chunk_, p_, S::kTokens, lane_, 32);
   }
 
   // --- the product ---
@@ -418,7 +428,7 @@ class StripLoop {
   // Where a warp leaves its last sums: at the begin of its own ring. Only one warp can go on from a
   // strip group to the next, and leaves the sums of the first in the slot of that group.
   __device__ __forceinline__ float* own_slot(int warp) const {
-    return reinterpret_cast<float*>(shared_ + warp * S::kStages * params_.stage_bytes);
+    return reinterpret_cast<float*>(shared_ + warp * S::kStages * params_.memory.stage_bytes);
   }
 
   __device__ __forceinline__ void store_sums(float* target, int width) {
@@ -441,13 +451,13 @@ class StripLoop {
   }
 
   template <int kWidth, bool kChanges>
-  __device__ __forceinline__ void multiply(uint32_t stage, const ChunkGroups& groups) {
+  __device__ __forceinline__ void multiply(Stage stage, const ChunkGroups& groups) {
     constexpr int kPieceSteps = Layout::kChunkSteps / S::kPieces;
     const uint32_t codes_here = codes(stage);
-    uint32_t group_records = records(stage);
+    uint32_t group_records = stage.records;
     // Two steps of a tile of 8 tokens are one ldmatrix.
     uint32_t x[2][S::kTokenTiles][4];
-    const uint32_t x_row = stage + x_piece_place(lane_ % 8, lane_ / 8);
+    const uint32_t x_row = stage.data + x_piece_place(lane_ % 8, lane_ / 8);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -499,7 +509,8 @@ class StripLoop {
   unsigned char* shared_;
   float* slots_;
   int first_strip_, record_strip_;
-  uint32_t ring_, ring_end_, stage_, fill_slot_;
+  Stage ring_, stage_, fill_slot_;
+  uint32_t ring_end_;
   int warp_, lane_;
   int missing_chunk_;  // the chunk that x has only a part of, or -1
   // Where the next copies of this warp come from.
@@ -519,7 +530,8 @@ __global__ void __launch_bounds__(S::kMaxWarps * 32)
     strip_gemm(const __grid_constant__ StripParams params) {
   extern __shared__ __align__(128) unsigned char shared[];
   const int warps = blockDim.x / 32;
-  auto* slots = reinterpret_cast<float*>(shared + warps * S::kStages * params.stage_bytes);
+  auto* slots = reinterpret_cast<float*>(
+      shared + warps * S::kStages * (params.memory.stage_bytes + params.memory.record_bytes));
   StripLoop<S> loop(params, shared, slots);
   auto* contributors = reinterpret_cast<uint32_t*>(
       slots + (strip_groups_at_most(params.strips) - 1) * S::kSlotFloats);

@@ -126,39 +126,37 @@ class ExpertTileOutput {
     }
   }
 
-  // Through shared memory, so that a row of 64 features is written at once.
+  // Through shared memory, so that a row of 64 features is written at once. What runs once a tile waits for its
+  // instructions, so there are few: only what names registers is unrolled.
   __device__ __forceinline__ void store_rows(int b, int first_feature, int outputs) const {
-    const uint32_t rows = output_ + group_ * S::kGroupOutputBytes;
+    const uint32_t turned_rows = output_ + group_ * S::kGroupOutputBytes;
+    meet_group();  // the rows before have been read
+#pragma unroll
+    for (int j = 0; j < S::kTokens / 8; j += 2) {
+      const uint32_t turned[4] = {sm80::round_pair<T>(sum_[b][4 * j], sum_[b][4 * j + 1]),
+                                  sm80::round_pair<T>(sum_[b][4 * j + 2], sum_[b][4 * j + 3]),
+                                  sm80::round_pair<T>(sum_[b][4 * j + 4], sum_[b][4 * j + 5]),
+                                  sm80::round_pair<T>(sum_[b][4 * j + 6], sum_[b][4 * j + 7])};
+      ptx::stmatrix_x4_transposed(
+          turned_rows +
+              sm80::x_piece_place(8 * (j + lane_ / 16) + lane_ % 8, 2 * warp_ + lane_ / 8 % 2),
+          turned);
+    }
+    meet_group();
     const int thread = threadIdx.x % 128;
     const int piece = thread % 8;
-    const bool inside = first_feature + piece * 8 < outputs;
-    T* const y = static_cast<T*>(p_.y) + first_feature + piece * 8;
+    if (first_feature + piece * 8 >= outputs) return;
+    auto* const y = reinterpret_cast<uint4*>(static_cast<T*>(p_.y) + first_feature) + piece;
+    const uint32_t* const to = at_.y + thread / 8;
+    const uint32_t from = turned_rows + sm80::x_piece_place(thread / 8, piece);
+    uint4 values[S::kTokens / 16];
 #pragma unroll
-    for (int begin = 0; begin < S::kTokens; begin += S::kOutputTokens) {
-      if (begin >= at_.tokens) break;
-      meet_group();  // the rows before have been read
+    for (int i = 0; i < S::kTokens / 16; ++i) {
+      values[i] = ptx::load_shared_16(from + i * 16 * sm80::kXRowBytes);
+    }
 #pragma unroll
-      for (int j = begin / 8; j < (begin + S::kOutputTokens) / 8; j += 2) {
-        if (8 * j >= at_.tokens) break;
-        const uint32_t turned[4] = {sm80::round_pair<T>(sum_[b][4 * j], sum_[b][4 * j + 1]),
-                                    sm80::round_pair<T>(sum_[b][4 * j + 2], sum_[b][4 * j + 3]),
-                                    sm80::round_pair<T>(sum_[b][4 * j + 4], sum_[b][4 * j + 5]),
-                                    sm80::round_pair<T>(sum_[b][4 * j + 6], sum_[b][4 * j + 7])};
-        ptx::stmatrix_x4_transposed(
-            rows + sm80::x_piece_place(8 * (j + lane_ / 16) - begin + lane_ % 8,
-                                       2 * warp_ + lane_ / 8 % 2),
-            turned);
-      }
-      meet_group();
-      const int count = min(at_.tokens - begin, S::kOutputTokens);
-#pragma unroll 4
-      for (int row = thread / 8; row < count; row += 16) {
-        const int64_t to = at_.y[begin + row];
-        if (inside && to >= 0) {
-          *reinterpret_cast<uint4*>(y + to * p_.y_stride) =
-              ptx::load_shared_16(rows + sm80::x_piece_place(row, piece));
-        }
-      }
+    for (int i = 0; i < S::kTokens / 16; ++i) {
+      if (to[16 * i] != ExpertSegment<S>::kNoRow) y[to[16 * i]] = values[i];
     }
   }
 
@@ -170,14 +168,16 @@ class ExpertTileOutput {
 #pragma unroll
     for (int j = 0; j < S::kSums / 4; ++j) {
       if (8 * j >= at_.tokens) break;
-      const int2 rows = *reinterpret_cast<const int2*>(at_.y + 8 * j + lane_ % 4 * 2);
+      const uint2 rows = *reinterpret_cast<const uint2*>(at_.y + 8 * j + lane_ % 4 * 2);
+      const bool has_even = rows.x != ExpertSegment<S>::kNoRow;
+      const bool has_odd = rows.y != ExpertSegment<S>::kNoRow;
       Y* const even = y + rows.x * p_.y_stride;
       Y* const odd = y + rows.y * p_.y_stride;
       const float* sums = &sum_[b][4 * j];
-      ptx::store_if(rows.x >= 0 && low, even, sm80::round_to<Y>(sums[0]));
-      ptx::store_if(rows.y >= 0 && low, odd, sm80::round_to<Y>(sums[1]));
-      ptx::store_if(rows.x >= 0 && high, even + 8, sm80::round_to<Y>(sums[2]));
-      ptx::store_if(rows.y >= 0 && high, odd + 8, sm80::round_to<Y>(sums[3]));
+      ptx::store_if(has_even && low, even, sm80::round_to<Y>(sums[0]));
+      ptx::store_if(has_odd && low, odd, sm80::round_to<Y>(sums[1]));
+      ptx::store_if(has_even && high, even + 8, sm80::round_to<Y>(sums[2]));
+      ptx::store_if(has_odd && high, odd + 8, sm80::round_to<Y>(sums[3]));
     }
   }
 

@@ -38,8 +38,7 @@ struct ExpertShape : WgmmaShape<T, kBits, kGroups_, 2, kTokens> {
   __device__ __forceinline__ static int tokens_for(int rows) {
     return max(min((rows + kTokenStep - 1) / kTokenStep * kTokenStep, kTokens), kLeastTokens);
   }
-  static constexpr int kOutputTokens = kTokens <= 80 ? kTokens : 48;  // that are stored at a time
-  static constexpr int kGroupOutputBytes = kOutputTokens * Layout::kBlockFeatures * 2;
+  static constexpr int kGroupOutputBytes = kTokens * Layout::kBlockFeatures * 2;
   static constexpr int kOutputBytes = Base::kGroups * kGroupOutputBytes;
   // Registers move from the warpgroup that fills to the others.
   static constexpr int kLaunchRegisters = 65536 / Base::kThreads / 8 * 8;
@@ -96,7 +95,8 @@ struct ExpertSegment {
   int end;
   int first_block;                     // where begin is not 0: of those that have the other parts
   alignas(16) uint32_t x[S::kTokens];  // the row's first piece of 16 bytes, or kNoRow
-  int y[S::kTokens];                   // row of the output; negative: none
+  // The row of the output, or where rows are stored together its first piece of 16 bytes; or kNoRow.
+  alignas(16) uint32_t y[S::kTokens];
   float weight[S::kTokens];
 };
 
@@ -288,6 +288,7 @@ class SegmentLister {
       if (present != 0) last = i * 32 + 32 - __clz(present);
     }
     if (last == 0) return;
+    const int64_t y_step = params_.rows_together ? params_.problem.y_stride / 8 : 1;
     ExpertSegment<S>& segment = queue_.wait_for_room();
     if (lane() == 0) {
       segment.tokens = S::tokens_for(last);
@@ -304,7 +305,7 @@ class SegmentLister {
       if (at >= S::kTokens) break;
       segment.x[at] = row.x < 0 ? ExpertSegment<S>::kNoRow
                                 : static_cast<uint32_t>(row.x * params_.problem.x_stride / 8);
-      segment.y[at] = row.x < 0 ? -1 : row.y;
+      segment.y[at] = row.x < 0 ? ExpertSegment<S>::kNoRow : static_cast<uint32_t>(row.y * y_step);
       segment.weight[at] = weights[i];
     }
     queue_.publish();

@@ -75,7 +75,7 @@ ExpertPlan expert_tile_plan(std::size_t index, const ExpertProblem& problem,
   const WeightView& w = problem.matrix.weight;
   const ExpertInstance& kernel = kernels_of(problem).tiles[index];
   const std::int32_t stage = kernel.stage_bytes + stage_rest(w, kernel.blocks, kSlabChunks);
-  const std::int32_t stages = std::max(sm80::usable_shared(limits) - kernel.other_bytes, 0) / stage;
+  const std::int32_t stages = std::max(limits.shared_bytes - kernel.other_bytes, 0) / stage;
   // Half of the slabs at most have a block of their own.
   const std::int64_t work = sm80::most_tiles(problem, kernel.tokens) *
                             ceil_div(w.n, kernel.blocks * sm80::Layout::kBlockFeatures) *
@@ -97,7 +97,7 @@ ExpertPlan expert_strip_plan(const ExpertProblem& problem, const DeviceLimits& l
       expert_stage_bytes(w, kernel.stage_bytes, kernel.item_chunks * sm80::Layout::kChunkSteps);
   const std::int32_t warp = kernel.stages * stage + kernel.part_bytes;
   const std::int32_t room =
-      std::min(sm80::usable_shared(limits),
+      std::min(limits.shared_bytes,
                limits.multiprocessor_shared_bytes / kernel.blocks_together - sm80::kReservedShared);
   const std::int32_t warps = std::min((room - kernel.other_bytes) / warp, kernel.most_warps);
   // As many halves of units as there may be at most.
@@ -127,7 +127,7 @@ namespace {
 bool takes_strips(const ExpertProblem& problem, const DeviceLimits& limits) {
   return !problem.activates && problem.matrix.weight.step_shift >= 0 &&
          (has_fast_memory(limits) || problem.tiles.num_ids <= sm80::kMostSortedIds) &&
-         expert_strip_plan(problem, limits).shared_bytes <= sm80::usable_shared(limits);
+         expert_strip_plan(problem, limits).shared_bytes <= limits.shared_bytes;
 }
 
 }  // namespace
@@ -151,9 +151,8 @@ ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits
   if (problem.dispatches.empty() && problem.tiles.first == nullptr)
     index = std::max(index, instance_for(problem.tiles.num_ids, problem.num_experts));
   const ExpertPlan plan = expert_tile_plan(index, problem, limits);
-  return plan.shared_bytes <= sm80::usable_shared(limits)
-             ? plan
-             : sm80::plan_experts(problem, limits, invariance);
+  return plan.shared_bytes <= limits.shared_bytes ? plan
+                                                  : sm80::plan_experts(problem, limits, invariance);
 }
 
 std::int32_t tile_rows(std::int64_t tokens, std::int64_t ids, std::int64_t experts,

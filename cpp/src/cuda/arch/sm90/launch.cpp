@@ -86,7 +86,7 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceL
   const std::int64_t tiles = tile_count(kernel, problem);
   const std::int32_t stage = kernel.stage_bytes + stage_rest(w, kernel.blocks, kernel.stage_chunks);
   const std::int32_t other = kernel.output_bytes + kOtherTileBytes;
-  const std::int32_t stages = std::max(sm80::usable_shared(limits) - other, 0) / stage;
+  const std::int32_t stages = std::max(limits.shared_bytes - other, 0) / stage;
   const auto waves = static_cast<std::int32_t>(tiles / units);
   const auto left = static_cast<std::int32_t>(tiles % units);
   // Tiles that are walked through together should share what they read: about as many bytes of x as of codes.
@@ -142,7 +142,7 @@ GemmPlan no_plan() {
 }
 
 bool fits(const GemmPlan& plan, const DeviceLimits& limits) {
-  return plan.shared_bytes <= sm80::usable_shared(limits);
+  return plan.shared_bytes <= limits.shared_bytes;
 }
 
 // Groups of whole chunks, and scales that divide.
@@ -624,9 +624,7 @@ void add_strips(const GemmProblem& problem, const Instance& kernel, Schedule sch
   };
   for (std::int32_t together = 1; together <= kernel.blocks_together; ++together) {
     const std::int32_t blocks = together * limits.multiprocessors;
-    const std::int32_t room = limits.multiprocessor_shared_bytes / together -
-                              sm80::kReservedShared -
-                              (limits.shared_bytes - sm80::usable_shared(limits));
+    const std::int32_t room = limits.multiprocessor_shared_bytes / together - sm80::kReservedShared;
     for (schedule.cluster_blocks = 1; schedule.cluster_blocks <= 2; ++schedule.cluster_blocks) {
       // Some multiprocessors would have nothing to do.
       if (2 * halves_of(w) < blocks / schedule.cluster_blocks) continue;
