@@ -419,6 +419,20 @@ TEST(Sm90ExpertPlanTest, TilesFillWithTheRowsOfAnExpert) {
   }
 }
 
+// Their group records are longer by half.
+TEST(Sm80PlanTest, AsymmetricLayersHaveAsManyWarps) {
+  constexpr std::int32_t kGroups128 = 3;
+  GemmProblem problem = problem_of(57344, 8192, 16, 4, kGroups128);
+  const GemmPlan asymmetric = sm80::plan(problem, hopper(132), BatchInvariance::kNotRequired);
+  problem.weight.has_zeros = false;
+  problem.weight.record_bytes = 32;
+  const GemmPlan symmetric = sm80::plan(problem, hopper(132), BatchInvariance::kNotRequired);
+  ASSERT_EQ(symmetric.kind, KernelKind::kStrip);
+  EXPECT_EQ(symmetric.warps, 16);
+  EXPECT_EQ(asymmetric.kind, KernelKind::kStrip);
+  EXPECT_EQ(asymmetric.warps, 16);
+}
+
 TEST(Sm80ExpertPlanTest, CutsStripsThatAreFewOrLong) {
   const DeviceLimits limits = hopper(132);
   const auto cuts = [&](std::int32_t k, std::int32_t tiles, BatchInvariance invariance) {
