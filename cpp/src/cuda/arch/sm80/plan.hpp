@@ -11,8 +11,8 @@
 
 namespace marlinq::cuda::sm80 {
 
-// Slices and stages start where the swizzle of x expects it.
-constexpr std::int64_t kStageAlignment = 128;
+// Slices start where the swizzle of x expects it; stages of strips do by their own size.
+constexpr std::int64_t kSliceAlignment = 128;
 
 // What the system keeps of each block on a multiprocessor.
 constexpr std::int32_t kReservedShared = 1024;
@@ -25,7 +25,7 @@ inline std::int32_t slice_bytes(const WeightView& w, std::int32_t without_record
                                 std::int32_t features) {
   const std::int64_t records =
       std::int64_t{features / Layout::kStripFeatures} * w.groups_per_chunk * w.record_bytes;
-  return static_cast<std::int32_t>(round_up(without_records + records, kStageAlignment));
+  return static_cast<std::int32_t>(round_up(without_records + records, kSliceAlignment));
 }
 
 /// The ways to share out the `left` tiles of a tail that costs are fitted to, with at most `most` blocks: f(share, blocks),

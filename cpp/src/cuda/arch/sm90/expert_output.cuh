@@ -126,8 +126,8 @@ class ExpertTileOutput {
     }
   }
 
-  // Through shared memory, so that a row of 64 features is written at once. What runs once a tile waits for its
-  // instructions, so there are few: only what names registers is unrolled.
+  // Through shared memory, so that a row of 64 features is written at once; all rows together, since what runs once a
+  // tile waits for each of its instructions.
   __device__ __forceinline__ void store_rows(int b, int first_feature, int outputs) const {
     const uint32_t turned_rows = output_ + group_ * S::kGroupOutputBytes;
     meet_group();  // the rows before have been read
