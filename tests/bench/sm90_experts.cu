@@ -845,23 +845,27 @@ class Bench {
               .most_tiles = static_cast<std::int32_t>(room / rows),
               .most_slots = room,
               .num_ids = static_cast<std::int32_t>(ids)};
-    for (const bool up : {true, false}) {
-      const double us = time_some(stream_, [&](int i) {
-        ExpertProblem problem = problem_of(up ? up_ : down_, i, up);
-        problem.x_by_slot = problem.y_by_slot = false;
-        problem.matrix.y_type = FloatType::kF16;
-        problem.activates = false;
-        problem.matrix.y_stride = problem.matrix.weight.n;
-        const ExpertPlan plan =
-            kernel == kSm80 ? sm80::plan_experts(problem, limits_, BatchInvariance::kNotRequired)
-            : kernel == kChosen
-                ? sm90::plan_experts(problem, limits_, BatchInvariance::kNotRequired)
-                : plan_of(kernel, problem, limits_);
-        sm90::launch_experts(problem, plan, limits_, scratch_.view(), stream_);
-      });
-      std::printf("%s,%s,%d,%d,%d,%s,0,%.4g\n", model_.name, routing_.c_str(), tokens_, rows,
-                  kernel, up ? "aligned up" : "aligned down", us);
-      std::fflush(stdout);
+    for (const int share : shares) {
+      if (share > 0 && kernel == kSm80) continue;
+      for (const bool up : {true, false}) {
+        const double us = time_some(stream_, [&](int i) {
+          ExpertProblem problem = problem_of(up ? up_ : down_, i, up);
+          problem.x_by_slot = problem.y_by_slot = false;
+          problem.matrix.y_type = FloatType::kF16;
+          problem.activates = false;
+          problem.matrix.y_stride = problem.matrix.weight.n;
+          ExpertPlan plan =
+              kernel == kSm80 ? sm80::plan_experts(problem, limits_, BatchInvariance::kNotRequired)
+              : kernel == kChosen
+                  ? sm90::plan_experts(problem, limits_, BatchInvariance::kNotRequired)
+                  : plan_of(kernel, problem, limits_);
+          plan.share = share;
+          sm90::launch_experts(problem, plan, limits_, scratch_.view(), stream_);
+        });
+        std::printf("%s,%s,%d,%d,%d,%s,%d,%.4g\n", model_.name, routing_.c_str(), tokens_, rows,
+                    kernel, up ? "aligned up" : "aligned down", share, us);
+        std::fflush(stdout);
+      }
     }
   }
 

@@ -249,12 +249,14 @@ TEST(Sm90PlanTest, TakesTheKernelsOfSm80WhereItHasNone) {
   EXPECT_TRUE(is_older(problem_of(4096, 1024, 1, 4, kGroups128), BatchInvariance::kNotRequired));
 }
 
+/// Through the lists of moe_align_block_size; so many ids that experts have half a tile of rows on average.
 ExpertProblem experts_of(std::int32_t n, std::int32_t k, std::int32_t tile_rows, std::int32_t bits,
                          std::int32_t step_shift) {
-  ExpertProblem problem{.matrix = problem_of(n, k, 0, bits, step_shift), .num_experts = 128};
+  constexpr std::int32_t kExperts = 128;
+  ExpertProblem problem{.matrix = problem_of(n, k, 0, bits, step_shift), .num_experts = kExperts};
   problem.tiles.tile_rows = tile_rows;
-  problem.tiles.num_ids = 8192;
-  problem.tiles.most_tiles = 8192 / tile_rows + 128;
+  problem.tiles.num_ids = kExperts * tile_rows / 2;
+  problem.tiles.most_tiles = 2 * kExperts;
   return problem;
 }
 
@@ -295,6 +297,31 @@ TEST(Sm90ExpertPlanTest, FitsAndHoldsATile) {
       }
     }
   }
+}
+
+TEST(Sm90ExpertPlanTest, ChoosesByTheRowsOfAnExpertWhereTilesAreJoined) {
+  const DeviceLimits limits = hopper(132);
+  const auto tokens_of = [&](std::int32_t tile_rows, std::int32_t ids, std::int32_t most_tiles) {
+    ExpertProblem problem = experts_of(1536, 2048, tile_rows, 4, 3);
+    problem.tiles.num_ids = ids;
+    problem.tiles.most_tiles = most_tiles;
+    return sm90::plan_experts(problem, limits, BatchInvariance::kNotRequired).tokens;
+  };
+  for (const std::int32_t tile_rows : {8, 16, 64}) {
+    const std::int32_t few = sm90::kMostJoinedTiles;
+    EXPECT_EQ(tokens_of(tile_rows, 128 * 64, few), 80) << tile_rows;
+    EXPECT_EQ(tokens_of(tile_rows, 128 * 200, few), 144) << tile_rows;
+  }
+  EXPECT_EQ(tokens_of(8, 128 * 6, 256), 8);
+  EXPECT_EQ(tokens_of(8, 128 * 6 + 1, 256), 32);
+  // So many tiles are not joined: the least kernel that holds one.
+  EXPECT_EQ(tokens_of(8, 128 * 200, sm90::kMostJoinedTiles + 1), 32);
+  EXPECT_EQ(tokens_of(64, 128 * 200, sm90::kMostJoinedTiles + 1), 80);
+  // A whole expert in one tile, however few there are.
+  ExpertProblem one = experts_of(1536, 2048, 8, 4, 3);
+  one.num_experts = 1;
+  one.tiles.num_ids = 8;
+  EXPECT_EQ(sm90::plan_experts(one, limits, BatchInvariance::kNotRequired).tokens, 8);
 }
 
 TEST(Sm90ExpertPlanTest, TakesTheKernelsOfSm80WhereItHasNone) {

@@ -20,13 +20,6 @@
 
 namespace marlinq::cuda::sm90 {
 
-/// Tiles as moe_align_block_size makes them lie one after the other.
-inline bool joins_tiles(const ExpertProblem& problem, std::int32_t tokens) {
-  const TokenTileLists& tiles = problem.tiles;
-  return problem.dispatches.empty() && tiles.first == nullptr && tokens > tiles.tile_rows &&
-         tiles.tile_rows % JoinedTiles::kSlots == 0 && tiles.most_tiles <= JoinedTiles::kMost;
-}
-
 template <class S, class Rows>
 void launch_expert_tiles(const ExpertProblem& problem, const ExpertPlan& plan,
                          const SplitScratch& scratch, const ExpertTileCost& cost, const Rows& rows,
@@ -52,7 +45,7 @@ void launch_expert_tiles(const ExpertProblem& problem, const ExpertPlan& plan,
           .activates = problem.activates,
           .activation = problem.activation,
           .may_cut = plan.may_cut,
-          .joins = joins_tiles(problem, S::kTokens),
+          .joins = S::kTokens > problem.tiles.tile_rows && may_join_tiles(problem),
           .settled = !problem.dispatches.empty() || problem.tiles.settled,
           .rows_together = sm80::stores_together(matrix, 8),
           .share = plan.share,
@@ -109,7 +102,7 @@ void launch_expert_strips(const ExpertProblem& problem, const ExpertPlan& plan,
                     .blocks = Divider(plan.blocks),
                     .warps = Divider(plan.warps),
                     .items = Divider(items),
-                    .hand_over = 4,
+                    .hand_over = 13,
                     .stage_bytes = expert_stage_bytes(w, S::kRecordsPlace, S::kItemSteps),
                     .item_groups = groups,
                     .sub_steps = S::kItemSteps / groups,

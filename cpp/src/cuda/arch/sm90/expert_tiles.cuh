@@ -12,6 +12,7 @@
 #include "cuda/arch/sm80/layout.hpp"
 #include "cuda/arch/sm80/share.hpp"
 #include "cuda/arch/sm80/x_tile.cuh"
+#include "cuda/arch/sm90/experts.hpp"
 #include "cuda/arch/sm90/rough_divider.cuh"
 #include "cuda/arch/sm90/tile_plan.hpp"
 #include "cuda/arch/sm90/tile_shape.cuh"
@@ -152,12 +153,9 @@ class SegmentQueue {
 
 /// Tiles over neighbours of the lists, in shared memory: the first slot of each, and the end of the last.
 struct JoinedTiles {
-  static constexpr int kMost = 1536;  // of the lists
-  static constexpr int kSlots = 8;    // of which tiles begin at multiples
+  alignas(16) uint16_t first[kMostJoinedTiles + 8];  // in units of kJoinedSlots
 
-  alignas(16) uint16_t first[kMost + 8];
-
-  __device__ __forceinline__ int begin(int tile) const { return first[tile] * kSlots; }
+  __device__ __forceinline__ int begin(int tile) const { return first[tile] * kJoinedSlots; }
 };
 
 /// By one warp: finds the segments of its block, and writes them into the queue.
@@ -380,13 +378,12 @@ class SegmentLister {
         const uint32_t all = __ballot_sync(0xffffffffu, begins);
         if (begins) {
           joined_.first[count + __popc(all & ((1u << lane()) - 1))] =
-              static_cast<uint16_t>(slot[i] / JoinedTiles::kSlots);
+              static_cast<uint16_t>(slot[i] / kJoinedSlots);
         }
         count += __popc(all);
       }
     }
-    if (lane() == 0)
-      joined_.first[count] = static_cast<uint16_t>(listed * rows / JoinedTiles::kSlots);
+    if (lane() == 0) joined_.first[count] = static_cast<uint16_t>(listed * rows / kJoinedSlots);
     __syncwarp();
     return count;
   }

@@ -24,7 +24,9 @@ const ExpertKernels& expert_kernels(FloatType type, std::int32_t code_bits) {
 
 namespace {
 
-constexpr std::int32_t kFewRows = 16;  // tiles of fewer are for the strip kernel
+constexpr std::int32_t kFewRows = 16;  // tiles of fewer are for the strip kernel, ...
+constexpr std::int64_t kStripRows =
+    6;  // ... unless experts have more on average, and several tiles for them
 
 // Of an expert on average, for tiles of the first kernel, and from where on for the last. Rows are uneven: with the
 // first number, most experts of a random routing have one tile.
@@ -48,6 +50,12 @@ const ExpertKernels& kernels_of(const ExpertProblem& problem) {
   return expert_kernels(problem.matrix.x_type, problem.matrix.weight.code_bits);
 }
 
+/// As moe_align_block_size makes them: one tile after the other.
+bool has_aligned_lists(const ExpertProblem& problem) {
+  const TokenTileLists& tiles = problem.tiles;
+  return problem.dispatches.empty() && tiles.topk.data == nullptr && tiles.first == nullptr;
+}
+
 /// Of an expert with so many rows on average, where routing is random, on average.
 double expected_tiles(double rows, double tokens) {
   // Tile i + 1 is there if there are more than i * tokens rows; these are nearly normally distributed.
@@ -69,6 +77,11 @@ std::size_t instance_for(std::int64_t ids, std::int64_t experts) {
 }
 
 }  // namespace
+
+bool may_join_tiles(const ExpertProblem& problem) {
+  return has_aligned_lists(problem) && problem.tiles.tile_rows % kJoinedSlots == 0 &&
+         problem.tiles.most_tiles <= kMostJoinedTiles;
+}
 
 ExpertPlan expert_tile_plan(std::size_t index, const ExpertProblem& problem,
                             const DeviceLimits& limits) {
@@ -139,17 +152,22 @@ ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits
   const std::int32_t rows = sm80::most_rows(problem);
   if (invariance == BatchInvariance::kRequired)
     return sm80::plan_experts(problem, limits, invariance);
-  if (rows < kFewRows && !problem.follows_product && takes_strips(problem, limits))
-    return expert_strip_plan(problem, limits);
-  const bool has_tiles = problem.tiles.topk.data == nullptr && w.scales_divide &&
+  const TokenTileLists& tiles = problem.tiles;
+  const bool has_tiles = tiles.topk.data == nullptr && w.scales_divide &&
                          w.step_shift >= kTileShift &&
                          (!problem.activates || w.n % (2 * sm80::Layout::kBlockFeatures) == 0);
-  if (!has_tiles || rows < kFewRows) return sm80::plan_experts(problem, limits, invariance);
+  const bool many = has_aligned_lists(problem) &&
+                    tiles.num_ids > std::max<std::int64_t>(kStripRows * problem.num_experts, rows);
+  if (rows < kFewRows && !(many && has_tiles)) {
+    return !problem.follows_product && takes_strips(problem, limits)
+               ? expert_strip_plan(problem, limits)
+               : sm80::plan_experts(problem, limits, invariance);
+  }
+  if (!has_tiles) return sm80::plan_experts(problem, limits, invariance);
   std::size_t index = 0;
   while (index + 1 < kExpertInstanceCount && tile_tokens(index) < rows) ++index;
-  // Tiles of the kernel may go over several of the caller's lists.
-  if (problem.dispatches.empty() && problem.tiles.first == nullptr)
-    index = std::max(index, instance_for(problem.tiles.num_ids, problem.num_experts));
+  if (may_join_tiles(problem))
+    index = std::max(index, instance_for(tiles.num_ids, problem.num_experts));
   const ExpertPlan plan = expert_tile_plan(index, problem, limits);
   return plan.shared_bytes <= limits.shared_bytes ? plan
                                                   : sm80::plan_experts(problem, limits, invariance);

@@ -42,6 +42,14 @@ struct ExpertKernels {
   std::array<ExpertInstance, kExpertInstanceCount> tiles;  // by rising tokens
 };
 
+/// Tiles of the kernels go over neighbours of a caller's lists that have one expert, where these are not more, ...
+constexpr std::int32_t kMostJoinedTiles = 1536;
+/// ... and begin at multiples of so many slots.
+constexpr std::int32_t kJoinedSlots = 8;
+
+/// Whether the lists of a problem are such, as moe_align_block_size makes them.
+bool may_join_tiles(const ExpertProblem& problem);
+
 /// In a plan the kernels come after those of sm80: ExpertPlan::instance of a tile kernel is this more than its index, ...
 constexpr std::int32_t kFirstExpertTiles = sm80::kExpertInstanceCount;
 /// ... and that of the other this.
