@@ -187,8 +187,8 @@ std::int32_t tile_rows(std::int64_t tokens, std::int64_t ids, std::int64_t exper
 bool activates_apart(const ExpertProblem& problem, const DeviceLimits& limits,
                      BatchInvariance invariance) {
   // Of gate_up, that are read.
-  constexpr double kLeastBytes = 195e6;
-  constexpr double kLeastSortedBytes = 120e6;  // where the products sort the tokens
+  constexpr double kLeastBytes = 170e6;
+  constexpr double kLeastSortedBytes = 80e6;  // where the products sort the tokens
   // The older kernel for a few rows, whose warps share x, catches up earlier where experts are few.
   constexpr std::int32_t kFewExperts = 32;
   constexpr std::int32_t kMostIdsOfFew = 2;
