@@ -234,6 +234,7 @@ TEST(Sm90PlanTest, TakesTheKernelsOfSm80WhereItHasNone) {
   const DeviceLimits limits = hopper(132);
   constexpr std::int32_t kGroups128 = 3;
   constexpr std::int32_t kGroups32 = 1;
+  constexpr std::int32_t kGroups16 = 0;
   const auto is_older = [&](const GemmProblem& problem, BatchInvariance invariance) {
     return is_of_sm80(sm90::plan(problem, limits, invariance));
   };
@@ -241,7 +242,9 @@ TEST(Sm90PlanTest, TakesTheKernelsOfSm80WhereItHasNone) {
     const GemmProblem problem = problem_of(4096, 4096, m, 4, kGroups128);
     EXPECT_FALSE(is_older(problem, BatchInvariance::kNotRequired)) << m;
     EXPECT_FALSE(is_older(problem, BatchInvariance::kRequired)) << m;
-    EXPECT_TRUE(is_older(problem_of(4096, 4096, m, 4, kGroups32), BatchInvariance::kRequired)) << m;
+    for (const auto invariance : {BatchInvariance::kNotRequired, BatchInvariance::kRequired})
+      EXPECT_FALSE(is_older(problem_of(4096, 4096, m, 4, kGroups32), invariance)) << m;
+    EXPECT_TRUE(is_older(problem_of(4096, 4096, m, 4, kGroups16), BatchInvariance::kRequired)) << m;
     EXPECT_TRUE(is_older(problem_of(4096, 4096, m, 4, kIrregular), BatchInvariance::kNotRequired))
         << m;
   }
@@ -268,7 +271,7 @@ TEST(Sm90ExpertPlanTest, FitsAndHoldsATile) {
   for (const std::int32_t multiprocessors : {132, 78}) {
     const DeviceLimits limits = hopper(multiprocessors);
     for (const std::int32_t bits : {4, 8}) {
-      for (const std::int32_t step_shift : {2, 3, 5, 26}) {
+      for (const std::int32_t step_shift : {1, 2, 3, 5, 26}) {
         for (const std::int32_t n : {1, 100, 1536, 28672}) {
           for (const std::int32_t k : {1, 64, 704, 7168}) {
             for (const std::int32_t rows : {8, 16, 32, 64, 65, 128}) {
@@ -335,7 +338,8 @@ TEST(Sm90ExpertPlanTest, TakesTheKernelsOfSm80WhereItHasNone) {
   EXPECT_FALSE(is_older(problem, kAny));
   EXPECT_TRUE(is_older(problem, BatchInvariance::kRequired));
   EXPECT_TRUE(is_older(experts_of(1536, 2048, 64, 4, kIrregular), kAny));
-  EXPECT_TRUE(is_older(experts_of(1536, 2048, 64, 4, 1), kAny));
+  EXPECT_FALSE(is_older(experts_of(1536, 2048, 64, 4, 1), kAny));
+  EXPECT_TRUE(is_older(experts_of(1536, 2048, 64, 4, 0), kAny));
   problem.activates = true;
   EXPECT_FALSE(is_older(problem, kAny));
   // A packed block has features of both halves.

@@ -152,7 +152,7 @@ TEST_P(Sm90TilesTest, EveryKernelAndCut) {
   for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) run_all(layer, dtype);
 }
 
-// K of 11 chunks of 64 rows; 328 features are 5 packed blocks and an eighth of one. Rows of 333 outputs cannot be stored
+// K of 11 chunks of 64 rows, or half a chunk less; 328 features are 5 packed blocks and an eighth of one. Rows of 333 outputs cannot be stored
 // 16 bytes at a time.
 INSTANTIATE_TEST_SUITE_P(
     , Sm90TilesTest,
@@ -162,6 +162,14 @@ INSTANTIATE_TEST_SUITE_P(
                                    .group_size = 64,
                                    .zeros = Zeros::kAsymmetricV1,
                                    .name = "groups_of_64_asymmetric"},
+                      LayerOptions{.k = 704, .n = 328, .group_size = 32, .name = "groups_of_32"},
+                      LayerOptions{.bits = 8,
+                                   .k = 672,
+                                   .n = 328,
+                                   .group_size = 32,
+                                   .zeros = Zeros::kAsymmetricV1,
+                                   .scales = DType::kBFloat16,
+                                   .name = "bits_8_groups_of_32_asymmetric_bfloat16_scales"},
                       LayerOptions{.k = 704,
                                    .n = 328,
                                    .group_size = 704,

@@ -20,6 +20,7 @@
 #include "cuda/arch/sm80/group_values.cuh"
 #include "cuda/arch/sm90/expert_output.cuh"
 #include "cuda/arch/sm90/expert_tiles.cuh"
+#include "cuda/arch/sm90/step_codes.cuh"
 #include "cuda/device/dequantize.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/bulk_copy.cuh"
@@ -300,7 +301,10 @@ class ExpertMultiply {
       const ExpertSegment<S>& at = queue.wait();
       if (at.tokens == 0) break;
       clear_scales();
-      if (at.expert >= 0) {
+      if (kFourGroupsOfAll && at.expert >= 0 && params_.slab_groups == 4) {
+        clear_sums<0, S::kSums>();
+        multiply_short_groups<S::kTokens, 4>(at.begin, at.end);
+      } else if (at.expert >= 0) {
         multiply_as_many<S::kLeastTokens>(at);
       } else {
         clear_sums<0, S::kSums>();
@@ -313,6 +317,10 @@ class ExpertMultiply {
   }
 
  private:
+  // Where a slab has four groups, all tokens are multiplied, whatever rows there are: a loop for each number of tokens
+  // would cost the others registers.
+  static constexpr bool kFourGroupsOfAll = S::kGroups == 3;
+
   __device__ __forceinline__ void clear_scales() {
 #pragma unroll
     for (int b = 0; b < S::kGroupBlocks; ++b) {
@@ -335,8 +343,10 @@ class ExpertMultiply {
   template <int kTokens>
   __device__ __forceinline__ void multiply_tokens(const ExpertSegment<S>& at) {
     clear_sums<0, kTokens / 2>();
-    if (params_.slab_groups > 1) {
-      multiply_half_slabs<kTokens>(at.begin, at.end);
+    if (!kFourGroupsOfAll && params_.slab_groups == 4) {
+      multiply_short_groups<kTokens, 4>(at.begin, at.end);
+    } else if (params_.slab_groups == 2) {
+      multiply_short_groups<kTokens, 2>(at.begin, at.end);
     } else if (plain_) {
       multiply_slabs<kTokens, true>(at.begin, at.end);
     } else {
@@ -394,8 +404,10 @@ class ExpertMultiply {
         if (changes && kFragmentSets<kTokens> == 1) load_group<kPlain>(b, 0, quotient);
 #pragma unroll
         for (int chunk = 0; chunk < kSlabChunks; ++chunk) {
-          uint32_t words[S::kBits];
-          load_codes(codes + b * S::kBlockStageBytes + chunk * S::kChunkBytes, words);
+          constexpr int kSteps = Layout::kChunkSteps;
+          const int first = chunk * kSteps;
+          uint32_t words[kSteps * kStepWords];
+          load_codes<kSteps>(codes + b * S::kBlockStageBytes, first, words);
           if (kFragmentSets<kTokens> == 1 && i + b > 0) {
             ptx::wgmma_wait<1>();
             if (i > 0 && chunk == 0) ptx::keep_in_place(sums<kTokens>(b));
@@ -403,9 +415,9 @@ class ExpertMultiply {
           if (i > 0 && b == 0 && chunk == 1) release(before);
           if (changes && kFragmentSets<kTokens> == 1 && chunk == 0)
             scale_sums<kTokens>(b, quotient);
-          decode_chunk<kTokens>(b, chunk, words);
+          decode_steps<kTokens, kSteps>(b, first, words);
           ptx::wgmma_fence();
-          multiply_chunk<kTokens>(b, chunk, x);
+          multiply_steps<kTokens, kSteps>(b, first, x);
           ptx::wgmma_commit();
         }
       }
@@ -416,9 +428,10 @@ class ExpertMultiply {
     release(before);
   }
 
-  // Each chunk has a group of its own.
-  template <int kTokens>
-  __device__ __forceinline__ void multiply_half_slabs(int begin, int end) {
+  // Groups are shorter than a slab.
+  template <int kTokens, int kSlabGroups>
+  __device__ __forceinline__ void multiply_short_groups(int begin, int end) {
+    constexpr int kSteps = kSlabSteps / kSlabGroups;
     int slab = begin;
 #pragma unroll 1
     do {
@@ -426,23 +439,24 @@ class ExpertMultiply {
       const uint32_t x = ptx::wgmma_operand_low(ring_.x());
       const uint32_t codes = ring_.x() + codes_;
 #pragma unroll
-      for (int chunk = 0; chunk < kSlabChunks; ++chunk) {
+      for (int group = 0; group < kSlabGroups; ++group) {
 #pragma unroll
         for (int b = 0; b < S::kGroupBlocks; ++b) {
-          if (slab * kSlabChunks + chunk < w_.num_groups) {
+          if (slab * kSlabGroups + group < w_.num_groups) {
             float quotient[2];
-            load_group<false>(b, chunk, quotient);
+            load_group<false>(b, group, quotient);
             scale_sums<kTokens>(b, quotient);
           }
         }
 #pragma unroll
         for (int b = 0; b < S::kGroupBlocks; ++b) {
-          uint32_t words[S::kBits];
-          load_codes(codes + b * S::kBlockStageBytes + chunk * S::kChunkBytes, words);
+          const int first = group * kSteps;
+          uint32_t words[kSteps * kStepWords];
+          load_codes<kSteps>(codes + b * S::kBlockStageBytes, first, words);
           if (kFragmentSets<kTokens> == 1 && b > 0) ptx::wgmma_wait<0>();
-          decode_chunk<kTokens>(b, chunk, words);
+          decode_steps<kTokens, kSteps>(b, first, words);
           ptx::wgmma_fence();
-          multiply_chunk<kTokens>(b, chunk, x);
+          multiply_steps<kTokens, kSteps>(b, first, x);
           ptx::wgmma_commit();
         }
         wait_for_products<kTokens>();
@@ -497,34 +511,30 @@ class ExpertMultiply {
     }
   }
 
-  __device__ __forceinline__ void load_codes(uint32_t codes, uint32_t (&words)[S::kBits]) const {
+  // Steps of a slab, all of one chunk.
+  template <int kSteps>
+  __device__ __forceinline__ void load_codes(uint32_t slab, int first, uint32_t* words) const {
+    load_step_codes<S::kBits, kSteps>(slab + first / Layout::kChunkSteps * S::kChunkBytes,
+                                      first % Layout::kChunkSteps, words);
+  }
+
+  template <int kTokens, int kSteps>
+  __device__ __forceinline__ void decode_steps(int b, int first, const uint32_t* words) {
 #pragma unroll
-    for (int i = 0; i < S::kBits / 4; ++i) {
-      const uint4 q = ptx::load_shared_16(codes + i * 512);
-      words[4 * i] = q.x;
-      words[4 * i + 1] = q.y;
-      words[4 * i + 2] = q.z;
-      words[4 * i + 3] = q.w;
+    for (int step = 0; step < kSteps; ++step) {
+      decode(fragment_[b % kFragmentSets<kTokens>][first + step], &words[step * kStepWords],
+             values_[b].zero[0], T());
     }
   }
 
-  template <int kTokens>
-  __device__ __forceinline__ void decode_chunk(int b, int chunk,
-                                               const uint32_t (&words)[S::kBits]) {
+  template <int kTokens, int kSteps>
+  __device__ __forceinline__ void multiply_steps(int b, int first, uint32_t x) {
 #pragma unroll
-    for (int step = 0; step < Layout::kChunkSteps; ++step) {
-      decode(fragment_[b % kFragmentSets<kTokens>][chunk * Layout::kChunkSteps + step],
-             &words[step * (S::kBits / 4)], values_[b].zero[0], T());
-    }
-  }
-
-  template <int kTokens>
-  __device__ __forceinline__ void multiply_chunk(int b, int chunk, uint32_t x) {
-#pragma unroll
-    for (int step = 0; step < Layout::kChunkSteps; ++step) {
-      ptx::wgmma_k16<T>(sums<kTokens>(b),
-                        fragment_[b % kFragmentSets<kTokens>][chunk * Layout::kChunkSteps + step],
-                        ptx::wgmma_operand_of(x + (chunk * S::kXTileBytes + step * 32) / 16));
+    for (int step = first; step < first + kSteps; ++step) {
+      const int place =
+          step / Layout::kChunkSteps * S::kXTileBytes + step % Layout::kChunkSteps * 32;
+      ptx::wgmma_k16<T>(sums<kTokens>(b), fragment_[b % kFragmentSets<kTokens>][step],
+                        ptx::wgmma_operand_of(x + place / 16));
     }
   }
 
@@ -584,9 +594,10 @@ class ExpertMultiply {
   const WeightView& w_;
   ExpertRing<S> ring_;
   int group_, warp_, lane_;
-  uint32_t codes_;    // of this lane, in a stage
-  uint32_t records_;  // of this warp, in those of a packed block
-  bool plain_;        // scales are of float16, a group is a slab, and there are no zero points
+  uint32_t codes_;                                 // of this lane, in a stage
+  uint32_t records_;                               // of this warp, in those of a packed block
+  static constexpr int kStepWords = S::kBits / 4;  // of codes, a lane's
+  bool plain_;  // scales are of float16, a group is a slab, and there are no zero points
   GroupValues<T, S::kBits, 1> values_[S::kGroupBlocks];
   // Two sets where there are registers for them; both packed blocks of a warpgroup share one otherwise.
   static constexpr int kMostFragmentSets = S::kGroups == 2 ? 2 : 1;

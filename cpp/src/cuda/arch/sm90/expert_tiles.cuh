@@ -80,7 +80,7 @@ struct ExpertTileParams {
   int share;           // as ExpertPlan's
   int stages;
   int slabs;        // along K
-  int slab_groups;  // groups of a slab, 1 or 2
+  int slab_groups;  // groups of a slab, 1, 2 or 4
   int group_slabs;  // slabs of a group, a power of two
 };
 

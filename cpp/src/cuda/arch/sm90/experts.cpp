@@ -147,7 +147,7 @@ bool takes_strips(const ExpertProblem& problem, const DeviceLimits& limits) {
 
 ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits,
                         BatchInvariance invariance) {
-  constexpr std::int32_t kTileShift = 2;  // groups of whole chunks
+  constexpr std::int32_t kTileShift = 1;  // groups of 32 rows or more
   const WeightView& w = problem.matrix.weight;
   const std::int32_t rows = sm80::most_rows(problem);
   if (invariance == BatchInvariance::kRequired)

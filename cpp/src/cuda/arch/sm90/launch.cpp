@@ -87,6 +87,8 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceL
   const std::int32_t stage = kernel.stage_bytes + stage_rest(w, kernel.blocks, kernel.stage_chunks);
   const std::int32_t other = kernel.output_bytes + kOtherTileBytes;
   const std::int32_t stages = std::max(limits.shared_bytes - other, 0) / stage;
+  // Stages of a chunk have no room for a second group.
+  const bool fits = stages >= 2 && slab_groups(w) <= (kernel.stage_chunks == 1 ? 2 : 4);
   const auto waves = static_cast<std::int32_t>(tiles / units);
   const auto left = static_cast<std::int32_t>(tiles % units);
   // Tiles that are walked through together should share what they read: about as many bytes of x as of codes.
@@ -96,7 +98,7 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceL
           .blocks = kernel.cluster_blocks * (waves > 0 ? units : tail_units),
           .warps = kernel.warps,
           .cluster_blocks = kernel.cluster_blocks,
-          .shared_bytes = stages >= 2 ? other + stages * stage : INT32_MAX,
+          .shared_bytes = fits ? other + stages * stage : INT32_MAX,
           .tokens = INT32_MAX,
           .schedule = {.whole_tiles = waves,
                        .tail_tiles = left,
@@ -145,9 +147,9 @@ bool fits(const GemmPlan& plan, const DeviceLimits& limits) {
   return plan.shared_bytes <= limits.shared_bytes;
 }
 
-// Groups of whole chunks, and scales that divide.
+// Groups of 32 rows or more, and scales that divide.
 bool has_tiles(const WeightView& w) {
-  constexpr std::int32_t kTileShift = 2;
+  constexpr std::int32_t kTileShift = 1;
   return w.scales_divide && w.step_shift >= kTileShift;
 }
 
@@ -209,6 +211,9 @@ StripDivision spread_strips(const WeightView& w, std::int32_t blocks, std::int32
 
 // What an item of so many halves of packed blocks takes: 3 for two that are a block, 2 for one.
 std::int64_t item_units(std::int64_t halves) { return halves + ceil_div(halves, 2); }
+
+// How much longer products take where a slab has several groups, about.
+double short_groups(const WeightView& w) { return 1 + 0.2 * (slab_groups(w) - 1); }
 
 /// What a strip kernel of 2 or 3 token tiles takes, in the units of TileCost. Fitted to lines of tests/bench/sm90_plans of 28
 /// layers, on an H100 and an H200.
@@ -411,8 +416,8 @@ class StripPlanner {
     const std::int64_t most = least + (more > 0 ? plan.share_halves : 0);
     // A run of single halves may begin inside a packed block.
     const std::int64_t packed_blocks = plan.share_halves == 2 ? most / 2 : most / 2 + 1;
-    const auto units = [](std::int64_t halves, std::int64_t items) {
-      return 0.01 * static_cast<double>(item_units(halves) * items);
+    const auto units = [&](std::int64_t halves, std::int64_t items) {
+      return 0.01 * static_cast<double>(item_units(halves) * items) * short_groups(w_);
     };
     const double megabytes = static_cast<double>(w_.n) * w_.k * w_.code_bits / 8e6;
     constexpr double kWithScales = 1.03;
@@ -443,7 +448,8 @@ class StripPlanner {
     constexpr double kItem = 0.245;
     const double items =
         static_cast<double>(w_.n) * w_.chunks * w_.code_bits / 512 / limits_.multiprocessors;
-    return {one_each(division, kShortRings, kWarps, true), kStart + items * kItem};
+    return {one_each(division, kShortRings, kWarps, true),
+            kStart + items * kItem * short_groups(w_)};
   }
 
   const GemmProblem& problem_;
@@ -459,12 +465,12 @@ double tile_cost(const GemmProblem& problem, const Instance& kernel, const GemmP
   const std::int64_t slabs = ceil_div(problem.weight.chunks, kSlabChunks);
   const TileCost& cost = kernel.cost;
   const TileSchedule& schedule = plan.schedule;
+  const double slab = cost.slab * short_groups(problem.weight);
   double time = cost.start + static_cast<double>(schedule.whole_tiles) *
-                                 (static_cast<double>(slabs) * cost.slab + cost.tile);
+                                 (static_cast<double>(slabs) * slab + cost.tile);
   if (schedule.tail_tiles == 0) return time;
-  time +=
-      static_cast<double>(ceil_div(schedule.tail_tiles * slabs, schedule.tail_blocks)) * cost.slab +
-      cost.tile;
+  time += static_cast<double>(ceil_div(schedule.tail_tiles * slabs, schedule.tail_blocks)) * slab +
+          cost.tile;
   if (schedule.pair_parts > 0) {
     // Other cuts take so much longer than their costs say.
     constexpr double kCuts = 1.2;
@@ -569,7 +575,8 @@ GemmPlan plan_invariant_tiles(const GemmProblem& problem, const DeviceLimits& li
     const TileCost& cost = all[i].cost;
     const double hand_over = parts > 1 ? cost.cut + cost.part * (parts - 1) : 0;
     const double time = cost.start + static_cast<double>(ceil_div(tiles * parts, units)) *
-                                         (static_cast<double>(ceil_div(slabs, parts)) * cost.slab +
+                                         (static_cast<double>(ceil_div(slabs, parts)) * cost.slab *
+                                              short_groups(problem.weight) +
                                           cost.tile + hand_over);
     if (fits(plan, limits) && time < least) {
       least = time;

@@ -29,6 +29,7 @@
 #include "cuda/arch/sm80/output.cuh"
 #include "cuda/arch/sm80/share.hpp"
 #include "cuda/arch/sm80/x_tile.cuh"
+#include "cuda/arch/sm90/step_codes.cuh"
 #include "cuda/arch/sm90/tile_plan.hpp"
 #include "cuda/arch/sm90/tile_shape.cuh"
 #include "cuda/device/dequantize.cuh"
@@ -90,7 +91,7 @@ struct TileParams {
   int stages;
   int x_box_bytes;   // of a chunk
   int slabs;         // along K
-  int slab_groups;   // groups of a slab, 1 or 2
+  int slab_groups;   // groups of a slab, 1, 2 or 4
   int stage_groups;  // of a stage
   int group_slabs;   // slabs of a group, a power of two
   bool boxes;        // outputs are of type T, and may be stored 16 bytes at a time
@@ -382,7 +383,9 @@ class TileMultiply {
       ptx::keep_in_place(sum_[b]);
     }
     const bool half_scales = w_.scale_type == FloatType::kF16;
-    if (params_.slab_groups == 2) {
+    if (S::kStageChunks == kSlabChunks && params_.slab_groups == 4) {
+      if constexpr (S::kStageChunks == kSlabChunks) multiply_slabs<4, false, false>(part);
+    } else if (params_.slab_groups == 2) {
       half_scales ? multiply_units<2, true>(part) : multiply_units<2, false>(part);
     } else if (kFewTokens && half_scales && params_.group_slabs == 1) {
       multiply_slabs<1, true, true>(part);
@@ -401,16 +404,17 @@ class TileMultiply {
   }
 
   // A unit is the rows of a slab that have one group. Its products are begun in batches: of a chunk where
-  // the warpgroup has one packed block, else of a packed block. While those of a batch run, the codes of the
-  // next are decoded.
+  // the warpgroup has one packed block, else of a packed block; or of that in half a chunk. While those of a batch
+  // run, the codes of the next are decoded.
   template <int kUnits_>
   struct Batches {
     static constexpr int kUnits = kUnits_;
-    static constexpr int kCount = S::kGroupBlocks == 1 ? kSlabChunks : S::kGroupBlocks * kUnits;
+    static constexpr int kCount =
+        S::kGroupBlocks == 1 ? std::max(kSlabChunks, kUnits) : S::kGroupBlocks * kUnits;
     static constexpr int kOfUnit = kCount / kUnits;
-    static constexpr int kChunks = S::kGroupBlocks * kSlabChunks / kCount;
+    static constexpr int kSteps = S::kGroupBlocks * kSlabSteps / kCount;
     static constexpr int block(int i) { return S::kGroupBlocks == 1 ? 0 : i % S::kGroupBlocks; }
-    static constexpr int chunk(int i) { return S::kGroupBlocks == 1 ? i : i / S::kGroupBlocks; }
+    static constexpr int step(int i) { return i / S::kGroupBlocks * kSteps; }  // the first
     static constexpr bool begins_unit(int i) { return i % kOfUnit == 0; }
   };
 
@@ -445,10 +449,7 @@ class TileMultiply {
       for (int i = 0; i < B::kCount; ++i) {
         if (B::begins_unit(i)) rescale();
         ptx::wgmma_fence();
-#pragma unroll
-        for (int chunk = 0; chunk < B::kChunks; ++chunk) {
-          multiply_chunk(B::block(i), B::chunk(i) + chunk, x);
-        }
+        multiply_steps<B::kSteps>(B::block(i), B::step(i), x);
         ptx::wgmma_commit();
         const bool last = i + 1 == B::kCount;
         const int following = last ? 0 : i + 1;
@@ -457,7 +458,7 @@ class TileMultiply {
         if (last) ptx::barrier_wait(ring_.filled(next), more ? parity_after : parity_);
         const bool starts =
             kEachSlab || (last ? more && ((slab + 1) & (params_.group_slabs - 1)) == 0
-                               : kUnits == 2 && slab * kSlabChunks + unit < w_.num_groups);
+                               : kUnits > 1 && slab * kUnits + unit < w_.num_groups);
         load_codes<B>(following, stage);
         if (B::begins_unit(following)) {
           load_scales<kHalfScales>(unit, stage);
@@ -494,7 +495,7 @@ class TileMultiply {
         if ((chunk == 0 || kUnits == 2) && starts) rescale();
         const XOperand x = x_operand();
         ptx::wgmma_fence();
-        multiply_chunk(0, chunk, x);
+        multiply_steps<Layout::kChunkSteps>(0, chunk * Layout::kChunkSteps, x);
         ptx::wgmma_commit();
         // After the last chunk comes that chunk once more, for nothing.
         const bool last = chunk + 1 == kSlabChunks;
@@ -626,20 +627,15 @@ class TileMultiply {
 
   template <class B>
   __device__ __forceinline__ void load_codes(int i, int stage) {
-    const uint32_t codes = codes_place_ + stage * S::kStageBytes +
-                           B::block(i) * S::kBlockStageBytes +
-                           S::chunk_of_stage(B::chunk(i)) * S::kChunkBytes;
+    constexpr int kChunkSteps = std::min(B::kSteps, Layout::kChunkSteps);
+    const uint32_t codes =
+        codes_place_ + stage * S::kStageBytes + B::block(i) * S::kBlockStageBytes;
 #pragma unroll
-    for (int chunk = 0; chunk < B::kChunks; ++chunk) {
-#pragma unroll
-      for (int j = 0; j < kStepWords; ++j) {
-        const uint4 q = ptx::load_shared_16(codes + chunk * S::kChunkBytes + j * 512);
-        uint32_t* const words = &words_[(chunk * kStepWords + j) * 4];
-        words[0] = q.x;
-        words[1] = q.y;
-        words[2] = q.z;
-        words[3] = q.w;
-      }
+    for (int j = 0; j < B::kSteps; j += kChunkSteps) {
+      const int step = B::step(i) + j;
+      load_step_codes<S::kBits, kChunkSteps>(
+          codes + S::chunk_of_stage(step / Layout::kChunkSteps) * S::kChunkBytes,
+          step % Layout::kChunkSteps, &words_[j * kStepWords]);
     }
   }
 
@@ -647,19 +643,22 @@ class TileMultiply {
   __device__ __forceinline__ void decode_batch(int i) {
     const int b = B::block(i);
 #pragma unroll
-    for (int step = 0; step < B::kChunks * Layout::kChunkSteps; ++step) {
-      auto& fragment = fragment_[b][B::chunk(i) * Layout::kChunkSteps + step];
+    for (int step = 0; step < B::kSteps; ++step) {
+      auto& fragment = fragment_[b][B::step(i) + step];
       decode(fragment, &words_[step * kStepWords], values_[b].zero[0], T());
       ptx::keep_in_place(fragment);
     }
   }
 
-  __device__ __forceinline__ void multiply_chunk(int b, int chunk, XOperand x) {
+  template <int kSteps>
+  __device__ __forceinline__ void multiply_steps(int b, int first, XOperand x) {
 #pragma unroll
-    for (int step = 0; step < Layout::kChunkSteps; ++step) {
-      ptx::wgmma_k16<T>(
-          sum_[b], fragment_[b][chunk * Layout::kChunkSteps + step],
-          operand_at(x, (S::chunk_of_stage(chunk) * S::kXTileBytes + step * 32) / 16));
+    for (int step = first; step < first + kSteps; ++step) {
+      const int chunk = step / Layout::kChunkSteps;
+      ptx::wgmma_k16<T>(sum_[b], fragment_[b][step],
+                        operand_at(x, (S::chunk_of_stage(chunk) * S::kXTileBytes +
+                                       step % Layout::kChunkSteps * 32) /
+                                          16));
     }
   }
 

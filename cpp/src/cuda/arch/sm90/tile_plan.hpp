@@ -13,7 +13,7 @@ constexpr std::int32_t kSlabStepShift = 3;
 constexpr std::int32_t kSlabSteps = 1 << kSlabStepShift;
 static_assert(kSlabSteps == kSlabChunks * sm80::Layout::kChunkSteps);
 
-/// Groups of a slab, 1 or 2.
+/// Groups of a slab, 1, 2 or 4.
 constexpr std::int32_t slab_groups(const WeightView& w) noexcept {
   return kSlabSteps >> w.step_shift > 1 ? kSlabSteps >> w.step_shift : 1;
 }
