@@ -401,7 +401,7 @@ TEST(Sm90ExpertPlanTest, AppliesTheActivationApartWhereExpertsOfFewRowsAreLarge)
   EXPECT_TRUE(sm90::activates_apart(problem, limits, kAny));
   EXPECT_FALSE(sm90::activates_apart(problem, limits, BatchInvariance::kRequired));
   EXPECT_FALSE(sm90::activates_apart(problem_of_ids(128, 32), limits, kAny));
-  EXPECT_FALSE(sm90::activates_apart(problem_of_ids(6, 8), limits, kAny));
+  EXPECT_FALSE(sm90::activates_apart(problem_of_ids(5, 8), limits, kAny));
   EXPECT_TRUE(sm90::activates_apart(problem_of_ids(1024, 8), limits, kAny));
   EXPECT_FALSE(sm90::activates_apart(problem_of_ids(1025, 8), limits, kAny));
   problem.num_experts = 31;
@@ -416,7 +416,7 @@ TEST(Sm90ExpertPlanTest, AppliesTheActivationApartWhereExpertsOfFewRowsAreLarge)
   problem.tiles.num_ids = 129;
   EXPECT_FALSE(sm90::activates_apart(problem, limits, kAny));
   problem.tiles.num_ids = 128;
-  problem.expert_bytes = 1 << 20;
+  problem.expert_bytes = 3 << 18;
   EXPECT_FALSE(sm90::activates_apart(problem, limits, kAny));
   problem = problem_of_ids(128, 8);
   limits.memory_rate = 3350;  // an H100's

@@ -212,8 +212,11 @@ StripDivision spread_strips(const WeightView& w, std::int32_t blocks, std::int32
 // What an item of so many halves of packed blocks takes: 3 for two that are a block, 2 for one.
 std::int64_t item_units(std::int64_t halves) { return halves + ceil_div(halves, 2); }
 
-// How much longer products take where a slab has several groups, about.
-double short_groups(const WeightView& w) { return 1 + 0.2 * (slab_groups(w) - 1); }
+// How much longer products take where a slab has several groups, about; and how much longer strips of most tokens do.
+double short_groups(const WeightView& w, double each = 0.2) {
+  return 1 + each * (slab_groups(w) - 1);
+}
+constexpr double kShortGroupOfStrip = 0.13;
 
 /// What a strip kernel of 2 or 3 token tiles takes, in the units of TileCost. Fitted to lines of tests/bench/sm90_plans of 28
 /// layers, on an H100 and an H200.
@@ -449,7 +452,7 @@ class StripPlanner {
     const double items =
         static_cast<double>(w_.n) * w_.chunks * w_.code_bits / 512 / limits_.multiprocessors;
     return {one_each(division, kShortRings, kWarps, true),
-            kStart + items * kItem * short_groups(w_)};
+            kStart + items * kItem * short_groups(w_, kShortGroupOfStrip)};
   }
 
   const GemmProblem& problem_;

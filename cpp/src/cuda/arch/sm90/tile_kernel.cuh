@@ -383,23 +383,30 @@ class TileMultiply {
       ptx::keep_in_place(sum_[b]);
     }
     const bool half_scales = w_.scale_type == FloatType::kF16;
-    if (S::kStageChunks == kSlabChunks && params_.slab_groups == 4) {
-      if constexpr (S::kStageChunks == kSlabChunks) multiply_slabs<4, false, false>(part);
+    if constexpr (S::kStageChunks == 1) {
+      if (params_.slab_groups == 2) {
+        half_scales ? multiply_chunks<2, true>(part) : multiply_chunks<2, false>(part);
+      } else {
+        half_scales ? multiply_chunks<1, true>(part) : multiply_chunks<1, false>(part);
+      }
+    } else if (params_.slab_groups == 4) {
+      multiply_units<4>(part, half_scales);
     } else if (params_.slab_groups == 2) {
-      half_scales ? multiply_units<2, true>(part) : multiply_units<2, false>(part);
+      multiply_units<2>(part, half_scales);
     } else if (kFewTokens && half_scales && params_.group_slabs == 1) {
       multiply_slabs<1, true, true>(part);
     } else {
-      half_scales ? multiply_units<1, true>(part) : multiply_units<1, false>(part);
+      half_scales ? multiply_slabs<1, true, false>(part) : multiply_slabs<1, false, false>(part);
     }
   }
 
-  template <int kUnits, bool kHalfScales>
-  __device__ __forceinline__ void multiply_units(const TilePart& part) {
-    if constexpr (S::kStageChunks == 1) {
-      multiply_chunks<kUnits, kHalfScales>(part);
+  // Slabs of so many groups, of which most layers have all and scales of float16.
+  template <int kUnits>
+  __device__ __forceinline__ void multiply_units(const TilePart& part, bool half_scales) {
+    if (half_scales && w_.num_groups % kUnits == 0) {
+      multiply_slabs<kUnits, true, true>(part);
     } else {
-      multiply_slabs<kUnits, kHalfScales, false>(part);
+      multiply_slabs<kUnits, false, false>(part);
     }
   }
 
@@ -429,9 +436,9 @@ class TileMultiply {
     ptx::barrier_wait(ring_.x_filled(stage_), parity_);
   }
 
-  // kEachSlab: each slab is a group, so that there is nothing to ask; what comes after the last slab is that
-  // group once more.
-  template <int kUnits, bool kHalfScales, bool kEachSlab>
+  // kEachUnit: each unit begins a group, so that there is little to ask. Where that is a slab, what comes after the
+  // last is its group once more.
+  template <int kUnits, bool kHalfScales, bool kEachUnit>
   __device__ __forceinline__ void multiply_slabs(const TilePart& part) {
     using B = Batches<kUnits>;
     const int stages = params_.stages;
@@ -456,9 +463,9 @@ class TileMultiply {
         const int unit = following / B::kOfUnit;
         const int stage = last ? next : stage_;
         if (last) ptx::barrier_wait(ring_.filled(next), more ? parity_after : parity_);
-        const bool starts =
-            kEachSlab || (last ? more && ((slab + 1) & (params_.group_slabs - 1)) == 0
-                               : kUnits > 1 && slab * kUnits + unit < w_.num_groups);
+        const bool starts = kEachUnit ? kUnits == 1 || !last || more
+                            : last    ? more && ((slab + 1) & (params_.group_slabs - 1)) == 0
+                                      : kUnits > 1 && slab * kUnits + unit < w_.num_groups;
         load_codes<B>(following, stage);
         if (B::begins_unit(following)) {
           load_scales<kHalfScales>(unit, stage);
