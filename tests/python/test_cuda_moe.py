@@ -665,6 +665,16 @@ def test_a_layer_of_a_real_model(kind: str, real_layer: tuple[Parts, marlinq.Moe
         case.check(block, parts.gate_up, parts.down)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_short_groups(symmetric: bool) -> None:
+    """Several groups in what a tile multiplies between two waits."""
+    parts = Parts(6, 512, 384, group_size=32, symmetric=symmetric)
+    block = marlinq.MoeBlock(*parts.load())
+    for tokens, dtype in zip((3, 40, 300, 900), TYPES * 2, strict=True):
+        case = Case(dtype, "uniform", tokens, 2, 6, 512)
+        case.check(block, parts.gate_up, parts.down)
+
+
 @pytest.fixture(scope="module")
 def large_layer() -> tuple[Parts, marlinq.MoeBlock]:
     """With a few tokens for each of its experts, sm90 has the activation as a step of its own."""

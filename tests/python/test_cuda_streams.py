@@ -163,7 +163,13 @@ def test_a_row_does_not_depend_on_its_batch(m: int, act_order: bool) -> None:
 
 @pytest.mark.parametrize(
     ("n", "k", "bits", "group_size"),
-    [(4096, 4096, 4, 128), (6144, 1088, 4, 64), (28672, 512, 8, -1), (1000, 2048, 4, 128)],
+    [
+        (4096, 4096, 4, 128),
+        (6144, 1088, 4, 64),
+        (3000, 2112, 4, 32),
+        (28672, 512, 8, -1),
+        (1000, 2048, 4, 128),
+    ],
 )
 def test_rows_of_large_layers_do_not_depend_on_their_batch(
     n: int, k: int, bits: int, group_size: int
