@@ -634,16 +634,16 @@ class ExpertStrips {
       } else {
         const int present =
             min(S::kItemSteps, (w_.chunks - item * S::kItemChunks) * Layout::kChunkSteps);
+        if (S::kItemSteps > 4 && steps == 4 && present == S::kItemSteps) {
+          multiply_groups<kWidth, 4>(stage, records, values, factors);
+        } else if (steps == 2 && present == S::kItemSteps) {
+          multiply_groups<kWidth, 2>(stage, records, values, factors);
+        } else {
 #pragma unroll 1
-        for (int step = 0; step < present; step += steps) {
-          if (S::kItemSteps > 4 && steps == 4) {
-            multiply_group<kWidth, 4>(stage, records, step, values, factors);
-          } else if (steps == 2) {
-            multiply_group<kWidth, 2>(stage, records, step, values, factors);
-          } else {
+          for (int step = 0; step < present; ++step) {
             multiply_group<kWidth, 1>(stage, records, step, values, factors);
+            if (((step + 1) & (steps - 1)) == 0) records += group_bytes_;
           }
-          records += group_bytes_;
         }
       }
       __syncwarp();
@@ -658,6 +658,18 @@ class ExpertStrips {
         stage_ = 0;
         parity_ ^= 1;
       }
+    }
+  }
+
+  // A whole item whose groups have kSteps steps each: what one group waits for, others hide.
+  template <int kWidth, int kSteps>
+  __device__ __forceinline__ void multiply_groups(
+      int stage, int records, typename Product<kWidth>::Values& values,
+      const typename Product<kWidth>::XFactors& factors) {
+#pragma unroll
+    for (int step = 0; step < S::kItemSteps; step += kSteps) {
+      multiply_group<kWidth, kSteps>(stage, records, step, values, factors);
+      records += group_bytes_;
     }
   }
 

@@ -52,6 +52,8 @@ struct StripShape {
   static constexpr int kStripsTogether = kTokenTiles <= 2 ? 4 : 2;
   static constexpr int kItemChunks = 8 / kBits;  // 4 KB of codes
   static constexpr int kItemSteps = kItemChunks * Layout::kChunkSteps;
+  // Both halves of an item, where each is a group, without a loop: the others would lose registers by it.
+  static constexpr bool kUnrollsHalves = kItemSteps == 8 && kStreamsX && kTokenTiles != 2;
   static constexpr int kXTileBytes = kTokens * 128;  // of a chunk, where x is streamed
   static constexpr int kItemRows = kItemChunks * Layout::kChunkRows;
   static constexpr int kStripBytes = 128 * kBits;  // codes of a strip and chunk
@@ -419,16 +421,21 @@ class StripLoop {
         const int present =
             min(S::kItemSteps, (w_.chunks - (first_item_ + item) * S::kItemChunks) * 4);
         uint32_t group_records = records + stage_ * params_.memory.record_bytes;
+        if (S::kUnrollsHalves && steps == 4 && present == S::kItemSteps) {
+          multiply_groups<kWidth, 4>(stage, x_rows, x_move, group_records, values, factors);
+        } else if (steps == 2 && present == S::kItemSteps) {
+          multiply_groups<kWidth, 2>(stage, x_rows, x_move, group_records, values, factors);
+        } else {
+          const int at_once = !S::kUnrollsHalves && steps == 4 ? 4 : 1;
 #pragma unroll 1
-        for (int step = 0; step < present; step += steps) {
-          if (S::kItemSteps > 4 && steps == 4) {
-            multiply<kWidth, 4>(stage, step, x_rows, x_move, group_records, values, factors);
-          } else if (steps == 2) {
-            multiply<kWidth, 2>(stage, step, x_rows, x_move, group_records, values, factors);
-          } else {
-            multiply<kWidth, 1>(stage, step, x_rows, x_move, group_records, values, factors);
+          for (int step = 0; step < present; step += at_once) {
+            if (at_once == 4) {
+              multiply<kWidth, 4>(stage, step, x_rows, x_move, group_records, values, factors);
+            } else {
+              multiply<kWidth, 1>(stage, step, x_rows, x_move, group_records, values, factors);
+            }
+            if (((step + at_once) & (steps - 1)) == 0) group_records += group_bytes();
           }
-          group_records += group_bytes();
         }
       }
       __syncwarp();
@@ -459,6 +466,18 @@ class StripLoop {
   using Product = StripProduct<T, S::kBits, S::kTokenTiles, kTogether<kWidth>>;
   template <int kWidth>
   using ProductValues = typename Product<kWidth>::Values;
+
+  // A whole item whose groups have kSteps steps each: what one group waits for, others hide.
+  template <int kWidth, int kSteps, class Values>
+  __device__ __forceinline__ void multiply_groups(
+      uint32_t stage, const uint32_t (&x_rows)[S::kTokenTiles], uint32_t x_move, uint32_t records,
+      Values& values, const typename Product<kWidth>::XFactors& factors) {
+#pragma unroll
+    for (int step = 0; step < S::kItemSteps; step += kSteps) {
+      multiply<kWidth, kSteps>(stage, step, x_rows, x_move, records, values, factors);
+      records += group_bytes();
+    }
+  }
 
   // kSteps steps of one group, from step `first` of the item on.
   template <int kWidth, int kSteps, class Values>

@@ -183,9 +183,13 @@ class StripProduct {
       words[1] = q.y;
       words[2] = q.z;
       words[3] = q.w;
+    } else if constexpr (kCount == 2) {
+      const uint2 q = ptx::load_shared_8(address);
+      words[0] = q.x;
+      words[1] = q.y;
     } else {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) words[i] = ptx::load_shared_4(address + i * 4);
+      static_assert(kCount == 1);
+      words[0] = ptx::load_shared_4(address);
     }
   }
 
