@@ -320,6 +320,7 @@ class ExpertMultiply {
   // Where a slab has four groups, all tokens are multiplied, whatever rows there are: a loop for each number of tokens
   // would cost the others registers.
   static constexpr bool kFourGroupsOfAll = S::kGroups == 3;
+  static constexpr int kStepWords = S::kBits / 4;  // of codes, a lane's
 
   __device__ __forceinline__ void clear_scales() {
 #pragma unroll
@@ -594,10 +595,9 @@ class ExpertMultiply {
   const WeightView& w_;
   ExpertRing<S> ring_;
   int group_, warp_, lane_;
-  uint32_t codes_;                                 // of this lane, in a stage
-  uint32_t records_;                               // of this warp, in those of a packed block
-  static constexpr int kStepWords = S::kBits / 4;  // of codes, a lane's
-  bool plain_;  // scales are of float16, a group is a slab, and there are no zero points
+  uint32_t codes_;    // of this lane, in a stage
+  uint32_t records_;  // of this warp, in those of a packed block
+  bool plain_;        // scales are of float16, a group is a slab, and there are no zero points
   GroupValues<T, S::kBits, 1> values_[S::kGroupBlocks];
   // Two sets where there are registers for them; both packed blocks of a warpgroup share one otherwise.
   static constexpr int kMostFragmentSets = S::kGroups == 2 ? 2 : 1;
