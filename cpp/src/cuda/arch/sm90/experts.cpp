@@ -24,9 +24,9 @@ const ExpertKernels& expert_kernels(FloatType type, std::int32_t code_bits) {
 
 namespace {
 
-constexpr std::int32_t kFewRows = 16;  // tiles of fewer are for the strip kernel, ...
-constexpr std::int64_t kStripRows =
-    6;  // ... unless experts have more on average, and several tiles for them
+constexpr std::int32_t kFewRows = 16;  // tiles of fewer are for the strip kernel
+// Of an expert on average, up to which that is so too where an expert may have several of them.
+constexpr std::int64_t kStripRows = 6;
 
 // Of an expert on average, for tiles of the first kernel, and from where on for the last. Rows are uneven: with the
 // first number, most experts of a random routing have one tile.
