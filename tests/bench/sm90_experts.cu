@@ -3,7 +3,7 @@
 // with its time in us and, of products, how far the outputs are from those of sm80.
 //
 // Usage: sm90_experts check | [uniform | zipf | one] [begin of model names] [T ...] [share=S ...] [rows=R ...]
-//        [kernel=I ...] [bits=8] [aligned] [products]
+//        [kernel=I ...] [bits=8] [group=G] [aligned] [products]
 // Kernels are tiles by rising rows, and last the one for few rows, which has no activations.
 // "aligned": through the lists of moe_align_block_size too, without an activation. "products": those of sm90 alone, or with
 // "aligned" of these lists alone.
@@ -12,6 +12,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -611,10 +612,11 @@ double time_some(cudaStream_t stream, F&& run) {
 
 class Bench {
  public:
-  Bench(const Model& model, std::string routing, int bits)
+  Bench(const Model& model, std::string routing, int bits, int group)
       : model_(model),
         routing_(std::move(routing)),
         bits_(bits),
+        group_(group),
         limits_(device_limits(0)),
         scratch_(limits_),
         up_(make_stack(2 * model.inner, model.hidden)),
@@ -699,8 +701,9 @@ class Bench {
   Stack make_stack(int n, int k) const {
     sm80::Layout layout{.code_bits = bits_, .scale_bytes = 2, .has_zeros = false, .n = n};
     layout.chunks = k / 64;
-    layout.groups = k / 128;
+    layout.groups = ceil_div(k, group_);
     const std::int64_t expert = round_up(layout.words() * 4 + layout.group_bytes(), 256);
+    const std::int32_t step_shift = std::countr_zero(static_cast<std::uint32_t>(group_ / 16));
     const auto copies = static_cast<int>(
         std::clamp(170e6 / (model_.experts * static_cast<double>(expert)) + 1, 1.0, 4.0));
     Stack stack{.memory = CudaBuffer(0, DType::kInt32, copies * model_.experts * expert / 4),
@@ -715,15 +718,16 @@ class Bench {
       stack.copies.push_back({.codes = reinterpret_cast<const std::uint32_t*>(memory),
                               .groups = memory + layout.words() * 4,
                               .chunk_groups = reinterpret_cast<const std::int32_t*>(memory),
-                              .chunk_shift = 1,
-                              .step_shift = 3,
+                              .chunk_shift = std::max(step_shift - 2, -1),
+                              .step_shift = step_shift,
                               .code_bits = bits_,
                               .middle = 1 << (bits_ - 1),
                               .record_bytes = layout.record_bytes(),
                               .n = n,
                               .k = k,
                               .chunks = static_cast<std::int32_t>(layout.chunks),
-                              .num_groups = static_cast<std::int32_t>(layout.groups)});
+                              .num_groups = static_cast<std::int32_t>(layout.groups),
+                              .groups_per_chunk = std::max(64 / group_, 1)});
     }
     return stack;
   }
@@ -886,6 +890,7 @@ class Bench {
   Model model_;
   std::string routing_;
   int bits_;
+  int group_;  // a power of two, 16 or more
   DeviceLimits limits_;
   Scratch scratch_;
   Stack up_, down_;
@@ -920,7 +925,7 @@ int main(int argc, char** argv) try {
   std::vector<int> tokens;
   std::vector<int> shares = {0}, rows, kernels;
   bool aligned = false, products = false;
-  int bits = 4;
+  int bits = 4, group = 128;
   for (int i = 3; i < argc; ++i) {
     int share = 0;
     if (std::sscanf(argv[i], "share=%d", &share) == 1) {
@@ -931,6 +936,8 @@ int main(int argc, char** argv) try {
       kernels.push_back(share);
     } else if (std::sscanf(argv[i], "bits=%d", &share) == 1) {
       bits = share;
+    } else if (std::sscanf(argv[i], "group=%d", &share) == 1) {
+      group = share;
     } else if (std::strcmp(argv[i], "products") == 0) {
       products = true;
     } else if (std::strcmp(argv[i], "aligned") == 0) {
@@ -943,7 +950,7 @@ int main(int argc, char** argv) try {
   std::printf("model,routing,tokens,tile_rows,kernel,step,share,us\n");
   for (const Model& model : kModels) {
     if (std::strncmp(model.name, only, std::strlen(only)) != 0) continue;
-    Bench bench(model, routing, bits);
+    Bench bench(model, routing, bits, group);
     bench.shares = shares;
     bench.only_rows = rows;
     bench.only_kernels = kernels;

@@ -111,6 +111,21 @@ def test_formats(bits: int, group_size: int, order: str) -> None:
                 expected.check(linear(x[:m]), f"symmetric {symmetric}, scales {scale_dtype}")
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("largest", [1e-5, 0.01, 63.0, 100.0, 60000.0])
+def test_scales_of_every_size(bits: int, group_size: int, largest: float) -> None:
+    """Subnormal ones included, and those whose products with codes float16 cannot hold."""
+    layer = DeviceLayer(640, 736, bits=bits, group_size=group_size, seed=bits)
+    layer.scales = (layer.scales * (largest / layer.scales.max().item())).half()
+    linear = layer.load()
+    x = normal(300, 736, "float16", seed=group_size)
+    expected = reference(layer, x)
+    for m in (1, 16, 33, 130, 300):
+        out = torch.empty((m, 640), device=DEVICE)
+        expected.check(linear(x[:m], out=out), f"scales up to {largest}")
+
+
 def natural(layer: Layer) -> Any:
     rows = layer.k if layer.group_size == -1 else layer.group_size
     return np.arange(layer.k) // rows

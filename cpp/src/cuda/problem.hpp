@@ -26,6 +26,7 @@ struct WeightView {
   std::int32_t middle = 8;        // the zero point of every code where records hold none
   std::int32_t record_bytes = 0;  // of one strip and group
   bool has_zeros = false;
+  bool small_scales = true;   // codes times scales stay far from the largest float16
   bool scales_divide = true;  // quotients of any two scales of a feature stay far from overflow
   std::int32_t n = 0;
   std::int32_t k = 0;

@@ -64,6 +64,7 @@ WeightView usual_layer(const WeightView& view, std::int64_t group_size) {
   WeightView usual = view;
   usual.has_zeros = false;
   usual.scale_type = FloatType::kF16;
+  usual.small_scales = true;
   usual.scales_divide = true;
   usual.record_bytes = kRecordBytes;
   const std::int64_t steps = group_size / 16;
@@ -135,12 +136,12 @@ std::vector<RowsSchedule> measured_schedules_of(const ScheduleEntry& layer, cons
                                                 const DeviceLimits& limits) {
   // Models have many layers of few kinds, and to look for schedules takes as long as a small layer's copies.
   using Kind = std::tuple<std::string, std::string_view, std::int32_t, std::int64_t, std::int64_t,
-                          std::int64_t, std::int32_t, std::int32_t, FloatType, bool, bool>;
+                          std::int64_t, std::int32_t, std::int32_t, FloatType, bool, bool, bool>;
   static std::mutex mutex;
   static std::map<Kind, std::vector<RowsSchedule>> known;
   const Kind kind{layer.device,    arch.name,      layer.bits,        layer.group_size,
                   layer.n,         layer.k,        view.chunks,       view.step_shift,
-                  view.scale_type, view.has_zeros, view.scales_divide};
+                  view.scale_type, view.has_zeros, view.small_scales, view.scales_divide};
   const std::scoped_lock lock(mutex);
   const auto place = known.find(kind);
   if (place != known.end()) return place->second;

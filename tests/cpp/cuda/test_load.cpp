@@ -487,6 +487,7 @@ TEST_F(LoadTest, ViewsAreThoseOfThePlan) {
       EXPECT_EQ(view.has_zeros, s.layout.has_zeros);
       EXPECT_EQ(view.middle, 1 << (one.parts[0].options.bits - 1));
       EXPECT_TRUE(view.scales_divide);
+      EXPECT_TRUE(view.small_scales);
     }
     if (HasFailure()) return;
   }
@@ -504,6 +505,16 @@ TEST_F(LoadTest, ScalesThatAreTooFarApartDoNotDivide) {
   PackCase least{.what = "", .parts = {make_layer({.n = 70, .scales = DType::kFloat16})}};
   test::write_element(least.parts[0].scales.data(), DType::kFloat16, 3, 0x1p-24);
   EXPECT_TRUE(load(uploader, least).segments[0].view.scales_divide);
+}
+
+TEST_F(LoadTest, ScalesAreSmallUpTo64) {
+  Uploader uploader(0);
+  for (const auto& [scale, small] :
+       {std::pair{64.0, true}, {-64.0, true}, {65.0, false}, {-65.0, false}}) {
+    PackCase one{.what = "", .parts = {make_layer({.n = 70, .scales = DType::kFloat16})}};
+    test::write_element(one.parts[0].scales.data(), DType::kFloat16, 69, scale);
+    EXPECT_EQ(load(uploader, one).segments[0].view.small_scales, small) << scale;
+  }
 }
 
 // --- memory ---

@@ -121,6 +121,33 @@ TEST(Sm90PlanTest, FitsAndCovers) {
   }
 }
 
+// What tiles multiply codes by is float16 and not too large; sums are multiplied by anything.
+TEST(Sm90PlanTest, ScalesOfShortGroupsAreSmallWhereCodesAreMultipliedByThem) {
+  constexpr std::int32_t kGroups32 = 1;
+  constexpr std::int32_t kGroups64 = 2;
+  constexpr std::int32_t kGroups128 = 3;
+  const DeviceLimits limits = hopper(132);
+  for (const std::int32_t shift : {kGroups32, kGroups64, kGroups128}) {
+    for (const FloatType x_type : {FloatType::kF16, FloatType::kBF16}) {
+      for (const FloatType scale_type : {FloatType::kF16, FloatType::kBF16, FloatType::kF32}) {
+        for (const bool small : {true, false}) {
+          GemmProblem problem = problem_of(4096, 4096, 256, 4, shift);
+          problem.x_type = x_type;
+          problem.weight.scale_type = scale_type;
+          problem.weight.small_scales = small;
+          const bool any = shift == kGroups128 || x_type == FloatType::kBF16;
+          for (const auto invariance :
+               {BatchInvariance::kNotRequired, BatchInvariance::kRequired}) {
+            EXPECT_EQ(is_of_sm80(sm90::plan(problem, limits, invariance)),
+                      !any && !(small && scale_type == FloatType::kF16))
+                << shift << ", scales " << static_cast<int>(scale_type) << ", small " << small;
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(Sm90PlanTest, FewRowsOfLargeLayersHaveTwoBlocksOnAMultiprocessor) {
   constexpr std::int32_t kGroups128 = 3;
   const DeviceLimits limits = hopper(132);
@@ -348,6 +375,11 @@ TEST(Sm90ExpertPlanTest, TakesTheKernelsOfSm80WhereItHasNone) {
   problem.activates = false;
   problem.matrix.weight.scales_divide = false;
   EXPECT_TRUE(is_older(problem, kAny));
+  problem = experts_of(1536, 2048, 64, 4, 1);
+  problem.matrix.weight.small_scales = false;
+  EXPECT_TRUE(is_older(problem, kAny));
+  problem.matrix.x_type = FloatType::kBF16;
+  EXPECT_FALSE(is_older(problem, kAny));
   // With a few rows groups have one length, and the product is not of a block.
   problem = experts_of(1536, 2048, 8, 4, kGroups128);
   problem.matrix.weight.scales_divide = false;

@@ -19,15 +19,20 @@ namespace {
 // Kernels divide a group's scale by the one before. Between these bounds a quotient stays below
 // 2^60, and a sum in units of any scale far from overflow. float16 scales are always between 2^-24
 // and 2^16.
-bool scales_divide(std::span<const GptqWeights> experts, const SegmentPlan& segment) {
+bool scales_divide(const ValidatedModule& part) {
   constexpr float kLeast = 0x1p-30F;
   constexpr float kMost = 0x1p30F;
-  const auto divide = [](const ValidatedModule& part) {
-    return part.most_scale == 0.0F || (part.least_scale >= kLeast && part.most_scale <= kMost);
-  };
+  return part.most_scale == 0.0F || (part.least_scale >= kLeast && part.most_scale <= kMost);
+}
+
+// Codes are at most 255, and kernels multiply scales by up to 512 first.
+bool has_small_scales(const ValidatedModule& part) { return part.most_scale <= 64.0F; }
+
+bool all_modules(std::span<const GptqWeights> experts, const SegmentPlan& segment,
+                 bool (*holds)(const ValidatedModule&)) {
   return std::ranges::all_of(experts, [&](const GptqWeights& weights) {
     return std::ranges::all_of(segment.modules,
-                               [&](std::size_t module) { return divide(weights.modules[module]); });
+                               [&](std::size_t module) { return holds(weights.modules[module]); });
   });
 }
 
@@ -169,7 +174,8 @@ Segment view_segment(std::span<const GptqWeights> experts, const SegmentPlan& s,
                    .middle = 1 << (experts.front().bits - 1),
                    .record_bytes = s.layout.record_bytes(),
                    .has_zeros = s.layout.has_zeros,
-                   .scales_divide = scales_divide(experts, s),
+                   .small_scales = all_modules(experts, s, has_small_scales),
+                   .scales_divide = all_modules(experts, s, scales_divide),
                    .n = static_cast<std::int32_t>(s.layout.n),
                    .k = static_cast<std::int32_t>(experts.front().k),
                    .chunks = static_cast<std::int32_t>(s.layout.chunks),

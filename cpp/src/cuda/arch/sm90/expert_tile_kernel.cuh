@@ -5,7 +5,8 @@
 // two copy rows of x, wherever they lie, and group records into a ring, a slab of two chunks a stage. More
 // warpgroups hide more of each other's latency, but have fewer registers for tokens.
 // There is one set of sums, in units of the scale of the current group: when a group begins they are
-// multiplied by the quotient of the old scale and the new one.
+// multiplied by the quotient of the old scale and the new one. Where a slab has several groups, codes of float16 are
+// multiplied by scales instead (code_scales.cuh).
 //
 // With two halves of features that meet in an activation, every other packed block of a tile is of the
 // second half, so that both inputs of an output are sums of one thread.
@@ -18,6 +19,7 @@
 #include <cstdint>
 
 #include "cuda/arch/sm80/group_values.cuh"
+#include "cuda/arch/sm90/code_scales.cuh"
 #include "cuda/arch/sm90/expert_output.cuh"
 #include "cuda/arch/sm90/expert_tiles.cuh"
 #include "cuda/arch/sm90/step_codes.cuh"
@@ -50,6 +52,14 @@ class ExpertRing {
     output_ = ring_ + stages_ * S::kStageBytes;
     records_ = output_ + kOtherBytes - SegmentQueue<S>::kBarrierBytes;
     barriers_ = records_ + stages_ * S::kBlocks * slab_record_bytes_;
+  }
+
+  /// By the threads that fill. What a last slab has no group for is multiplied by what lies there, and meets zeros.
+  __device__ __forceinline__ void clear_records() const {
+    for (uint32_t place = records_ + (threadIdx.x - S::kMultiplyThreads) * 4; place < barriers_;
+         place += (S::kThreads - S::kMultiplyThreads) * 4) {
+      ptx::store_shared_4(place, 0);
+    }
   }
 
   /// By one thread.
@@ -303,7 +313,7 @@ class ExpertMultiply {
       clear_scales();
       if (kFourGroupsOfAll && at.expert >= 0 && params_.slab_groups == 4) {
         clear_sums<0, S::kSums>();
-        multiply_short_groups<S::kTokens, 4>(at.begin, at.end);
+        multiply_units<S::kTokens, 4>(at.begin, at.end);
       } else if (at.expert >= 0) {
         multiply_as_many<S::kLeastTokens>(at);
       } else {
@@ -319,7 +329,7 @@ class ExpertMultiply {
  private:
   // Where a slab has four groups, all tokens are multiplied, whatever rows there are: a loop for each number of tokens
   // would cost the others registers.
-  static constexpr bool kFourGroupsOfAll = S::kGroups == 3;
+  static constexpr bool kFourGroupsOfAll = S::kGroups == 3 && !kScalesCodes<T>;
   static constexpr int kStepWords = S::kBits / 4;  // of codes, a lane's
 
   __device__ __forceinline__ void clear_scales() {
@@ -345,13 +355,13 @@ class ExpertMultiply {
   __device__ __forceinline__ void multiply_tokens(const ExpertSegment<S>& at) {
     clear_sums<0, kTokens / 2>();
     if (!kFourGroupsOfAll && params_.slab_groups == 4) {
-      multiply_short_groups<kTokens, 4>(at.begin, at.end);
+      multiply_units<kTokens, 4>(at.begin, at.end);
     } else if (params_.slab_groups == 2) {
-      multiply_short_groups<kTokens, 2>(at.begin, at.end);
+      multiply_units<kTokens, 2>(at.begin, at.end);
     } else if (plain_) {
-      multiply_slabs<kTokens, true>(at.begin, at.end);
+      multiply_slabs<kTokens, Scaling<true>>(at.begin, at.end);
     } else {
-      multiply_slabs<kTokens, false>(at.begin, at.end);
+      multiply_slabs<kTokens, Scaling<false>>(at.begin, at.end);
     }
     // Not before, so that products of fewer tokens have these registers.
     clear_sums<kTokens / 2, S::kSums>();
@@ -366,29 +376,51 @@ class ExpertMultiply {
     }
   }
 
-  template <int kTokens, bool kPlain>
+  // Slabs of so many groups.
+  template <int kTokens, int kUnits>
+  __device__ __forceinline__ void multiply_units(int begin, int end) {
+    if constexpr (kScalesCodes<T>) {
+      multiply_slabs<kTokens, Scaling<true, kUnits>>(begin, end);
+#pragma unroll
+      for (int b = 0; b < S::kGroupBlocks; ++b) values_[b].set_units();
+    } else {
+      multiply_short_groups<kTokens, kUnits>(begin, end);
+    }
+  }
+
+  /// kPlain_: nothing is asked of a slab. kUnits_: groups of a slab whose codes are multiplied by their scales, or 0.
+  template <bool kPlain_, int kUnits_ = 0>
+  struct Scaling {
+    static constexpr bool kPlain = kPlain_;
+    static constexpr int kUnits = kUnits_;
+  };
+
+  template <int kTokens, class Scales>
   __device__ __forceinline__ void multiply_slabs(int begin, int end) {
     int slab = begin;
     // Four warpgroups hide the ends of slabs anyway, and two have no registers for it.
-    if constexpr (kPlain && S::kGroups == 3) {
+    if constexpr (Scales::kPlain && S::kGroups == 3) {
 #pragma unroll 1
-      for (; slab + 1 < end; slab += 2) multiply_run<kTokens, kPlain, 2>(slab, begin);
-      if (slab < end) multiply_run<kTokens, kPlain, 1>(slab, begin);
+      for (; slab + 1 < end; slab += 2) multiply_run<kTokens, Scales, 2>(slab, begin);
+      if (slab < end) multiply_run<kTokens, Scales, 1>(slab, begin);
     } else {
 #pragma unroll 1
-      for (; slab < end; ++slab) multiply_run<kTokens, kPlain, 1>(slab, begin);
+      for (; slab < end; ++slab) multiply_run<kTokens, Scales, 1>(slab, begin);
     }
   }
 
   // Between runs no product of the warpgroup is under way, which the others make use of.
-  template <int kTokens, bool kPlain, int kSlabs>
+  template <int kTokens, class Scales, int kSlabs>
   __device__ __forceinline__ void multiply_run(int first, int begin) {
+    constexpr bool kPlain = Scales::kPlain;
+    constexpr bool kScaled = Scales::kUnits > 0;
     uint32_t before = 0;  // the stage of the slab before
 #pragma unroll
     for (int i = 0; i < kSlabs; ++i) {
       ring_.wait_filled();
       const int slab = first + i;
-      const bool changes = kPlain || slab == begin || (slab & (params_.group_slabs - 1)) == 0;
+      const bool changes =
+          !kScaled && (kPlain || slab == begin || (slab & (params_.group_slabs - 1)) == 0);
       const uint32_t x = ptx::wgmma_operand_low(ring_.x());
       const uint32_t codes = ring_.x() + codes_;
       if (changes && kFragmentSets<kTokens> > 1) {
@@ -416,7 +448,11 @@ class ExpertMultiply {
           if (i > 0 && b == 0 && chunk == 1) release(before);
           if (changes && kFragmentSets<kTokens> == 1 && chunk == 0)
             scale_sums<kTokens>(b, quotient);
-          decode_steps<kTokens, kSteps>(b, first, words);
+          if constexpr (kScaled) {
+            decode_scaled<kTokens, Scales::kUnits>(b, chunk, words);
+          } else {
+            decode_steps<kTokens, kSteps>(b, first, words);
+          }
           ptx::wgmma_fence();
           multiply_steps<kTokens, kSteps>(b, first, x);
           ptx::wgmma_commit();
@@ -528,6 +564,30 @@ class ExpertMultiply {
     }
   }
 
+  // A chunk of a packed block.
+  template <int kTokens, int kUnits>
+  __device__ __forceinline__ void decode_scaled(int b, int chunk, const uint32_t* words) {
+    constexpr int kUnitSteps = kSlabSteps / kUnits;
+    constexpr int kOfChunk = Layout::kChunkSteps / kUnitSteps;
+    const uint32_t records = ring_.records(group_ * S::kGroupBlocks + b) + records_ +
+                             chunk * kOfChunk * ring_.record_bytes();
+    CodeScales<S::kBits> scales[kOfChunk];
+#pragma unroll
+    for (int u = 0; u < kOfChunk; ++u) {
+      scales[u].load(records + u * ring_.record_bytes() + lane_ / 4 * 4);
+    }
+#pragma unroll
+    for (int u = 0; u < kOfChunk; ++u) {
+      if (w_.has_zeros) values_[b].load_zeros(records + u * ring_.record_bytes(), w_);
+#pragma unroll
+      for (int step = u * kUnitSteps; step < (u + 1) * kUnitSteps; ++step) {
+        auto& fragment = fragment_[b % kFragmentSets<kTokens>][chunk * Layout::kChunkSteps + step];
+        decode(fragment, &words[step * kStepWords], values_[b].zero[0], T());
+        scales[u].apply(fragment);
+      }
+    }
+  }
+
   template <int kTokens, int kSteps>
   __device__ __forceinline__ void multiply_steps(int b, int first, uint32_t x) {
 #pragma unroll
@@ -615,6 +675,10 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const ExpertRing<S> ring(params.stages, params.slab_groups, params.problem.weight, shared);
   unsigned char* const segments = ExpertRing<S>::segments(shared, params.stages);
   const SegmentQueue<S> queue(segments, ring.queue_barriers());
+  if (kScalesCodes<typename S::T> && threadIdx.x >= S::kMultiplyThreads &&
+      params.problem.weight.num_groups % params.slab_groups != 0) {
+    ring.clear_records();
+  }
   if (threadIdx.x == 0) {
     ring.init();
     queue.init(S::kMultiplyThreads / 32 + 1 + kXWarps);

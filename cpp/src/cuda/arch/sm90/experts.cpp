@@ -147,14 +147,12 @@ bool takes_strips(const ExpertProblem& problem, const DeviceLimits& limits) {
 
 ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits,
                         BatchInvariance invariance) {
-  constexpr std::int32_t kTileShift = 1;  // groups of 32 rows or more
   const WeightView& w = problem.matrix.weight;
   const std::int32_t rows = sm80::most_rows(problem);
   if (invariance == BatchInvariance::kRequired)
     return sm80::plan_experts(problem, limits, invariance);
   const TokenTileLists& tiles = problem.tiles;
-  const bool has_tiles = tiles.topk.data == nullptr && w.scales_divide &&
-                         w.step_shift >= kTileShift &&
+  const bool has_tiles = tiles.topk.data == nullptr && sm90::has_tiles(w, problem.matrix.x_type) &&
                          (!problem.activates || w.n % (2 * sm80::Layout::kBlockFeatures) == 0);
   const bool many = has_aligned_lists(problem) &&
                     tiles.num_ids > std::max<std::int64_t>(kStripRows * problem.num_experts, rows);

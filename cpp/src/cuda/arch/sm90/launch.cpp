@@ -87,8 +87,9 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceL
   const std::int32_t stage = kernel.stage_bytes + stage_rest(w, kernel.blocks, kernel.stage_chunks);
   const std::int32_t other = kernel.output_bytes + kOtherTileBytes;
   const std::int32_t stages = std::max(limits.shared_bytes - other, 0) / stage;
-  // Stages of a chunk have no room for a second group.
-  const bool fits = stages >= 2 && slab_groups(w) <= (kernel.stage_chunks == 1 ? 2 : 4);
+  // Sums are multiplied where a stage begins, if that is a chunk.
+  const bool fits = stages >= 2 && (kernel.stage_chunks == kSlabChunks || slab_groups(w) <= 2 ||
+                                    scales_codes(w, problem.x_type));
   const auto waves = static_cast<std::int32_t>(tiles / units);
   const auto left = static_cast<std::int32_t>(tiles % units);
   // Tiles that are walked through together should share what they read: about as many bytes of x as of codes.
@@ -145,12 +146,6 @@ GemmPlan no_plan() {
 
 bool fits(const GemmPlan& plan, const DeviceLimits& limits) {
   return plan.shared_bytes <= limits.shared_bytes;
-}
-
-// Groups of 32 rows or more, and scales that divide.
-bool has_tiles(const WeightView& w) {
-  constexpr std::int32_t kTileShift = 1;
-  return w.scales_divide && w.step_shift >= kTileShift;
 }
 
 // The strip kernel of this shape.
@@ -212,11 +207,20 @@ StripDivision spread_strips(const WeightView& w, std::int32_t blocks, std::int32
 // What an item of so many halves of packed blocks takes: 3 for two that are a block, 2 for one.
 std::int64_t item_units(std::int64_t halves) { return halves + ceil_div(halves, 2); }
 
-// How much longer products take where a slab has several groups, about; and how much longer strips of most tokens do.
-double short_groups(const WeightView& w, double each = 0.2) {
-  return 1 + each * (slab_groups(w) - 1);
+// How much longer strips take where a slab has several groups, about.
+double short_groups(const WeightView& w, double each) { return 1 + each * (slab_groups(w) - 1); }
+
+// The same of tiles. What comes with a group does not depend on tokens where codes are multiplied by scales: the more
+// tokens, the more of it lies beside products.
+double short_groups(const GemmProblem& problem, const Instance& kernel) {
+  const WeightView& w = problem.weight;
+  if (!scales_codes(w, problem.x_type)) return short_groups(w, 0.2);
+  constexpr double kLeastTokens = 0.2;
+  constexpr double kMostTokens = 110;
+  const std::int32_t warpgroups = kernel.warps / 4 - 1;
+  const double beside = std::max(1 - kernel.tokens / kMostTokens, 0.0);
+  return 1 + kLeastTokens * kernel.blocks / warpgroups * slab_groups(w) / 4 * beside;
 }
-constexpr double kShortGroupOfStrip = 0.13;
 
 /// What a strip kernel of 2 or 3 token tiles takes, in the units of TileCost. Fitted to lines of tests/bench/sm90_plans of 28
 /// layers, on an H100 and an H200.
@@ -266,6 +270,7 @@ class StripPlanner {
  private:
   static constexpr std::int32_t kWarps = 8;
   static constexpr std::int32_t kMoreWarps = 12;
+  static constexpr double kShortGroup = 0.1;
 
   /// Stages of a ring, and those filled before the kernel before has ended.
   struct Rings {
@@ -420,7 +425,7 @@ class StripPlanner {
     // A run of single halves may begin inside a packed block.
     const std::int64_t packed_blocks = plan.share_halves == 2 ? most / 2 : most / 2 + 1;
     const auto units = [&](std::int64_t halves, std::int64_t items) {
-      return 0.01 * static_cast<double>(item_units(halves) * items) * short_groups(w_);
+      return 0.01 * static_cast<double>(item_units(halves) * items) * short_groups(w_, kShortGroup);
     };
     const double megabytes = static_cast<double>(w_.n) * w_.k * w_.code_bits / 8e6;
     constexpr double kWithScales = 1.03;
@@ -452,7 +457,7 @@ class StripPlanner {
     const double items =
         static_cast<double>(w_.n) * w_.chunks * w_.code_bits / 512 / limits_.multiprocessors;
     return {one_each(division, kShortRings, kWarps, true),
-            kStart + items * kItem * short_groups(w_, kShortGroupOfStrip)};
+            kStart + items * kItem * short_groups(w_, kShortGroup)};
   }
 
   const GemmProblem& problem_;
@@ -468,7 +473,7 @@ double tile_cost(const GemmProblem& problem, const Instance& kernel, const GemmP
   const std::int64_t slabs = ceil_div(problem.weight.chunks, kSlabChunks);
   const TileCost& cost = kernel.cost;
   const TileSchedule& schedule = plan.schedule;
-  const double slab = cost.slab * short_groups(problem.weight);
+  const double slab = cost.slab * short_groups(problem, kernel);
   double time = cost.start + static_cast<double>(schedule.whole_tiles) *
                                  (static_cast<double>(slabs) * slab + cost.tile);
   if (schedule.tail_tiles == 0) return time;
@@ -579,7 +584,7 @@ GemmPlan plan_invariant_tiles(const GemmProblem& problem, const DeviceLimits& li
     const double hand_over = parts > 1 ? cost.cut + cost.part * (parts - 1) : 0;
     const double time = cost.start + static_cast<double>(ceil_div(tiles * parts, units)) *
                                          (static_cast<double>(ceil_div(slabs, parts)) * cost.slab *
-                                              short_groups(problem.weight) +
+                                              short_groups(problem, all[i]) +
                                           cost.tile + hand_over);
     if (fits(plan, limits) && time < least) {
       least = time;
@@ -596,7 +601,7 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
   // Groups of any rows are for the kernels of sm80.
   if (w.step_shift < 0) return sm80::plan(problem, limits, invariance);
   if (invariance == BatchInvariance::kRequired) {
-    if (has_tiles(w) && problem.m > 0) {
+    if (has_tiles(w, problem.x_type) && problem.m > 0) {
       const GemmPlan plan = plan_invariant_tiles(problem, limits);
       if (fits(plan, limits)) return plan;
     }
@@ -605,7 +610,8 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
   const auto token_tiles = static_cast<std::int32_t>(ceil_div(std::max(problem.m, 1), 8));
   constexpr std::int32_t kFewTokenTiles = 2;  // for which tiles do not stand in for strips
   PricedPlan best{no_plan()};
-  if (token_tiles <= (has_tiles(w) ? StripPlanner::kMostTokenTiles : kFewTokenTiles)) {
+  if (token_tiles <=
+      (has_tiles(w, problem.x_type) ? StripPlanner::kMostTokenTiles : kFewTokenTiles)) {
     best = StripPlanner(problem, token_tiles, limits).plan();
   } else if (!w.scales_divide) {
     // A slice of x after the other.
@@ -614,7 +620,8 @@ GemmPlan plan(const GemmProblem& problem, const DeviceLimits& limits, BatchInvar
   const bool has_strips = fits(best.plan, limits);
   // Which of both is quicker for 2 token tiles is known for 4 bits.
   const bool strips_only = token_tiles == 1 || (token_tiles == kFewTokenTiles && w.code_bits == 8);
-  if (has_tiles(w) && !strips_only && (has_strips || token_tiles > kFewTokenTiles)) {
+  if (has_tiles(w, problem.x_type) && !strips_only &&
+      (has_strips || token_tiles > kFewTokenTiles)) {
     double cost = 0;
     const GemmPlan tiles = plan_tiles(problem, limits, cost);
     if (!has_strips || best.cost >= cost) best.plan = tiles;
@@ -698,7 +705,7 @@ std::vector<Schedule> schedules(const GemmProblem& problem, const DeviceLimits& 
                             .cluster_blocks = kernel.cluster_blocks,
                             .streams_x = kernel.kind == KernelKind::kStrip && kernel.streams_x};
     if (kernel.kind == KernelKind::kTile) {
-      if (has_tiles(w)) add_tiles(problem, kernel, index, schedule, limits, all);
+      if (has_tiles(w, problem.x_type)) add_tiles(problem, kernel, index, schedule, limits, all);
     } else if (problem.m <= kernel.tokens && problem.m > kernel.tokens - 8) {
       add_strips(problem, kernel, schedule, limits, all);
     }

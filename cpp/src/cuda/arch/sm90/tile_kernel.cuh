@@ -5,7 +5,8 @@
 // of two chunks a stage, or a chunk where tokens are so many that a slab would leave room for two stages only.
 // A warpgroup decodes the next codes while its products run. There is one set of
 // sums, in units of the scale of the current group: when a group begins they are multiplied by the
-// quotient of the old scale and the new one.
+// quotient of the old scale and the new one. Where a slab has several groups, codes of float16 are multiplied by
+// scales instead (code_scales.cuh).
 //
 // Blocks may work in pairs, clusters whose tiles have the same tokens and neighbouring features: each asks
 // for half of x, for both. A pair then counts as one block where tiles are shared out. Or in pairs that have
@@ -29,6 +30,7 @@
 #include "cuda/arch/sm80/output.cuh"
 #include "cuda/arch/sm80/share.hpp"
 #include "cuda/arch/sm80/x_tile.cuh"
+#include "cuda/arch/sm90/code_scales.cuh"
 #include "cuda/arch/sm90/step_codes.cuh"
 #include "cuda/arch/sm90/tile_plan.hpp"
 #include "cuda/arch/sm90/tile_shape.cuh"
@@ -209,6 +211,15 @@ class TileRing {
   /// Completes when the sums of the other block of a pair are there.
   __device__ __forceinline__ uint32_t received() const { return barriers_ + 3 * stages_ * 8; }
 
+  /// By the threads that fill. What a last slab has no group for is multiplied by what lies there, and meets zeros.
+  __device__ __forceinline__ void clear_records() const {
+    for (uint32_t place = records_ + (threadIdx.x - S::kMultiplyThreads) * 4; place < barriers_;
+         place += (S::kThreads - S::kMultiplyThreads) * 4) {
+      ptx::store_shared_4(place, 0);
+    }
+    ptx::fence_for_async_reads();
+  }
+
   __device__ __forceinline__ int stage() const { return stage_; }
   __device__ __forceinline__ int stages() const { return stages_; }
   __device__ __forceinline__ uint32_t parity() const { return parity_; }
@@ -314,7 +325,7 @@ class TileFill {
     return (chunk * Layout::kChunkSteps) >> w_.step_shift;
   }
   __device__ __forceinline__ bool begins_group(int chunk) const {
-    return (chunk % kSlabChunks == 0 || params_.slab_groups == 2) &&
+    return (chunk % kSlabChunks == 0 || params_.slab_groups > 1) &&
            (chunk / kSlabChunks & (params_.group_slabs - 1)) == 0;
   }
   // Of a stage that begins one. There may be none beside an odd last chunk.
@@ -384,7 +395,11 @@ class TileMultiply {
     }
     const bool half_scales = w_.scale_type == FloatType::kF16;
     if constexpr (S::kStageChunks == 1) {
-      if (params_.slab_groups == 2) {
+      if (kScalesCodes<T> && params_.slab_groups == 4) {
+        scale_codes_of_chunks<4>(part);
+      } else if (kScalesCodes<T> && params_.slab_groups == 2) {
+        scale_codes_of_chunks<2>(part);
+      } else if (params_.slab_groups == 2) {
         half_scales ? multiply_chunks<2, true>(part) : multiply_chunks<2, false>(part);
       } else {
         half_scales ? multiply_chunks<1, true>(part) : multiply_chunks<1, false>(part);
@@ -403,7 +418,16 @@ class TileMultiply {
   // Slabs of so many groups, of which most layers have all and scales of float16.
   template <int kUnits>
   __device__ __forceinline__ void multiply_units(const TilePart& part, bool half_scales) {
-    if (half_scales && w_.num_groups % kUnits == 0) {
+    const bool plain = half_scales && w_.num_groups % kUnits == 0;
+    if constexpr (kScalesCodes<T>) {
+      // Sums of few tokens are fewer than codes. But every kernel of a batch-invariant layer has to do the same.
+      if (S::kGroupBlocks == 2 && kFewTokens && kUnits == 2 && plain &&
+          params_.schedule.parts == 0) {
+        multiply_slabs<kUnits, true, true>(part);
+      } else {
+        scale_codes_of_slabs<kUnits>(part);
+      }
+    } else if (plain) {
       multiply_slabs<kUnits, true, true>(part);
     } else {
       multiply_slabs<kUnits, false, false>(part);
@@ -485,6 +509,117 @@ class TileMultiply {
       stage_ = after;
       parity_ = parity_after;
     } while (++slab < part.end);
+  }
+
+  // The products of so many groups a slab, whose codes are multiplied by their scales.
+  template <int kUnits>
+  __device__ __forceinline__ void scale_codes_of_slabs(const TilePart& part) {
+    using B = Batches<1>;
+    const int stages = params_.stages;
+    begin_scaled<B, kUnits>();
+    int slab = part.begin;
+#pragma unroll 1
+    do {
+      // After the last slab comes that slab once more, for nothing.
+      const bool more = slab + 1 < part.end;
+      const int after = stage_ + 1 < stages ? stage_ + 1 : 0;
+      const uint32_t parity_after = parity_ ^ (after == 0 ? 1 : 0);
+      const int next = more ? after : stage_;
+      const uint32_t parity_next = more ? parity_after : parity_;
+      const XOperand x = x_operand();
+#pragma unroll
+      for (int i = 0; i < B::kCount; ++i) {
+        ptx::wgmma_fence();
+        multiply_steps<B::kSteps>(B::block(i), B::step(i), x);
+        ptx::wgmma_commit();
+        const bool last = i + 1 == B::kCount;
+        const int following = last ? 0 : i + 1;
+        const int stage = last ? next : stage_;
+        if (last) ptx::barrier_wait(ring_.filled(next), parity_next);
+        load_codes<B>(following, stage);
+        if (following == 0) ptx::wgmma_wait<1>();
+        decode_scaled<B, kUnits>(following, stage);
+        if (last) ptx::barrier_wait(ring_.x_filled(next), parity_next);
+      }
+      wait_for_products();
+      give_back(stage_);
+      stage_ = after;
+      parity_ = parity_after;
+    } while (++slab < part.end);
+    end_scaled();
+  }
+
+  template <int kUnits>
+  __device__ __forceinline__ void scale_codes_of_chunks(const TilePart& part) {
+    using B = Batches<1>;
+    begin_scaled<B, kUnits>();
+    const int end = part.end * kSlabChunks;
+    int number = part.begin * kSlabChunks;
+#pragma unroll 1
+    do {
+#pragma unroll
+      for (int chunk = 0; chunk < kSlabChunks; ++chunk) {
+        const XOperand x = x_operand();
+        ptx::wgmma_fence();
+        multiply_steps<Layout::kChunkSteps>(0, chunk * Layout::kChunkSteps, x);
+        ptx::wgmma_commit();
+        // After the last chunk comes that chunk once more, for nothing.
+        const bool more = ++number < end;
+        const int done = stage_;
+        const uint32_t parity_done = parity_;
+        if (++stage_ == params_.stages) {
+          stage_ = 0;
+          parity_ ^= 1;
+        }
+        const int next = more ? stage_ : done;
+        const uint32_t parity_next = more ? parity_ : parity_done;
+        ptx::barrier_wait(ring_.filled(next), parity_next);
+        const int following = kSlabChunks - 1 - chunk;
+        load_codes<B>(following, next);
+        decode_scaled<B, kUnits>(following, next);
+        ptx::barrier_wait(ring_.x_filled(next), parity_next);
+        wait_for_products();
+        give_back(done);
+      }
+    } while (number < end);
+    end_scaled();
+  }
+
+  template <class B, int kUnits>
+  __device__ __forceinline__ void begin_scaled() {
+    ptx::barrier_wait(ring_.filled(stage_), parity_);
+    load_codes<B>(0, stage_);
+    decode_scaled<B, kUnits>(0, stage_);
+    ptx::barrier_wait(ring_.x_filled(stage_), parity_);
+  }
+  __device__ __forceinline__ void end_scaled() {
+#pragma unroll
+    for (int b = 0; b < S::kGroupBlocks; ++b) values_[b].set_units();
+  }
+
+  template <class B, int kUnits>
+  __device__ __forceinline__ void decode_scaled(int i, int stage) {
+    constexpr int kUnitSteps = kSlabSteps / kUnits;
+    constexpr int kOfBatch = B::kSteps / kUnitSteps;
+    constexpr int kOfStage = kUnits * S::kStageChunks / kSlabChunks;
+    const int b = B::block(i);
+    const int first = B::step(i) / kUnitSteps % kOfStage;
+    CodeScales<S::kBits> scales[kOfBatch];
+#pragma unroll
+    for (int u = 0; u < kOfBatch; ++u) {
+      scales[u].load(records(b, first + u, stage) + scale_place_);
+    }
+#pragma unroll
+    for (int u = 0; u < kOfBatch; ++u) {
+      if (has_zeros_) values_[b].load_zeros(records(b, first + u, stage), w_);
+#pragma unroll
+      for (int step = u * kUnitSteps; step < (u + 1) * kUnitSteps; ++step) {
+        auto& fragment = fragment_[b][B::step(i) + step];
+        decode(fragment, &words_[step * kStepWords], values_[b].zero[0], T());
+        scales[u].apply(fragment);
+        ptx::keep_in_place(fragment);
+      }
+    }
   }
 
   // Where a stage holds a chunk. The products of a chunk are done before those of the next begin: the other
@@ -923,6 +1058,10 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char shared[];
   const TileRing<S> ring(params, shared);
   const bool shares_tile = S::kMayShareTile && params.schedule.pair_parts > 0;
+  if (kScalesCodes<typename S::T> && threadIdx.x >= S::kMultiplyThreads &&
+      params.problem.weight.num_groups % params.slab_groups != 0) {
+    ring.clear_records();
+  }
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < ring.stages(); ++stage) {
       ptx::barrier_init(ring.filled(stage), 2 * S::kBlocks);

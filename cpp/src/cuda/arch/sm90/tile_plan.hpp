@@ -1,6 +1,7 @@
 // The shared memory of the tile kernels of sm90, the same for a plan and for its launch.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/arch/sm80/layout.hpp"
@@ -20,7 +21,19 @@ constexpr std::int32_t slab_groups(const WeightView& w) noexcept {
 
 /// Groups of a stage of the ring, which holds a slab, or a chunk.
 constexpr std::int32_t stage_groups(const WeightView& w, std::int32_t stage_chunks) noexcept {
-  return stage_chunks == 1 ? 1 : slab_groups(w);
+  return std::max(slab_groups(w) * stage_chunks / kSlabChunks, 1);
+}
+
+/// Tiles multiply codes by scales where a slab has several groups; sums in units of scales elsewhere.
+constexpr bool scales_codes(const WeightView& w, FloatType x_type) noexcept {
+  return x_type == FloatType::kF16 && slab_groups(w) > 1;
+}
+
+/// Groups of 32 rows or more, and scales that what is done with them leaves finite.
+constexpr bool has_tiles(const WeightView& w, FloatType x_type) noexcept {
+  constexpr std::int32_t kTileShift = 1;
+  if (w.step_shift < kTileShift || !w.scales_divide) return false;
+  return !scales_codes(w, x_type) || (w.scale_type == FloatType::kF16 && w.small_scales);
 }
 
 /// What there is beside the stages and outputs: a barrier.
