@@ -694,6 +694,7 @@ class Bench {
 
   struct Stack {
     CudaBuffer memory;
+    CudaBuffer chunk_groups;  // as layout.hpp says, for groups that are shorter than a chunk
     std::vector<WeightView> copies;
     std::int64_t expert_bytes;
   };
@@ -707,27 +708,38 @@ class Bench {
     const auto copies = static_cast<int>(
         std::clamp(170e6 / (model_.experts * static_cast<double>(expert)) + 1, 1.0, 4.0));
     Stack stack{.memory = CudaBuffer(0, DType::kInt32, copies * model_.experts * expert / 4),
+                .chunk_groups = CudaBuffer(0, DType::kInt32, layout.chunks),
                 .copies = {},
                 .expert_bytes = expert};
+    const int chunk_groups = std::max(64 / group_, 1);
+    std::vector<std::int32_t> words(static_cast<std::size_t>(layout.chunks));
+    for (std::size_t chunk = 0; chunk < words.size(); ++chunk) {
+      words[chunk] = static_cast<std::int32_t>(chunk) * chunk_groups << 4;
+      for (int step = 4 / chunk_groups; step < 4; step += 4 / chunk_groups)
+        words[chunk] |= 1 << step;
+    }
+    MARLINQ_CUDA_CHECK(cudaMemcpy(stack.chunk_groups.data(), words.data(), words.size() * 4,
+                                  cudaMemcpyHostToDevice));
     fill_experts<<<1024, 256>>>(static_cast<std::uint32_t*>(stack.memory.data()),
                                 stack.memory.size(), expert / 4, layout.words());
     MARLINQ_CUDA_CHECK(cudaDeviceSynchronize());
     for (int copy = 0; copy < copies; ++copy) {
       const auto* memory =
           static_cast<const unsigned char*>(stack.memory.data()) + copy * model_.experts * expert;
-      stack.copies.push_back({.codes = reinterpret_cast<const std::uint32_t*>(memory),
-                              .groups = memory + layout.words() * 4,
-                              .chunk_groups = reinterpret_cast<const std::int32_t*>(memory),
-                              .chunk_shift = std::max(step_shift - 2, -1),
-                              .step_shift = step_shift,
-                              .code_bits = bits_,
-                              .middle = 1 << (bits_ - 1),
-                              .record_bytes = layout.record_bytes(),
-                              .n = n,
-                              .k = k,
-                              .chunks = static_cast<std::int32_t>(layout.chunks),
-                              .num_groups = static_cast<std::int32_t>(layout.groups),
-                              .groups_per_chunk = std::max(64 / group_, 1)});
+      stack.copies.push_back(
+          {.codes = reinterpret_cast<const std::uint32_t*>(memory),
+           .groups = memory + layout.words() * 4,
+           .chunk_groups = static_cast<const std::int32_t*>(stack.chunk_groups.data()),
+           .chunk_shift = std::max(step_shift - 2, -1),
+           .step_shift = step_shift,
+           .code_bits = bits_,
+           .middle = 1 << (bits_ - 1),
+           .record_bytes = layout.record_bytes(),
+           .n = n,
+           .k = k,
+           .chunks = static_cast<std::int32_t>(layout.chunks),
+           .num_groups = static_cast<std::int32_t>(layout.groups),
+           .groups_per_chunk = chunk_groups});
     }
     return stack;
   }

@@ -270,7 +270,8 @@ class StripPlanner {
  private:
   static constexpr std::int32_t kWarps = 8;
   static constexpr std::int32_t kMoreWarps = 12;
-  static constexpr double kShortGroup = 0.1;
+  // What groups add, with 2, 3 and 4 token tiles.
+  static constexpr double kShortGroup[] = {0.03, 0.06, 0.13};
 
   /// Stages of a ring, and those filled before the kernel before has ended.
   struct Rings {
@@ -425,7 +426,8 @@ class StripPlanner {
     // A run of single halves may begin inside a packed block.
     const std::int64_t packed_blocks = plan.share_halves == 2 ? most / 2 : most / 2 + 1;
     const auto units = [&](std::int64_t halves, std::int64_t items) {
-      return 0.01 * static_cast<double>(item_units(halves) * items) * short_groups(w_, kShortGroup);
+      return 0.01 * static_cast<double>(item_units(halves) * items) *
+             short_groups(w_, kShortGroup[token_tiles_ - 2]);
     };
     const double megabytes = static_cast<double>(w_.n) * w_.k * w_.code_bits / 8e6;
     constexpr double kWithScales = 1.03;
@@ -457,7 +459,7 @@ class StripPlanner {
     const double items =
         static_cast<double>(w_.n) * w_.chunks * w_.code_bits / 512 / limits_.multiprocessors;
     return {one_each(division, kShortRings, kWarps, true),
-            kStart + items * kItem * short_groups(w_, kShortGroup)};
+            kStart + items * kItem * short_groups(w_, kShortGroup[token_tiles_ - 2])};
   }
 
   const GemmProblem& problem_;
