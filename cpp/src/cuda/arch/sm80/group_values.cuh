@@ -81,15 +81,6 @@ struct GroupValues {
     }
   }
 
-  /// For sums of codes that have been multiplied by their scales.
-  __device__ __forceinline__ void set_units() {
-#pragma unroll
-    for (int s = 0; s < kStrips; ++s) {
-      scale[s][0] = 1.0f / Zero::unit(0);
-      scale[s][1] = 1.0f / Zero::unit(2);
-    }
-  }
-
   /// The same as load(); `quotient` is the old scales over the new ones: what sums in units of the old scales
   /// are multiplied by to be in units of the new ones. Before the first group scales are 0.
   __device__ __forceinline__ void change(uint32_t records, const WeightView& w,

@@ -5,7 +5,7 @@
 // two copy rows of x, wherever they lie, and group records into a ring, a slab of two chunks a stage. More
 // warpgroups hide more of each other's latency, but have fewer registers for tokens.
 // There is one set of sums, in units of the scale of the current group: when a group begins they are
-// multiplied by the quotient of the old scale and the new one. Where a slab has several groups, codes of float16 are
+// multiplied by the quotient of the old scale and the new one. Where a slab has several groups, codes are
 // multiplied by scales instead (code_scales.cuh).
 //
 // With two halves of features that meet in an activation, every other packed block of a tile is of the
@@ -311,10 +311,7 @@ class ExpertMultiply {
       const ExpertSegment<S>& at = queue.wait();
       if (at.tokens == 0) break;
       clear_scales();
-      if (kFourGroupsOfAll && at.expert >= 0 && params_.slab_groups == 4) {
-        clear_sums<0, S::kSums>();
-        multiply_units<S::kTokens, 4>(at.begin, at.end);
-      } else if (at.expert >= 0) {
+      if (at.expert >= 0) {
         multiply_as_many<S::kLeastTokens>(at);
       } else {
         clear_sums<0, S::kSums>();
@@ -327,9 +324,6 @@ class ExpertMultiply {
   }
 
  private:
-  // Where a slab has four groups, all tokens are multiplied, whatever rows there are: a loop for each number of tokens
-  // would cost the others registers.
-  static constexpr bool kFourGroupsOfAll = S::kGroups == 3 && !kScalesCodes<T>;
   static constexpr int kStepWords = S::kBits / 4;  // of codes, a lane's
 
   __device__ __forceinline__ void clear_scales() {
@@ -354,7 +348,7 @@ class ExpertMultiply {
   template <int kTokens>
   __device__ __forceinline__ void multiply_tokens(const ExpertSegment<S>& at) {
     clear_sums<0, kTokens / 2>();
-    if (!kFourGroupsOfAll && params_.slab_groups == 4) {
+    if (params_.slab_groups == 4) {
       multiply_units<kTokens, 4>(at.begin, at.end);
     } else if (params_.slab_groups == 2) {
       multiply_units<kTokens, 2>(at.begin, at.end);
@@ -379,13 +373,9 @@ class ExpertMultiply {
   // Slabs of so many groups.
   template <int kTokens, int kUnits>
   __device__ __forceinline__ void multiply_units(int begin, int end) {
-    if constexpr (kScalesCodes<T>) {
-      multiply_slabs<kTokens, Scaling<true, kUnits>>(begin, end);
+    multiply_slabs<kTokens, Scaling<true, kUnits>>(begin, end);
 #pragma unroll
-      for (int b = 0; b < S::kGroupBlocks; ++b) values_[b].set_units();
-    } else {
-      multiply_short_groups<kTokens, kUnits>(begin, end);
-    }
+    for (int b = 0; b < S::kGroupBlocks; ++b) set_scaled_units<T, S::kBits>(values_[b]);
   }
 
   /// kPlain_: nothing is asked of a slab. kUnits_: groups of a slab whose codes are multiplied by their scales, or 0.
@@ -465,44 +455,6 @@ class ExpertMultiply {
     release(before);
   }
 
-  // Groups are shorter than a slab.
-  template <int kTokens, int kSlabGroups>
-  __device__ __forceinline__ void multiply_short_groups(int begin, int end) {
-    constexpr int kSteps = kSlabSteps / kSlabGroups;
-    int slab = begin;
-#pragma unroll 1
-    do {
-      ring_.wait_filled();
-      const uint32_t x = ptx::wgmma_operand_low(ring_.x());
-      const uint32_t codes = ring_.x() + codes_;
-#pragma unroll
-      for (int group = 0; group < kSlabGroups; ++group) {
-#pragma unroll
-        for (int b = 0; b < S::kGroupBlocks; ++b) {
-          if (slab * kSlabGroups + group < w_.num_groups) {
-            float quotient[2];
-            load_group<false>(b, group, quotient);
-            scale_sums<kTokens>(b, quotient);
-          }
-        }
-#pragma unroll
-        for (int b = 0; b < S::kGroupBlocks; ++b) {
-          const int first = group * kSteps;
-          uint32_t words[kSteps * kStepWords];
-          load_codes<kSteps>(codes + b * S::kBlockStageBytes, first, words);
-          if (kFragmentSets<kTokens> == 1 && b > 0) ptx::wgmma_wait<0>();
-          decode_steps<kTokens, kSteps>(b, first, words);
-          ptx::wgmma_fence();
-          multiply_steps<kTokens, kSteps>(b, first, x);
-          ptx::wgmma_commit();
-        }
-        wait_for_products<kTokens>();
-      }
-      release(ring_.emptied(ring_.stage()));
-      ring_.advance();
-    } while (++slab < end);
-  }
-
   // The sums of the first tokens.
   template <int kTokens>
   __device__ __forceinline__ float (&sums(int b))
@@ -571,10 +523,10 @@ class ExpertMultiply {
     constexpr int kOfChunk = Layout::kChunkSteps / kUnitSteps;
     const uint32_t records = ring_.records(group_ * S::kGroupBlocks + b) + records_ +
                              chunk * kOfChunk * ring_.record_bytes();
-    CodeScales<S::kBits> scales[kOfChunk];
+    CodeScales<T, S::kBits> scales[kOfChunk];
 #pragma unroll
     for (int u = 0; u < kOfChunk; ++u) {
-      scales[u].load(records + u * ring_.record_bytes() + lane_ / 4 * 4);
+      scales[u].load(records + u * ring_.record_bytes(), w_.scale_type);
     }
 #pragma unroll
     for (int u = 0; u < kOfChunk; ++u) {
@@ -675,7 +627,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const ExpertRing<S> ring(params.stages, params.slab_groups, params.problem.weight, shared);
   unsigned char* const segments = ExpertRing<S>::segments(shared, params.stages);
   const SegmentQueue<S> queue(segments, ring.queue_barriers());
-  if (kScalesCodes<typename S::T> && threadIdx.x >= S::kMultiplyThreads &&
+  if (threadIdx.x >= S::kMultiplyThreads &&
       params.problem.weight.num_groups % params.slab_groups != 0) {
     ring.clear_records();
   }

@@ -87,9 +87,7 @@ GemmPlan tile_plan(const GemmProblem& problem, std::int32_t index, const DeviceL
   const std::int32_t stage = kernel.stage_bytes + stage_rest(w, kernel.blocks, kernel.stage_chunks);
   const std::int32_t other = kernel.output_bytes + kOtherTileBytes;
   const std::int32_t stages = std::max(limits.shared_bytes - other, 0) / stage;
-  // Sums are multiplied where a stage begins, if that is a chunk.
-  const bool fits = stages >= 2 && (kernel.stage_chunks == kSlabChunks || slab_groups(w) <= 2 ||
-                                    scales_codes(w, problem.x_type));
+  const bool fits = stages >= 2;
   const auto waves = static_cast<std::int32_t>(tiles / units);
   const auto left = static_cast<std::int32_t>(tiles % units);
   // Tiles that are walked through together should share what they read: about as many bytes of x as of codes.
@@ -214,7 +212,7 @@ double short_groups(const WeightView& w, double each) { return 1 + each * (slab_
 // tokens, the more of it lies beside products.
 double short_groups(const GemmProblem& problem, const Instance& kernel) {
   const WeightView& w = problem.weight;
-  if (!scales_codes(w, problem.x_type)) return short_groups(w, 0.2);
+  if (slab_groups(w) == 1) return 1;
   constexpr double kLeastTokens = 0.2;
   constexpr double kMostTokens = 110;
   const std::int32_t warpgroups = kernel.warps / 4 - 1;

@@ -5,8 +5,8 @@
 // of two chunks a stage, or a chunk where tokens are so many that a slab would leave room for two stages only.
 // A warpgroup decodes the next codes while its products run. There is one set of
 // sums, in units of the scale of the current group: when a group begins they are multiplied by the
-// quotient of the old scale and the new one. Where a slab has several groups, codes of float16 are multiplied by
-// scales instead (code_scales.cuh).
+// quotient of the old scale and the new one. Where a slab has several groups, codes are multiplied by scales
+// instead (code_scales.cuh), unless tokens are few.
 //
 // Blocks may work in pairs, clusters whose tiles have the same tokens and neighbouring features: each asks
 // for half of x, for both. A pair then counts as one block where tiles are shared out. Or in pairs that have
@@ -395,14 +395,12 @@ class TileMultiply {
     }
     const bool half_scales = w_.scale_type == FloatType::kF16;
     if constexpr (S::kStageChunks == 1) {
-      if (kScalesCodes<T> && params_.slab_groups == 4) {
+      if (params_.slab_groups == 4) {
         scale_codes_of_chunks<4>(part);
-      } else if (kScalesCodes<T> && params_.slab_groups == 2) {
-        scale_codes_of_chunks<2>(part);
       } else if (params_.slab_groups == 2) {
-        half_scales ? multiply_chunks<2, true>(part) : multiply_chunks<2, false>(part);
+        scale_codes_of_chunks<2>(part);
       } else {
-        half_scales ? multiply_chunks<1, true>(part) : multiply_chunks<1, false>(part);
+        half_scales ? multiply_chunks<true>(part) : multiply_chunks<false>(part);
       }
     } else if (params_.slab_groups == 4) {
       multiply_units<4>(part, half_scales);
@@ -418,21 +416,20 @@ class TileMultiply {
   // Slabs of so many groups, of which most layers have all and scales of float16.
   template <int kUnits>
   __device__ __forceinline__ void multiply_units(const TilePart& part, bool half_scales) {
-    const bool plain = half_scales && w_.num_groups % kUnits == 0;
-    if constexpr (kScalesCodes<T>) {
-      // Sums of few tokens are fewer than codes. But every kernel of a batch-invariant layer has to do the same.
-      if (S::kGroupBlocks == 2 && kFewTokens && kUnits == 2 && plain &&
-          params_.schedule.parts == 0) {
+    if constexpr (kScalesSums<kUnits>) {
+      // All kernels of a batch-invariant layer have to do the same.
+      if (half_scales && w_.num_groups % kUnits == 0 && params_.schedule.parts == 0) {
         multiply_slabs<kUnits, true, true>(part);
-      } else {
-        scale_codes_of_slabs<kUnits>(part);
+        return;
       }
-    } else if (plain) {
-      multiply_slabs<kUnits, true, true>(part);
-    } else {
-      multiply_slabs<kUnits, false, false>(part);
     }
+    scale_codes_of_slabs<kUnits>(part);
   }
+
+  // Sums of few tokens are fewer than codes, each of which bfloat16 takes two instructions for.
+  template <int kUnits>
+  static constexpr bool kScalesSums =
+      kFewTokens && (std::is_same_v<T, __nv_bfloat16> || (S::kGroupBlocks == 2 && kUnits == 2));
 
   // A unit is the rows of a slab that have one group. Its products are begun in batches: of a chunk where
   // the warpgroup has one packed block, else of a packed block; or of that in half a chunk. While those of a batch
@@ -460,10 +457,11 @@ class TileMultiply {
     ptx::barrier_wait(ring_.x_filled(stage_), parity_);
   }
 
-  // kEachUnit: each unit begins a group, so that there is little to ask. Where that is a slab, what comes after the
-  // last is its group once more.
+  // kEachUnit: each unit begins a group, so that there is little to ask; what comes after the last slab is its group
+  // once more. Others have one unit a slab.
   template <int kUnits, bool kHalfScales, bool kEachUnit>
   __device__ __forceinline__ void multiply_slabs(const TilePart& part) {
+    static_assert(kEachUnit || kUnits == 1);
     using B = Batches<kUnits>;
     const int stages = params_.stages;
     decode_first<B, kHalfScales>();
@@ -487,9 +485,9 @@ class TileMultiply {
         const int unit = following / B::kOfUnit;
         const int stage = last ? next : stage_;
         if (last) ptx::barrier_wait(ring_.filled(next), more ? parity_after : parity_);
-        const bool starts = kEachUnit ? kUnits == 1 || !last || more
-                            : last    ? more && ((slab + 1) & (params_.group_slabs - 1)) == 0
-                                      : kUnits > 1 && slab * kUnits + unit < w_.num_groups;
+        const bool starts = kEachUnit
+                                ? kUnits == 1 || !last || more
+                                : last && more && ((slab + 1) & (params_.group_slabs - 1)) == 0;
         load_codes<B>(following, stage);
         if (B::begins_unit(following)) {
           load_scales<kHalfScales>(unit, stage);
@@ -594,7 +592,7 @@ class TileMultiply {
   }
   __device__ __forceinline__ void end_scaled() {
 #pragma unroll
-    for (int b = 0; b < S::kGroupBlocks; ++b) values_[b].set_units();
+    for (int b = 0; b < S::kGroupBlocks; ++b) set_scaled_units<T, S::kBits>(values_[b]);
   }
 
   template <class B, int kUnits>
@@ -604,10 +602,10 @@ class TileMultiply {
     constexpr int kOfStage = kUnits * S::kStageChunks / kSlabChunks;
     const int b = B::block(i);
     const int first = B::step(i) / kUnitSteps % kOfStage;
-    CodeScales<S::kBits> scales[kOfBatch];
+    CodeScales<T, S::kBits> scales[kOfBatch];
 #pragma unroll
     for (int u = 0; u < kOfBatch; ++u) {
-      scales[u].load(records(b, first + u, stage) + scale_place_);
+      scales[u].load(records(b, first + u, stage), w_.scale_type);
     }
 #pragma unroll
     for (int u = 0; u < kOfBatch; ++u) {
@@ -624,9 +622,9 @@ class TileMultiply {
 
   // Where a stage holds a chunk. The products of a chunk are done before those of the next begin: the other
   // warpgroup has the tensor cores meanwhile, and the stage is given back.
-  template <int kUnits, bool kHalfScales>
+  template <bool kHalfScales>
   __device__ __forceinline__ void multiply_chunks(const TilePart& part) {
-    using B = Batches<kUnits>;
+    using B = Batches<1>;
     decode_first<B, kHalfScales>();
     int slab = part.begin;
     bool starts = false;
@@ -634,7 +632,7 @@ class TileMultiply {
     do {
 #pragma unroll
       for (int chunk = 0; chunk < kSlabChunks; ++chunk) {
-        if ((chunk == 0 || kUnits == 2) && starts) rescale();
+        if (chunk == 0 && starts) rescale();
         const XOperand x = x_operand();
         ptx::wgmma_fence();
         multiply_steps<Layout::kChunkSteps>(0, chunk * Layout::kChunkSteps, x);
@@ -653,8 +651,7 @@ class TileMultiply {
         ptx::barrier_wait(ring_.filled(next), parity_next);
         const int following = last ? 0 : chunk + 1;
         load_codes<B>(following, next);
-        starts = last ? more && (kUnits == 2 || ((slab + 1) & (params_.group_slabs - 1)) == 0)
-                      : kUnits == 2 && slab * kSlabChunks + 1 < w_.num_groups;
+        starts = last && more && ((slab + 1) & (params_.group_slabs - 1)) == 0;
         if (starts) load_scales<kHalfScales>(0, next);
         change_zeros(0, next, starts);
         decode_batch<B>(following);
@@ -1058,7 +1055,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char shared[];
   const TileRing<S> ring(params, shared);
   const bool shares_tile = S::kMayShareTile && params.schedule.pair_parts > 0;
-  if (kScalesCodes<typename S::T> && threadIdx.x >= S::kMultiplyThreads &&
+  if (threadIdx.x >= S::kMultiplyThreads &&
       params.problem.weight.num_groups % params.slab_groups != 0) {
     ring.clear_records();
   }

@@ -24,16 +24,13 @@ constexpr std::int32_t stage_groups(const WeightView& w, std::int32_t stage_chun
   return std::max(slab_groups(w) * stage_chunks / kSlabChunks, 1);
 }
 
-/// Tiles multiply codes by scales where a slab has several groups; sums in units of scales elsewhere.
-constexpr bool scales_codes(const WeightView& w, FloatType x_type) noexcept {
-  return x_type == FloatType::kF16 && slab_groups(w) > 1;
-}
-
-/// Groups of 32 rows or more, and scales that what is done with them leaves finite.
+/// Groups of 32 rows or more, and scales that kernels can use: where a slab has several groups they multiply codes, and
+/// sums elsewhere.
 constexpr bool has_tiles(const WeightView& w, FloatType x_type) noexcept {
   constexpr std::int32_t kTileShift = 1;
   if (w.step_shift < kTileShift || !w.scales_divide) return false;
-  return !scales_codes(w, x_type) || (w.scale_type == FloatType::kF16 && w.small_scales);
+  return x_type != FloatType::kF16 || slab_groups(w) == 1 ||
+         (w.scale_type == FloatType::kF16 && w.small_scales);
 }
 
 /// What there is beside the stages and outputs: a barrier.
