@@ -694,7 +694,6 @@ class Bench {
 
   struct Stack {
     CudaBuffer memory;
-    CudaBuffer chunk_groups;  // as layout.hpp says, for groups that are shorter than a chunk
     std::vector<WeightView> copies;
     std::int64_t expert_bytes;
   };
@@ -703,33 +702,39 @@ class Bench {
     sm80::Layout layout{.code_bits = bits_, .scale_bytes = 2, .has_zeros = false, .n = n};
     layout.chunks = k / 64;
     layout.groups = ceil_div(k, group_);
-    const std::int64_t expert = round_up(layout.words() * 4 + layout.group_bytes(), 256);
+    const std::int64_t chunk_groups_place = layout.words() * 4 + layout.group_bytes();
+    const std::int64_t expert = round_up(chunk_groups_place + layout.chunks * 4, 256);
     const std::int32_t step_shift = std::countr_zero(static_cast<std::uint32_t>(group_ / 16));
     const auto copies = static_cast<int>(
         std::clamp(170e6 / (model_.experts * static_cast<double>(expert)) + 1, 1.0, 4.0));
     Stack stack{.memory = CudaBuffer(0, DType::kInt32, copies * model_.experts * expert / 4),
-                .chunk_groups = CudaBuffer(0, DType::kInt32, layout.chunks),
                 .copies = {},
                 .expert_bytes = expert};
-    const int chunk_groups = std::max(64 / group_, 1);
-    std::vector<std::int32_t> words(static_cast<std::size_t>(layout.chunks));
-    for (std::size_t chunk = 0; chunk < words.size(); ++chunk) {
-      words[chunk] = static_cast<std::int32_t>(chunk) * chunk_groups << 4;
-      for (int step = 4 / chunk_groups; step < 4; step += 4 / chunk_groups)
-        words[chunk] |= 1 << step;
-    }
-    MARLINQ_CUDA_CHECK(cudaMemcpy(stack.chunk_groups.data(), words.data(), words.size() * 4,
-                                  cudaMemcpyHostToDevice));
     fill_experts<<<1024, 256>>>(static_cast<std::uint32_t*>(stack.memory.data()),
                                 stack.memory.size(), expert / 4, layout.words());
+    // As layout.hpp says, for groups that are shorter than a chunk.
+    const int chunk_groups = std::max(64 / group_, 1);
+    std::vector<std::int32_t> words;
+    for (int i = 0; i < copies * model_.experts; ++i) {
+      for (int chunk = 0; chunk < layout.chunks; ++chunk) {
+        words.push_back(chunk * chunk_groups << 4);
+        for (int step = 4 / chunk_groups; step < 4; step += 4 / chunk_groups)
+          words.back() |= 1 << step;
+      }
+    }
+    const auto width = static_cast<std::size_t>(layout.chunks) * 4;
     MARLINQ_CUDA_CHECK(cudaDeviceSynchronize());
+    MARLINQ_CUDA_CHECK(
+        cudaMemcpy2D(static_cast<unsigned char*>(stack.memory.data()) + chunk_groups_place,
+                     static_cast<std::size_t>(expert), words.data(), width, width,
+                     static_cast<std::size_t>(copies * model_.experts), cudaMemcpyHostToDevice));
     for (int copy = 0; copy < copies; ++copy) {
       const auto* memory =
           static_cast<const unsigned char*>(stack.memory.data()) + copy * model_.experts * expert;
       stack.copies.push_back(
           {.codes = reinterpret_cast<const std::uint32_t*>(memory),
            .groups = memory + layout.words() * 4,
-           .chunk_groups = static_cast<const std::int32_t*>(stack.chunk_groups.data()),
+           .chunk_groups = reinterpret_cast<const std::int32_t*>(memory + chunk_groups_place),
            .chunk_shift = std::max(step_shift - 2, -1),
            .step_shift = step_shift,
            .code_bits = bits_,

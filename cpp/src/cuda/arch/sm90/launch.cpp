@@ -213,11 +213,12 @@ double short_groups(const WeightView& w, double each) { return 1 + each * (slab_
 double short_groups(const GemmProblem& problem, const Instance& kernel) {
   const WeightView& w = problem.weight;
   if (slab_groups(w) == 1) return 1;
-  constexpr double kLeastTokens = 0.2;
-  constexpr double kMostTokens = 110;
+  const bool half = problem.x_type == FloatType::kF16;
+  const double group = half ? 0.05 : 0.08;
+  const double most_tokens = half ? 110 : 150;
   const std::int32_t warpgroups = kernel.warps / 4 - 1;
-  const double beside = std::max(1 - kernel.tokens / kMostTokens, 0.0);
-  return 1 + kLeastTokens * kernel.blocks / warpgroups * slab_groups(w) / 4 * beside;
+  const double beside = std::max(1 - kernel.tokens / most_tokens, 0.0);
+  return 1 + group * slab_groups(w) * kernel.blocks / warpgroups * beside;
 }
 
 /// What a strip kernel of 2 or 3 token tiles takes, in the units of TileCost. Fitted to lines of tests/bench/sm90_plans of 28
@@ -230,10 +231,12 @@ struct StripCost {
   double cluster;     // clusters of two blocks
   double idle;        // where some multiprocessors have nothing to do
   double block;       // each packed block but the first of a strip block
+  double group
+      [2];  // how much longer items take for each group of a slab but the first, with 8 and 12 warps
 };
 constexpr StripCost kStripCosts[] = {
-    {{3.173, 3.368}, {2.728, 2.422}, 1.546, {0.100, 0.087}, 0.027, 0.195, 0.105},
-    {{2.835, 2.835}, {4.365, 4.365}, 2.173, {0.028, 0.028}, 0.196, 0.432, 0.363}};
+    {{3.173, 3.368}, {2.728, 2.422}, 1.546, {0.100, 0.087}, 0.027, 0.195, 0.105, {0.10, 0.04}},
+    {{2.835, 2.835}, {4.365, 4.365}, 2.173, {0.028, 0.028}, 0.196, 0.432, 0.363, {0.08, 0.08}}};
 
 /// A plan, and what it is thought to take, in the units of TileCost.
 struct PricedPlan {
@@ -268,8 +271,6 @@ class StripPlanner {
  private:
   static constexpr std::int32_t kWarps = 8;
   static constexpr std::int32_t kMoreWarps = 12;
-  // What groups add, with 2, 3 and 4 token tiles.
-  static constexpr double kShortGroup[] = {0.03, 0.06, 0.13};
 
   /// Stages of a ring, and those filled before the kernel before has ended.
   struct Rings {
@@ -399,10 +400,11 @@ class StripPlanner {
       for (const StripDivision& division : {divide_strips(w_, limits_.multiprocessors, slices),
                                             spread_strips(w_, limits_.multiprocessors, slices)}) {
         for (const std::int32_t warps : {kWarps, kMoreWarps}) {
-          // Items of a warp, of two halves each: few are shared out unevenly among more warps.
-          constexpr std::int64_t kManyItems = 4;
+          // Items of a warp, of two halves each: few are shared out unevenly among more warps. Of short groups each
+          // takes longer.
+          const std::int64_t many_items = slab_groups(w_) > 1 ? 2 : 4;
           if (warps == kMoreWarps && (token_tiles_ != 2 || division.busiest * items_ / slices <
-                                                               2 * kManyItems * kMoreWarps))
+                                                               2 * many_items * kMoreWarps))
             continue;
           const GemmPlan plan = one_each(division, kShortRings, warps, true);
           const double cost = cost_of(plan);
@@ -425,7 +427,7 @@ class StripPlanner {
     const std::int64_t packed_blocks = plan.share_halves == 2 ? most / 2 : most / 2 + 1;
     const auto units = [&](std::int64_t halves, std::int64_t items) {
       return 0.01 * static_cast<double>(item_units(halves) * items) *
-             short_groups(w_, kShortGroup[token_tiles_ - 2]);
+             short_groups(w_, cost.group[more_warps]);
     };
     const double megabytes = static_cast<double>(w_.n) * w_.k * w_.code_bits / 8e6;
     constexpr double kWithScales = 1.03;
@@ -454,10 +456,11 @@ class StripPlanner {
     // The start, and 4 KB of codes for each block.
     constexpr double kStart = 4.2;
     constexpr double kItem = 0.245;
+    constexpr double kGroup = 0.13;
     const double items =
         static_cast<double>(w_.n) * w_.chunks * w_.code_bits / 512 / limits_.multiprocessors;
     return {one_each(division, kShortRings, kWarps, true),
-            kStart + items * kItem * short_groups(w_, kShortGroup[token_tiles_ - 2])};
+            kStart + items * kItem * short_groups(w_, kGroup)};
   }
 
   const GemmProblem& problem_;

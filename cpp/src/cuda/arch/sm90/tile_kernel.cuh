@@ -429,7 +429,8 @@ class TileMultiply {
   // Sums of few tokens are fewer than codes, each of which bfloat16 takes two instructions for.
   template <int kUnits>
   static constexpr bool kScalesSums =
-      kFewTokens && (std::is_same_v<T, __nv_bfloat16> || (S::kGroupBlocks == 2 && kUnits == 2));
+      std::is_same_v<T, __half> ? kFewTokens && S::kGroupBlocks == 2 && kUnits == 2
+                                : kFewTokens || (S::kTokens <= 64 && kUnits == 2);
 
   // A unit is the rows of a slab that have one group. Its products are begun in batches: of a chunk where
   // the warpgroup has one packed block, else of a packed block; or of that in half a chunk. While those of a batch
