@@ -417,14 +417,14 @@ class ExpertMultiply {
 #pragma unroll
         for (int b = 0; b < S::kGroupBlocks; ++b) {
           float quotient[2];
-          load_group<kPlain>(b, 0, quotient);
+          load_group<kPlain>(b, quotient);
           scale_sums<kTokens>(b, quotient);
         }
       }
 #pragma unroll
       for (int b = 0; b < S::kGroupBlocks; ++b) {
         float quotient[2];
-        if (changes && kFragmentSets<kTokens> == 1) load_group<kPlain>(b, 0, quotient);
+        if (changes && kFragmentSets<kTokens> == 1) load_group<kPlain>(b, quotient);
 #pragma unroll
         for (int chunk = 0; chunk < kSlabChunks; ++chunk) {
           constexpr int kSteps = Layout::kChunkSteps;
@@ -475,7 +475,7 @@ class ExpertMultiply {
 
   // `quotient` is what the sums of a packed block are to be multiplied by. `kPlain`: as plain_.
   template <bool kPlain>
-  __device__ __forceinline__ void load_group(int b, int group, float (&quotient)[2]) {
+  __device__ __forceinline__ void load_group(int b, float (&quotient)[2]) {
     const uint32_t records = ring_.records(group_ * S::kGroupBlocks + b) + records_;
     GroupValues<T, S::kBits, 1>& values = values_[b];
     if constexpr (kPlain) {
@@ -486,8 +486,7 @@ class ExpertMultiply {
       values.scale[0][0] = scale.x;
       values.scale[0][1] = scale.y;
     } else {
-      values.change(records + group * ring_.record_bytes(), w_,
-                    reinterpret_cast<float (&)[1][2]>(quotient));
+      values.change(records, w_, reinterpret_cast<float (&)[1][2]>(quotient));
     }
   }
 
@@ -628,7 +627,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   unsigned char* const segments = ExpertRing<S>::segments(shared, params.stages);
   const SegmentQueue<S> queue(segments, ring.queue_barriers());
   if (threadIdx.x >= S::kMultiplyThreads &&
-      params.problem.weight.num_groups % params.slab_groups != 0) {
+      (params.problem.weight.num_groups & (params.slab_groups - 1)) != 0) {
     ring.clear_records();
   }
   if (threadIdx.x == 0) {

@@ -208,17 +208,15 @@ std::int64_t item_units(std::int64_t halves) { return halves + ceil_div(halves, 
 // How much longer strips take where a slab has several groups, about.
 double short_groups(const WeightView& w, double each) { return 1 + each * (slab_groups(w) - 1); }
 
-// The same of tiles. What comes with a group does not depend on tokens where codes are multiplied by scales: the more
-// tokens, the more of it lies beside products.
+// The same of tiles, fitted to an H200. What a group adds is beside products, the more of it the more tokens there are.
 double short_groups(const GemmProblem& problem, const Instance& kernel) {
   const WeightView& w = problem.weight;
   if (slab_groups(w) == 1) return 1;
-  const bool half = problem.x_type == FloatType::kF16;
-  const double group = half ? 0.05 : 0.08;
-  const double most_tokens = half ? 110 : 150;
   const std::int32_t warpgroups = kernel.warps / 4 - 1;
-  const double beside = std::max(1 - kernel.tokens / most_tokens, 0.0);
-  return 1 + group * slab_groups(w) * kernel.blocks / warpgroups * beside;
+  const bool half = problem.x_type == FloatType::kF16;
+  const double group = half ? 0.05 * kernel.blocks / warpgroups : 0.13;
+  const double most_tokens = half ? 110 : 150;
+  return 1 + group * slab_groups(w) * std::max(1 - kernel.tokens / most_tokens, 0.0);
 }
 
 /// What a strip kernel of 2 or 3 token tiles takes, in the units of TileCost. Fitted to lines of tests/bench/sm90_plans of 28

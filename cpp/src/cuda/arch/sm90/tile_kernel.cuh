@@ -1057,7 +1057,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const TileRing<S> ring(params, shared);
   const bool shares_tile = S::kMayShareTile && params.schedule.pair_parts > 0;
   if (threadIdx.x >= S::kMultiplyThreads &&
-      params.problem.weight.num_groups % params.slab_groups != 0) {
+      (params.problem.weight.num_groups & (params.slab_groups - 1)) != 0) {
     ring.clear_records();
   }
   if (threadIdx.x == 0) {
