@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/arch/sm80/launch.hpp"
 #include "cuda/arch/sm80/plan.hpp"
@@ -21,10 +22,41 @@ void launch_planned(void (*kernel)(Params), const Params& params, const GemmPlan
                 plan.shared_bytes, plan.dependent_launch, stream, params);
 }
 
+template <class S>
+void launch_tiles(const GemmProblem& problem, const GemmPlan& plan, const SplitScratch& scratch,
+                  cudaStream_t stream) {
+  static std::atomic<std::uint64_t> devices_done{0};
+  allow_shared_memory(tile_gemm<S>, devices_done);
+  const WeightView& w = problem.weight;
+  const TileSchedule& schedule = plan.schedule;
+  const int feature_tiles = (w.n + S::kFeatures - 1) / S::kFeatures;
+  const int token_tiles = (problem.m + S::kTokens - 1) / S::kTokens;
+  const int last_band = token_tiles % schedule.token_band;
+  launch_planned(
+      tile_gemm<S>,
+      TileParams{.problem = problem,
+                 .scratch = scratch,
+                 .schedule = schedule,
+                 .tail = TileCuts(schedule.tail_tiles, w.chunks, schedule.tail_blocks),
+                 .chunks = Divider(w.chunks),
+                 .feature_tiles = feature_tiles,
+                 .token_tiles = token_tiles,
+                 .band = Divider(feature_tiles * schedule.token_band),
+                 .band_widths = {Divider(schedule.token_band), Divider(std::max(last_band, 1))},
+                 .slice_bytes = slice_bytes(w, S::kSliceBytes, S::kFeatures),
+                 .pairs = stores_together(problem, 2)},
+      plan, stream);
+}
+
 /// A tile kernel of the shape TileShape<T, kBits, feature warps, row warps, token tiles>.
 template <class T, int kBits, int kFeatureWarps, int kRowWarps, int kTokenTiles>
 constexpr Instance tile_instance(const TileCost& cost) {
-  using S = TileShape<T, kBits, kFeatureWarps, kRowWarps, kTokenTiles>;
+  // Codes of bfloat16 take two instructions to multiply, which is no quicker than to multiply sums here.
+  constexpr bool kCodes = std::is_same_v<T, __half>;
+  // Where all registers are taken, a loop more would cost the other some.
+  constexpr bool kApart = kFeatureWarps == 4 && kRowWarps == 1 && kTokenTiles == 8;
+  constexpr auto kShortGroups = kCodes && !kApart ? ShortGroups::kCodes : ShortGroups::kSums;
+  using S = TileShape<T, kBits, kFeatureWarps, kRowWarps, kTokenTiles, false, kShortGroups>;
   return {.kind = KernelKind::kTile,
           .tokens = S::kTokens,
           .features = S::kFeatures,
@@ -38,28 +70,14 @@ constexpr Instance tile_instance(const TileCost& cost) {
           .cost = cost,
           .launch = [](const GemmProblem& problem, const GemmPlan& plan,
                        const SplitScratch& scratch, cudaStream_t stream) {
-            static std::atomic<std::uint64_t> devices_done{0};
-            allow_shared_memory(tile_gemm<S>, devices_done);
-            const WeightView& w = problem.weight;
-            const TileSchedule& schedule = plan.schedule;
-            const int feature_tiles = (w.n + S::kFeatures - 1) / S::kFeatures;
-            const int token_tiles = (problem.m + S::kTokens - 1) / S::kTokens;
-            const int last_band = token_tiles % schedule.token_band;
-            launch_planned(
-                tile_gemm<S>,
-                TileParams{
-                    .problem = problem,
-                    .scratch = scratch,
-                    .schedule = schedule,
-                    .tail = TileCuts(schedule.tail_tiles, w.chunks, schedule.tail_blocks),
-                    .chunks = Divider(w.chunks),
-                    .feature_tiles = feature_tiles,
-                    .token_tiles = token_tiles,
-                    .band = Divider(feature_tiles * schedule.token_band),
-                    .band_widths = {Divider(schedule.token_band), Divider(std::max(last_band, 1))},
-                    .slice_bytes = slice_bytes(w, S::kSliceBytes, S::kFeatures),
-                    .pairs = stores_together(problem, 2)},
-                plan, stream);
+            if constexpr (kCodes && kApart) {
+              if (has_short_groups(problem.weight)) {
+                launch_tiles<TileShape<T, kBits, kFeatureWarps, kRowWarps, kTokenTiles, false,
+                                       ShortGroups::kCodesOnly>>(problem, plan, scratch, stream);
+                return;
+              }
+            }
+            launch_tiles<S>(problem, plan, scratch, stream);
           }};
 }
 

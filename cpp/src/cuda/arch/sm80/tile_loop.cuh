@@ -9,7 +9,8 @@
 // Scales: one set of accumulators, in units of the current group's scale. When the group changes
 // they are multiplied by the quotient of the two scales: as exact as adding scaled sums, at the same
 // cost, with half of the registers. Layout guarantees that no scale is 0, WeightView::scales_divide
-// that no quotient overflows. Shapes that promote need no such weights: they add the scaled sums of
+// that no quotient overflows. Where every chunk has several groups, some shapes multiply codes by scales instead
+// (code_scales.cuh). Shapes that promote need no such weights: they add the scaled sums of
 // each group to a second set.
 //
 // Shared memory: a stage is one slice for each group of row warps,
@@ -25,6 +26,7 @@
 #include <climits>
 #include <cstdint>
 
+#include "cuda/arch/sm80/code_scales.cuh"
 #include "cuda/arch/sm80/group_values.cuh"
 #include "cuda/arch/sm80/layout.hpp"
 #include "cuda/arch/sm80/share.hpp"
@@ -40,8 +42,12 @@
 
 namespace marlinq::cuda::sm80 {
 
+/// What is multiplied by the scales of short groups (has_short_groups): sums, as with any groups; or codes, by a loop beside that for
+/// others; or by a kernel that has no other.
+enum class ShortGroups { kSums, kCodes, kCodesOnly };
+
 template <class T_, int kBits_, int kFeatureWarps_, int kRowWarps_, int kTokenTiles_,
-          bool kPromotes_ = false>
+          bool kPromotes_ = false, ShortGroups kShortGroups_ = ShortGroups::kSums>
 struct TileShape {
   using T = T_;
   static constexpr int kBits = kBits_;
@@ -49,6 +55,7 @@ struct TileShape {
   static constexpr int kRowWarps = kRowWarps_;
   static constexpr int kTokenTiles = kTokenTiles_;  // of a warp
   static constexpr bool kPromotes = kPromotes_;
+  static constexpr ShortGroups kShortGroups = kShortGroups_;
   static constexpr int kStrips = Layout::kBlockStrips;
   static constexpr int kGroupThreads = kFeatureWarps * 32;  // that share a slice
   static constexpr int kThreads = kGroupThreads * kRowWarps;
@@ -208,9 +215,10 @@ class TileLoop {
   // What the next chunk to be filled is like: the group that it starts with; the columns of x that it
   // has for this thread. And, with few of them, groups that start inside the chunk and columns that
   // x does not have. Returns for how many chunks the same holds.
+  template <bool kShortGroups = false>
   __device__ __forceinline__ int prepare_fill(uint32_t slot) {
     fill_x_on_ = true;
-    if (w_.chunk_shift >= 0 && fill_chunk_ != missing_chunk()) {
+    if ((kShortGroups || w_.chunk_shift >= 0) && fill_chunk_ != missing_chunk()) {
       return fill_chunk_ < missing_chunk() ? missing_chunk() - fill_chunk_ : INT_MAX;
     }
     fill_rest(slot);
@@ -221,12 +229,16 @@ class TileLoop {
   }
 
   __device__ __forceinline__ int group_bytes() const { return S::kStrips * w_.record_bytes; }
+  __device__ __forceinline__ int chunk_group_bytes() const {
+    return w_.groups_per_chunk * group_bytes();
+  }
   __device__ __forceinline__ uint32_t records(uint32_t slice) const {
-    return slice + S::kSliceBytes + feature_warp_ * (w_.groups_per_chunk * group_bytes());
+    return slice + S::kSliceBytes + feature_warp_ * chunk_group_bytes();
   }
 
+  template <bool kShortGroups>
   __device__ __forceinline__ void fill(uint32_t slot, bool on) const {
-    fill_weights(slot, on);
+    fill_weights<kShortGroups>(slot, on);
     self().fill_x(slot, on);
   }
 
@@ -238,6 +250,8 @@ class TileLoop {
     return piece_at(w_.groups, fill_records_ + group * (group_bytes() / 16));
   }
 
+  // kShortGroups: there are.
+  template <bool kShortGroups = false>
   __device__ __forceinline__ void fill_weights(uint32_t slot, bool on) const {
     const uint32_t target = slot + codes_place_;
     const uint4* source = piece_at(w_.codes, fill_codes_);
@@ -251,9 +265,11 @@ class TileLoop {
     for (int piece = kHalf; piece < 2 * kHalf; ++piece) {
       ptx::copy_async_if(on, target + piece * 512, upper + piece * 32);
     }
-    const int group = w_.chunk_shift >= 0 ? fill_chunk_ >> w_.chunk_shift : fill_group_;
-    ptx::copy_async_if(on && lane_ * 16 < group_bytes(), records(slot) + lane_ * 16,
-                       record_source(group));
+    const int group = kShortGroups          ? fill_chunk_ * w_.groups_per_chunk
+                      : w_.chunk_shift >= 0 ? fill_chunk_ >> w_.chunk_shift
+                                            : fill_group_;
+    const int bytes = kShortGroups ? chunk_group_bytes() : group_bytes();
+    ptx::copy_async_if(on && lane_ * 16 < bytes, records(slot) + lane_ * 16, record_source(group));
   }
 
   // A group's records of 4 strips have at most 320 bytes, so a lane copies 16.
@@ -350,6 +366,10 @@ class TileLoop {
   // instructions.
   template <int kActive>
   __device__ __forceinline__ uint32_t multiply_chunks(uint32_t stage, int chunk, int left) {
+    if constexpr (S::kShortGroups != ShortGroups::kSums) {
+      if (S::kShortGroups == ShortGroups::kCodesOnly || has_short_groups(w_))
+        return multiply_short_groups<kActive>(stage, left);
+    }
     int quant_group = -1;
     int change_run = 0;  // chunks before the next that a group may start in
     int fill_run = 0;    // chunks for which the filling of stages is settled
@@ -357,15 +377,7 @@ class TileLoop {
 #pragma unroll 1
     for (; left > 0; --left) {
       meet_group();
-      if (fill_run == 0) {
-        if (filled > 0) count_fill(filled);
-        filled = 0;
-        fill_run = left;
-        if (fill_left_ > 0) {
-          fill_run = min(left, min(fill_left_, prepare_fill(fill_slot_)));
-          filled = fill_run;
-        }
-      }
+      if (fill_run == 0) settle_fill<false>(fill_run, filled, left);
       --fill_run;
       const bool fills = filled > 0;
       ChunkGroups groups{0};
@@ -403,6 +415,37 @@ class TileLoop {
     return stage;
   }
 
+  // The same where every chunk has several groups.
+  template <int kActive>
+  __device__ __forceinline__ uint32_t multiply_short_groups(uint32_t stage, int left) {
+    int fill_run = 0;
+    int filled = 0;
+#pragma unroll 1
+    for (; left > 0; --left) {
+      meet_group();
+      if (fill_run == 0) settle_fill<true>(fill_run, filled, left);
+      --fill_run;
+      const float none[S::kStrips][2] = {};
+      multiply_steps<kActive, Change::kScaled>(stage, ChunkGroups{0}, none, filled > 0);
+      stage = step_ring(stage);
+    }
+    if (filled > 0) count_fill(filled);
+    set_scaled_units(values_);
+    return stage;
+  }
+
+  // For how many chunks it is the same whether stages are filled.
+  template <bool kShortGroups>
+  __device__ __forceinline__ void settle_fill(int& run, int& filled, int left) {
+    if (filled > 0) count_fill(filled);
+    filled = 0;
+    run = left;
+    if (fill_left_ > 0) {
+      run = min(left, min(fill_left_, prepare_fill<kShortGroups>(fill_slot_)));
+      filled = run;
+    }
+  }
+
   __device__ __forceinline__ uint32_t step_ring(uint32_t stage) {
     ptx::copy_commit();
     step_fill();
@@ -411,8 +454,17 @@ class TileLoop {
     return stage == ring_end_ ? ring_ : stage;
   }
 
-  // Where groups may start: at no step, at the first, at any.
-  enum class Change { kNone, kFirst, kAny };
+  // Where groups may start: at no step, at the first, at any; or they are short, and codes multiplied by scales.
+  enum class Change { kNone, kFirst, kAny, kScaled };
+
+  __device__ __forceinline__ void load_scales(CodeScales<T, S::kBits> (&scales)[S::kStrips],
+                                              uint32_t group_records) {
+#pragma unroll
+    for (int s = 0; s < S::kStrips; ++s) {
+      scales[s].load(group_records + s * w_.record_bytes, w_.scale_type);
+    }
+    values_.load_zeros(group_records, w_);
+  }
 
   // `quotient`: for kFirst, by which sums are to be multiplied before the first products, here because
   // products hide it.
@@ -433,17 +485,23 @@ class TileLoop {
     uint32_t words[S::kStrips][4];
     load_codes(words, codes, 0);
     uint32_t a[2][4];
-    decode(a[0], &words[0][0], values_.zero[0], T());
+    CodeScales<T, S::kBits> scales[S::kStrips];
+    if constexpr (kChange == Change::kScaled) load_scales(scales, group_records);
+    const auto decode_strip = [&](uint32_t (&fragment)[4], int strip, int step) {
+      decode(fragment, &words[strip][step % kPieceSteps * S::kPieces], values_.zero[strip], T());
+      if constexpr (kChange == Change::kScaled) scales[strip].apply(fragment);
+    };
+    decode_strip(a[0], 0, 0);
     if (kChange == Change::kFirst) scale_units(0, 0, kActive, quotient);
     // The copies of a step to come go among the products of this one.
-    fill(fill_slot_, fills);
+    fill<kChange == Change::kScaled>(fill_slot_, fills);
 #pragma unroll
     for (int step = 0; step < Layout::kChunkSteps; ++step) {
       if (kChange == Change::kAny && step > 0 && groups.starts(step)) {
         group_records += group_bytes();
         change_group(group_records);
         // The zero points are new.
-        decode(a[0], &words[0][step % kPieceSteps * S::kPieces], values_.zero[0], T());
+        decode_strip(a[0], 0, step);
       }
 #pragma unroll
       for (int s = 0; s < S::kStrips; ++s) {
@@ -471,8 +529,13 @@ class TileLoop {
             if (last_strip && next_step % kPieceSteps == 0) {
               load_codes(words, codes, next_step / kPieceSteps);
             }
-            decode(a[(s + 1) % 2], &words[next_strip][next_step % kPieceSteps * S::kPieces],
-                   values_.zero[next_strip], T());
+            // All fragments of this step are decoded.
+            if (kChange == Change::kScaled && last_strip &&
+                (next_step & ((1 << w_.step_shift) - 1)) == 0) {
+              group_records += group_bytes();
+              load_scales(scales, group_records);
+            }
+            decode_strip(a[(s + 1) % 2], next_strip, next_step);
           }
         }
       }

@@ -18,8 +18,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/arch/sm80/code_scales.cuh"
 #include "cuda/arch/sm80/group_values.cuh"
-#include "cuda/arch/sm90/code_scales.cuh"
 #include "cuda/arch/sm90/expert_output.cuh"
 #include "cuda/arch/sm90/expert_tiles.cuh"
 #include "cuda/arch/sm90/step_codes.cuh"
@@ -32,6 +32,7 @@
 
 namespace marlinq::cuda::sm90 {
 
+using sm80::CodeScales;
 using sm80::GroupValues;
 
 /// What the filling and the multiplying warps share.
@@ -375,7 +376,7 @@ class ExpertMultiply {
   __device__ __forceinline__ void multiply_units(int begin, int end) {
     multiply_slabs<kTokens, Scaling<true, kUnits>>(begin, end);
 #pragma unroll
-    for (int b = 0; b < S::kGroupBlocks; ++b) set_scaled_units<T, S::kBits>(values_[b]);
+    for (int b = 0; b < S::kGroupBlocks; ++b) sm80::set_scaled_units(values_[b]);
   }
 
   /// kPlain_: nothing is asked of a slab. kUnits_: groups of a slab whose codes are multiplied by their scales, or 0.

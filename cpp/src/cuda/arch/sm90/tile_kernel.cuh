@@ -25,12 +25,12 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/arch/sm80/code_scales.cuh"
 #include "cuda/arch/sm80/group_values.cuh"
 #include "cuda/arch/sm80/layout.hpp"
 #include "cuda/arch/sm80/output.cuh"
 #include "cuda/arch/sm80/share.hpp"
 #include "cuda/arch/sm80/x_tile.cuh"
-#include "cuda/arch/sm90/code_scales.cuh"
 #include "cuda/arch/sm90/step_codes.cuh"
 #include "cuda/arch/sm90/tile_plan.hpp"
 #include "cuda/arch/sm90/tile_shape.cuh"
@@ -51,6 +51,7 @@
 
 namespace marlinq::cuda::sm90 {
 
+using sm80::CodeScales;
 using sm80::Divider;
 using sm80::EvenShare;
 using sm80::GroupValues;
@@ -593,7 +594,7 @@ class TileMultiply {
   }
   __device__ __forceinline__ void end_scaled() {
 #pragma unroll
-    for (int b = 0; b < S::kGroupBlocks; ++b) set_scaled_units<T, S::kBits>(values_[b]);
+    for (int b = 0; b < S::kGroupBlocks; ++b) sm80::set_scaled_units(values_[b]);
   }
 
   template <class B, int kUnits>

@@ -1,4 +1,4 @@
-// Where a slab has several groups: codes multiplied by their scales.
+// Short groups: codes multiplied by their scales.
 //
 // Sums in units of a group's scale have to be multiplied where a group ends, by each thread and after all its products:
 // with short groups that takes as long as products. A fragment has few registers, which can be multiplied instead, at
@@ -11,11 +11,19 @@
 #include <cstdint>
 
 #include "cuda/arch/sm80/group_values.cuh"
+#include "cuda/arch/sm80/layout.hpp"
 #include "cuda/device/dequantize.cuh"
 #include "cuda/problem.hpp"
 #include "cuda/ptx/copy.cuh"
 
-namespace marlinq::cuda::sm90 {
+namespace marlinq::cuda::sm80 {
+
+/// Where every chunk has several groups, of float16 scales that codes can be multiplied by, and of records that are 16 bytes
+/// for each lane at most.
+__host__ __device__ __forceinline__ bool has_short_groups(const WeightView& w) {
+  return w.chunk_shift < 0 && w.step_shift >= 0 && w.scale_type == FloatType::kF16 &&
+         w.small_scales && w.groups_per_chunk * Layout::kBlockStrips * w.record_bytes <= 32 * 16;
+}
 
 /// Twice the lower and twice the upper half of a pair; instructions can read a pair so.
 struct EachTwice {
@@ -101,8 +109,8 @@ class CodeScales<__nv_bfloat16, kBits> {
   __device__ __forceinline__ void apply(uint32_t (&fragment)[4]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      uint32_t rest;
-      asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(rest) : "r"(fragment[i]), "r"(rest_.of(i)));
+      constexpr uint32_t kMinusZeros = 0x80008000u;
+      const uint32_t rest = multiply_add<__nv_bfloat16>(fragment[i], rest_.of(i), kMinusZeros);
       fragment[i] = multiply_add<__nv_bfloat16>(fragment[i], most_.of(i), rest);
     }
   }
@@ -124,12 +132,15 @@ class CodeScales<__nv_bfloat16, kBits> {
 };
 
 /// After products of codes that were multiplied by their scales: what sums are in, told as others tell it.
-template <class T, int kBits>
-__device__ __forceinline__ void set_scaled_units(sm80::GroupValues<T, kBits, 1>& values) {
+template <class T, int kBits, int kStrips>
+__device__ __forceinline__ void set_scaled_units(GroupValues<T, kBits, kStrips>& values) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    values.scale[0][i] = CodeScales<T, kBits>::unit(2 * i) / ZeroPair<T, kBits>::unit(2 * i);
+  for (int s = 0; s < kStrips; ++s) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      values.scale[s][i] = CodeScales<T, kBits>::unit(2 * i) / ZeroPair<T, kBits>::unit(2 * i);
+    }
   }
 }
 
-}  // namespace marlinq::cuda::sm90
+}  // namespace marlinq::cuda::sm80
