@@ -145,7 +145,8 @@ std::vector<Case> cases() {
        .order = Order::kActOrder,
        .scales = DType::kFloat32,
        .seed = 5},
-      {.bits = 3, .k = 96, .n = 33, .group_size = 16, .zeros = Zeros::kAsymmetricV1, .seed = 6}};
+      {.bits = 3, .k = 96, .n = 33, .group_size = 16, .zeros = Zeros::kAsymmetricV1, .seed = 6},
+      {.bits = 4, .k = 320, .n = 192, .group_size = 32, .seed = 13}};
   for (const LayerOptions& layer : formats) all.emplace_back().layer = layer;
   const auto add_large = [&all](std::int64_t n, std::int64_t k, std::vector<Rows> rows) {
     Case& large = all.emplace_back();

@@ -34,9 +34,10 @@ std::int32_t find_chunk_shift(const std::vector<std::int32_t>& chunk_groups) {
   return -1;
 }
 
-/// The same for every step.
+/// The same for every step. One group is a long one, however few rows it has: a short one would round each of few weights.
 std::int32_t find_step_shift(const std::vector<std::int32_t>& step_group) {
   constexpr std::int32_t kMostShift = 26;
+  if (step_group.back() == 0) return kMostShift;
   for (std::int32_t shift = 0; shift <= kMostShift; ++shift) {
     bool fits = true;
     for (std::size_t step = 0; fits && step < step_group.size(); ++step) {
