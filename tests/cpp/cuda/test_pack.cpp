@@ -132,6 +132,11 @@ TEST(Sm80PlanTest, StepsOfPowersOfTwoShift) {
   EXPECT_EQ(part.segments[0].step_shift, -1);
   const LayerPlan plan = plan_of({make_layer({.k = 2048, .n = 8, .group_size = -1})});
   EXPECT_EQ(127 >> plan.segments[0].step_shift, 0);
+  // One group is no short one: its weights may be so few that they are not to be rounded.
+  for (const std::int64_t k : {1, 16, 48, 64}) {
+    const LayerPlan few = plan_of({make_layer({.k = k, .n = 8, .group_size = 64})});
+    EXPECT_GE(few.segments[0].step_shift, 3) << k;
+  }
 }
 
 TEST(Sm80PlanTest, ChunkGroupsSayWhereGroupsBegin) {

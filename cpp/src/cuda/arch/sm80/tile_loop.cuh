@@ -42,9 +42,12 @@
 
 namespace marlinq::cuda::sm80 {
 
-/// What is multiplied by the scales of short groups (has_short_groups): sums, as with any groups; or codes, by a loop beside that for
-/// others; or by a kernel that has no other.
-enum class ShortGroups { kSums, kCodes, kCodesOnly };
+/// What is multiplied by the scales of short groups, where a weight has them (has_short_groups).
+enum class ShortGroups {
+  kSums,       // as with other groups
+  kCodes,      // by a loop of its own, beside that for other weights
+  kCodesOnly,  // the same, by a kernel that takes no other weights
+};
 
 template <class T_, int kBits_, int kFeatureWarps_, int kRowWarps_, int kTokenTiles_,
           bool kPromotes_ = false, ShortGroups kShortGroups_ = ShortGroups::kSums>
@@ -250,7 +253,7 @@ class TileLoop {
     return piece_at(w_.groups, fill_records_ + group * (group_bytes() / 16));
   }
 
-  // kShortGroups: there are.
+  // kShortGroups: every chunk has several groups, whose records come together.
   template <bool kShortGroups = false>
   __device__ __forceinline__ void fill_weights(uint32_t slot, bool on) const {
     const uint32_t target = slot + codes_place_;

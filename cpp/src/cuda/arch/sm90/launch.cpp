@@ -229,8 +229,7 @@ struct StripCost {
   double cluster;     // clusters of two blocks
   double idle;        // where some multiprocessors have nothing to do
   double block;       // each packed block but the first of a strip block
-  double group
-      [2];  // how much longer items take for each group of a slab but the first, with 8 and 12 warps
+  double group[2];    // by which items take longer for each group of a slab but the first, as start
 };
 constexpr StripCost kStripCosts[] = {
     {{3.173, 3.368}, {2.728, 2.422}, 1.546, {0.100, 0.087}, 0.027, 0.195, 0.105, {0.10, 0.04}},

@@ -214,10 +214,7 @@ class TileRing {
 
   /// By the threads that fill. What a last slab has no group for is multiplied by what lies there, and meets zeros.
   __device__ __forceinline__ void clear_records() const {
-    for (uint32_t place = records_ + (threadIdx.x - S::kMultiplyThreads) * 4; place < barriers_;
-         place += (S::kThreads - S::kMultiplyThreads) * 4) {
-      ptx::store_shared_4(place, 0);
-    }
+    clear_by_fillers<S>(records_, barriers_);
     ptx::fence_for_async_reads();
   }
 

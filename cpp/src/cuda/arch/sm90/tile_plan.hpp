@@ -1,4 +1,4 @@
-// The shared memory of the tile kernels of sm90, the same for a plan and for its launch.
+// What plans of the tile kernels of sm90 and their launches share: which layers they are for, their shared memory.
 #pragma once
 
 #include <algorithm>
@@ -24,8 +24,8 @@ constexpr std::int32_t stage_groups(const WeightView& w, std::int32_t stage_chun
   return std::max(slab_groups(w) * stage_chunks / kSlabChunks, 1);
 }
 
-/// Groups of 32 rows or more, and scales that kernels can use: where a slab has several groups they multiply codes, and
-/// sums elsewhere.
+/// Whether there are tiles for a layer: of groups of 32 rows or more, and of scales that may be divided. Where a slab has
+/// several groups its codes are multiplied by them, which with float16 takes small ones of that type.
 constexpr bool has_tiles(const WeightView& w, FloatType x_type) noexcept {
   constexpr std::int32_t kTileShift = 1;
   if (w.step_shift < kTileShift || !w.scales_divide) return false;

@@ -8,6 +8,7 @@
 #include "cuda/arch/sm80/x_tile.cuh"
 #include "cuda/arch/sm90/tile_plan.hpp"
 #include "cuda/problem.hpp"
+#include "cuda/ptx/copy.cuh"
 
 namespace marlinq::cuda::sm90 {
 
@@ -40,6 +41,15 @@ struct WgmmaShape {
   static constexpr int kFillRegisters = 40;
   static constexpr int kMultiplyRegisters = kGroups == 2 ? 232 : 152;
 };
+
+/// Zeros in shared memory, four bytes at a time, by the threads that fill.
+template <class S>
+__device__ __forceinline__ void clear_by_fillers(uint32_t begin, uint32_t end) {
+  for (uint32_t place = begin + (threadIdx.x - S::kMultiplyThreads) * 4; place < end;
+       place += (S::kThreads - S::kMultiplyThreads) * 4) {
+    ptx::store_shared_4(place, 0);
+  }
+}
 
 /// Where a block leaves its part of a tile for another, each thread its sums, four at a time.
 template <class S>
