@@ -18,11 +18,15 @@
 
 namespace marlinq::cuda::sm80 {
 
-/// Where every chunk has several groups, of float16 scales that codes can be multiplied by, and of records that are 16 bytes
-/// for each lane at most.
+/// Where every chunk has as many groups, several, and their records are 16 bytes for each lane at most.
+__host__ __device__ __forceinline__ bool has_even_short_groups(const WeightView& w) {
+  return w.chunk_shift < 0 && w.step_shift >= 0 &&
+         w.groups_per_chunk * Layout::kBlockStrips * w.record_bytes <= 32 * 16;
+}
+
+/// The same, and float16 scales that codes can be multiplied by.
 __host__ __device__ __forceinline__ bool has_short_groups(const WeightView& w) {
-  return w.chunk_shift < 0 && w.step_shift >= 0 && w.scale_type == FloatType::kF16 &&
-         w.small_scales && w.groups_per_chunk * Layout::kBlockStrips * w.record_bytes <= 32 * 16;
+  return has_even_short_groups(w) && w.scale_type == FloatType::kF16 && w.small_scales;
 }
 
 /// Twice the lower and twice the upper half of a pair; instructions can read a pair so.

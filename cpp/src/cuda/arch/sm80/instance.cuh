@@ -81,6 +81,21 @@ constexpr Instance tile_instance(const TileCost& cost) {
           }};
 }
 
+template <class S>
+void launch_strips(const GemmProblem& problem, const GemmPlan& plan, cudaStream_t stream) {
+  static std::atomic<std::uint64_t> devices_done{0};
+  allow_shared_memory(strip_gemm<S>, devices_done);
+  const WeightView& w = problem.weight;
+  const EvenShare strips(strip_count(w), plan.blocks);
+  launch_planned(strip_gemm<S>,
+                 StripParams{.problem = problem,
+                             .strips = strips,
+                             .smaller = StripShare(strips.least, w.chunks, plan.warps),
+                             .larger = StripShare(strips.least + 1, w.chunks, plan.warps),
+                             .memory = strip_memory(w, strips, S::kXBytes)},
+                 plan, stream);
+}
+
 /// A strip kernel of the shape StripShape<T, kBits, token tiles, most warps, promotes>.
 template <class T, int kBits, int kTokenTiles, int kMaxWarps, bool kPromotes>
 constexpr Instance strip_instance() {
@@ -98,17 +113,13 @@ constexpr Instance strip_instance() {
           .cost = {},
           .launch = [](const GemmProblem& problem, const GemmPlan& plan, const SplitScratch&,
                        cudaStream_t stream) {
-            static std::atomic<std::uint64_t> devices_done{0};
-            allow_shared_memory(strip_gemm<S>, devices_done);
+            using Short = StripShape<T, kBits, kTokenTiles, kMaxWarps, kPromotes, true>;
             const WeightView& w = problem.weight;
-            const EvenShare strips(strip_count(w), plan.blocks);
-            launch_planned(strip_gemm<S>,
-                           StripParams{.problem = problem,
-                                       .strips = strips,
-                                       .smaller = StripShare(strips.least, w.chunks, plan.warps),
-                                       .larger = StripShare(strips.least + 1, w.chunks, plan.warps),
-                                       .memory = strip_memory(w, strips, S::kXBytes)},
-                           plan, stream);
+            if (Short::kScalesCodes ? has_short_groups(w) : has_even_short_groups(w)) {
+              launch_strips<Short>(problem, plan, stream);
+            } else {
+              launch_strips<S>(problem, plan, stream);
+            }
           }};
 }
 

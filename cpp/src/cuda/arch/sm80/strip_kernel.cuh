@@ -20,7 +20,9 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
+#include "cuda/arch/sm80/code_scales.cuh"
 #include "cuda/arch/sm80/group_values.cuh"
 #include "cuda/arch/sm80/layout.hpp"
 #include "cuda/arch/sm80/output.cuh"
@@ -36,8 +38,10 @@
 namespace marlinq::cuda::sm80 {
 
 // kPromotes: sums of a group are kept apart and added, scaled, to the sums of all; else there is one
-// set, in units of the current group's scale (tile_kernel.cuh says how), which takes fewer registers.
-template <class T_, int kBits_, int kTokenTiles_, int kMaxWarps_, bool kPromotes_>
+// set, in units of the current group's scale (tile_loop.cuh says how), which takes fewer registers.
+// kShortGroups: for weights of has_even_short_groups() alone, whose groups nobody looks up.
+template <class T_, int kBits_, int kTokenTiles_, int kMaxWarps_, bool kPromotes_,
+          bool kShortGroups_ = false>
 struct StripShape {
   using T = T_;
   static constexpr int kBits = kBits_;
@@ -45,6 +49,10 @@ struct StripShape {
   static constexpr int kTokens = kTokenTiles * 8;
   static constexpr int kMaxWarps = kMaxWarps_;
   static constexpr bool kPromotes = kPromotes_;
+  static constexpr bool kShortGroups = kShortGroups_;
+  // Codes of short groups are multiplied by their scales: for weights of has_short_groups() alone.
+  // Sums that are kept apart take fewer instructions, codes of bfloat16 as many.
+  static constexpr bool kScalesCodes = kShortGroups && !kPromotes && std::is_same_v<T, __half>;
   // Two ahead of the one that is multiplied: with 8 warps and more the bytes in flight suffice, and
   // more stages were no faster.
   static constexpr int kStages = 3;
@@ -122,8 +130,8 @@ class StripLoop {
     lane_ = threadIdx.x % 32;
     first_strip_ = params.strips.begin(blockIdx.x);
     // A strip's record is 2 to 5 pieces of 16 bytes.
-    record_strip_ = static_cast<int>(ptx::divide_roughly(static_cast<float>(lane_) + 0.5f,
-                                                         static_cast<float>(w_.record_bytes / 16)));
+    record_ = static_cast<int>(ptx::divide_roughly(static_cast<float>(lane_) + 0.5f,
+                                                   static_cast<float>(w_.record_bytes / 16)));
     shared_ = shared;
     missing_chunk_ =
         p_.x_columns % Layout::kChunkRows == 0 ? -1 : p_.x_columns / Layout::kChunkRows;
@@ -162,6 +170,7 @@ class StripLoop {
         default:
           run_group<4>(chunk, left);
       }
+      if constexpr (S::kScalesCodes) set_scaled_units(values_);
       finish_group();
       const int finished = group;
       more = next_group(group, chunk, left);
@@ -228,20 +237,25 @@ class StripLoop {
       ptx::copy_wait<S::kStages - 2>();
       // The slot of the item before is free after this: all lanes have read it.
       __syncwarp();
-      if (chunk == change_chunk) {
-        groups = load_chunk_groups(w_, chunk);
-        if (groups.first() != quant_group) change_group(stage_.records);
-        quant_group = groups.last();
-        change_chunk = next_change(w_, chunk);
-      }
-      // Groups that start inside the chunk are rare, and cost code of their own.
-      if (groups.changes()) {
-        multiply<kWidth, true>(stage_, groups);
+      if constexpr (S::kShortGroups) {
+        multiply<kWidth, Starts::kShort>(stage_, groups);
       } else {
-        multiply<kWidth, false>(stage_, groups);
+        if (chunk == change_chunk) {
+          groups = load_chunk_groups(w_, chunk);
+          if (groups.first() != quant_group) change_group(stage_.records);
+          quant_group = groups.last();
+          change_chunk = next_change(w_, chunk);
+        }
+        // Groups that start inside the chunk are rare, and cost code of their own.
+        if (groups.changes()) {
+          multiply<kWidth, Starts::kAny>(stage_, groups);
+        } else {
+          multiply<kWidth, Starts::kNone>(stage_, groups);
+        }
       }
       if (fill_left_ > 0) {
-        if (w_.chunk_shift < 0 || fill_chunk_ == missing_chunk_) fill_rest(fill_slot_);
+        if ((!S::kShortGroups && w_.chunk_shift < 0) || fill_chunk_ == missing_chunk_)
+          fill_rest(fill_slot_);
         advance_fill();
         if (fill_left_ == 0 && warp_ == 0) ptx::launch_dependents();
       }
@@ -268,14 +282,18 @@ class StripLoop {
     fill_codes_ = reinterpret_cast<const unsigned char*>(w_.codes) +
                   (static_cast<int64_t>(block) * w_.chunks + chunk) * S::kBlockBytes +
                   within * S::kStripBytes + lane_ * 16;
-    fill_record_ = record_strip_ < fill_width_;
-    const int strip = first + record_strip_;
+    const int record_group = S::kShortGroups ? record_ / Layout::kBlockStrips : 0;
+    const int record_strip = record_ - record_group * Layout::kBlockStrips;
+    fill_record_ =
+        record_strip < fill_width_ && (!S::kShortGroups || record_group < w_.groups_per_chunk);
+    const int strip = first + record_strip;
     fill_records_ =
         w_.groups +
-        (static_cast<int64_t>(strip / Layout::kBlockStrips) * w_.num_groups * Layout::kBlockStrips +
+        ((static_cast<int64_t>(strip / Layout::kBlockStrips) * w_.num_groups + record_group) *
+             Layout::kBlockStrips +
          strip % Layout::kBlockStrips) *
             w_.record_bytes +
-        lane_ * 16 - record_strip_ * w_.record_bytes;
+        lane_ * 16 - record_ * w_.record_bytes;
     fill_x_ = static_cast<const T*>(p_.x) + lane_ / 8 * p_.x_stride + lane_ % 8 * 8 +
               static_cast<int64_t>(chunk) * Layout::kChunkRows;
   }
@@ -342,7 +360,8 @@ class StripLoop {
         ptx::copy_async_if(on && s < fill_width_, target + at, (s < fill_here_ ? here : next) + at);
       }
     }
-    const int group = load_chunk_groups(w_, fill_chunk_).first();
+    const int group = S::kShortGroups ? fill_chunk_ * w_.groups_per_chunk
+                                      : load_chunk_groups(w_, fill_chunk_).first();
     ptx::copy_async_if(on && fill_record_, slot.records + lane_ * 16, record_source(group));
   }
 
@@ -360,12 +379,14 @@ class StripLoop {
 
   // What few items have: groups that start inside the chunk, columns that x does not have.
   __device__ __forceinline__ void fill_rest(Stage slot) const {
-    const ChunkGroups groups = load_chunk_groups(w_, fill_chunk_);
-    if (groups.changes() && fill_record_) {
+    if constexpr (!S::kShortGroups) {
+      const ChunkGroups groups = load_chunk_groups(w_, fill_chunk_);
+      if (groups.changes() && fill_record_) {
 #pragma unroll 1
-      for (int i = 1; i < groups.count(); ++i) {
-        ptx::copy_async(slot.records + i * group_bytes() + lane_ * 16,
-                        record_source(groups.first() + i));
+        for (int i = 1; i < groups.count(); ++i) {
+          ptx::copy_async(slot.records + i * group_bytes() + lane_ * 16,
+                          record_source(groups.first() + i));
+        }
       }
     }
     clear_missing_columns(slot.data, fill_chunk_, p_, S::kTokens, lane_, 32);
@@ -450,11 +471,36 @@ class StripLoop {
     }
   }
 
-  template <int kWidth, bool kChanges>
+  // Which steps start a group: none after what change_group() did, any, or those of short groups, the first among them.
+  enum class Starts { kNone, kAny, kShort };
+
+  template <Starts kStarts>
+  __device__ __forceinline__ bool starts(int step, const ChunkGroups& groups) const {
+    if (kStarts == Starts::kAny) return step > 0 && groups.starts(step);
+    // Groups of 16 or 32 rows.
+    return kStarts == Starts::kShort && (step % 2 == 0 || w_.step_shift == 0);
+  }
+
+  // The scales and zero points of the group that starts.
+  __device__ __forceinline__ void start_group(CodeScales<T, S::kBits> (&scales)[S::kStrips],
+                                              uint32_t group_records) {
+    if constexpr (S::kScalesCodes) {
+#pragma unroll
+      for (int s = 0; s < S::kStrips; ++s) {
+        scales[s].load(group_records + s * w_.record_bytes, w_.scale_type);
+      }
+      values_.load_zeros(group_records, w_);
+    } else {
+      change_group(group_records);
+    }
+  }
+
+  template <int kWidth, Starts kStarts>
   __device__ __forceinline__ void multiply(Stage stage, const ChunkGroups& groups) {
     constexpr int kPieceSteps = Layout::kChunkSteps / S::kPieces;
     const uint32_t codes_here = codes(stage);
     uint32_t group_records = stage.records;
+    CodeScales<T, S::kBits> scales[S::kStrips];
     // Two steps of a tile of 8 tokens are one ldmatrix.
     uint32_t x[2][S::kTokenTiles][4];
     const uint32_t x_row = stage.data + x_piece_place(lane_ % 8, lane_ / 8);
@@ -484,14 +530,15 @@ class StripLoop {
 #pragma unroll
       for (int i = 0; i < kPieceSteps; ++i) {
         const int step = piece * kPieceSteps + i;
-        if (kChanges && step > 0 && groups.starts(step)) {
-          group_records += group_bytes();
-          change_group(group_records);
+        if (starts<kStarts>(step, groups)) {
+          if (step > 0) group_records += group_bytes();
+          start_group(scales, group_records);
         }
 #pragma unroll
         for (int s = 0; s < kWidth; ++s) {
           uint32_t a[4];
           decode(a, &words[s][i * S::kPieces], values_.zero[s], T());
+          if constexpr (S::kScalesCodes) scales[s].apply(a);
 #pragma unroll
           for (int t = 0; t < S::kTokenTiles; ++t) {
             ptx::mma_m16n8k16<T>(S::kPromotes ? part_[s][t] : sum_[s][t], a,
@@ -508,7 +555,8 @@ class StripLoop {
   StripShare share_;
   unsigned char* shared_;
   float* slots_;
-  int first_strip_, record_strip_;
+  int first_strip_;
+  int record_;  // which of a stage's group records this lane copies a part of
   Stage ring_, stage_, fill_slot_;
   uint32_t ring_end_;
   int warp_, lane_;
@@ -518,7 +566,7 @@ class StripLoop {
   int fill_here_;     // strips in the block of the first
   bool fill_record_;  // this lane copies a part of a record
   const unsigned char* fill_codes_;
-  const unsigned char* fill_records_;  // of packed group 0
+  const unsigned char* fill_records_;  // of packed group 0, or of the first that come together
   const T* fill_x_;
   GroupValues<T, S::kBits, S::kStrips> values_;
   float sum_[S::kStrips][S::kTokenTiles][4];
