@@ -53,6 +53,7 @@ class ExpertFill : public TileLoop<S, Self> {
   // The first stages: weights, which where the rows are settled do not depend on the kernel before, and
   // after the wait for it the rows of x.
   __device__ __forceinline__ void prime() {
+    constexpr bool kShortGroups = S::kOnlyShortGroups;
     constexpr int kAhead = S::kStages - 1;
     Self& self = static_cast<Self&>(*this);
     this->last_fill_ = true;
@@ -61,8 +62,9 @@ class ExpertFill : public TileLoop<S, Self> {
     this->fill_slot_ = this->ring_;
 #pragma unroll 1
     for (int stage = 0; stage < early; ++stage) {
-      this->fill_group_ = self.groups_to_fill(this->fill_chunk_).first();
-      this->fill_weights(this->fill_slot_, true);
+      if constexpr (!kShortGroups)
+        this->fill_group_ = self.groups_to_fill(this->fill_chunk_).first();
+      this->template fill_weights<kShortGroups>(this->fill_slot_, true);
       this->step_fill();
       this->fill_slot_ += this->stage_bytes_;
     }
@@ -74,8 +76,8 @@ class ExpertFill : public TileLoop<S, Self> {
 #pragma unroll 1
     for (int stage = 0; stage < kAhead; ++stage) {
       if (this->fill_left_ > 0) {
-        this->prepare_fill(this->fill_slot_);
-        if (stage >= early) this->fill_weights(this->fill_slot_, true);
+        this->template prepare_fill<kShortGroups>(this->fill_slot_);
+        if (stage >= early) this->template fill_weights<kShortGroups>(this->fill_slot_, true);
         self.fill_x(this->fill_slot_, true);
         this->step_fill();
         this->count_fill(1);

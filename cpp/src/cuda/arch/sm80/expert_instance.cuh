@@ -84,11 +84,20 @@ void launch_expert_strips(const ExpertProblem& problem, const ExpertPlan& plan,
 /// The kernel for tiles of a few rows.
 template <class T, int kBits>
 constexpr ExpertInstance expert_strip_instance() {
-  using S = ExpertStripShape<T, kBits, 8, kBits == 4 ? 3 : 2>;
+  constexpr int kWarps = 8;
+  constexpr int kStages = kBits == 4 ? 3 : 2;
+  using S = ExpertStripShape<T, kBits, kWarps, kStages, ShortGroups::kSums>;
   return instance_of<S>(
       sizeof(StripTables<S>),
       [](const ExpertProblem& problem, const ExpertPlan& plan, const DeviceLimits& limits,
          const SplitScratch& scratch, cudaStream_t stream) {
+        if constexpr (kBits == 4) {
+          if (has_even_short_groups(problem.matrix.weight)) {
+            using Short = ExpertStripShape<T, kBits, kWarps, kStages, ShortGroups::kSumsOnly>;
+            launch_expert_strips<Short, true>(problem, plan, limits, scratch, stream);
+            return;
+          }
+        }
         const auto launch =
             plan.may_cut ? launch_expert_strips<S, true> : launch_expert_strips<S, false>;
         launch(problem, plan, limits, scratch, stream);

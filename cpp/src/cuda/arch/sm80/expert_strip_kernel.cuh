@@ -26,8 +26,8 @@
 namespace marlinq::cuda::sm80 {
 
 /// Each warp is a group of its own. kStages_: slices of its ring.
-template <class T, int kBits, int kWarps, int kStages_>
-struct ExpertStripShape : TileShape<T, kBits, 1, kWarps, 1, true> {
+template <class T, int kBits, int kWarps, int kStages_, ShortGroups kShortGroups>
+struct ExpertStripShape : TileShape<T, kBits, 1, kWarps, 1, true, kShortGroups> {
   static constexpr int kStages = kStages_;
   static constexpr bool kStreams = true;
 };
@@ -66,7 +66,7 @@ struct StripTables {
   NearTiles near;
 };
 
-/// kCuts: units may be cut between blocks.
+/// kCuts: units may be cut between blocks. Of short groups there is no kernel without.
 template <class S, class Rows, bool kCuts>
 class ExpertStripLoop : public ExpertFill<S, Rows, ExpertStripLoop<S, Rows, kCuts>> {
   using Fill = ExpertFill<S, Rows, ExpertStripLoop<S, Rows, kCuts>>;
@@ -177,7 +177,8 @@ class ExpertStripLoop : public ExpertFill<S, Rows, ExpertStripLoop<S, Rows, kCut
       const int most = runs.begin(1);
       const int least = max(kLeastCutChunks, w_.chunks / kMostUnitBlocks);
       const int even = params_.blocks.divide(total);
-      if (params_.share != 1 && max(even, least) + kHandOver < most) {
+      if ((!S::kOnlyShortGroups || params_.may_cut) && params_.share != 1 &&
+          max(even, least) + kHandOver < most) {
         runs.size = max(even, least);
         runs.larger = even < least ? 0 : total - even * blocks;
         runs.more = 1;
@@ -236,9 +237,14 @@ class ExpertStripLoop : public ExpertFill<S, Rows, ExpertStripLoop<S, Rows, kCut
     fill_codes_ = base + codes + lane_;
     upper_codes_ =
         strip_codes<S>(strips.upper, w_.chunks, chunk) - codes - kHalf * (S::kStripBytes / 16);
-    // The first lanes copy the records of the lower strips.
+    // Of a group, the first lanes copy the records of the lower strips.
     const int record_pieces = w_.record_bytes / 16;
-    const bool lower = lane_ < group_bytes() / 32;
+    int piece = lane_;
+    if constexpr (S::kOnlyShortGroups) {
+#pragma unroll 1
+      while (piece >= group_bytes() / 16) piece -= group_bytes() / 16;
+    }
+    const bool lower = piece < group_bytes() / 32;
     fill_records_ =
         base + lane_ +
         strip_records(lower ? strips.lower : strips.upper, w_.num_groups, record_pieces) -

@@ -47,6 +47,7 @@ enum class ShortGroups {
   kSums,       // as with other groups
   kCodes,      // by a loop of its own, beside that for other weights
   kCodesOnly,  // the same, by a kernel that takes no other weights
+  kSumsOnly,  // sums, which the shape keeps apart, by a kernel for weights of has_even_short_groups() alone
 };
 
 template <class T_, int kBits_, int kFeatureWarps_, int kRowWarps_, int kTokenTiles_,
@@ -59,6 +60,8 @@ struct TileShape {
   static constexpr int kTokenTiles = kTokenTiles_;  // of a warp
   static constexpr bool kPromotes = kPromotes_;
   static constexpr ShortGroups kShortGroups = kShortGroups_;
+  static constexpr bool kOnlyShortGroups =
+      kShortGroups == ShortGroups::kCodesOnly || kShortGroups == ShortGroups::kSumsOnly;
   static constexpr int kStrips = Layout::kBlockStrips;
   static constexpr int kGroupThreads = kFeatureWarps * 32;  // that share a slice
   static constexpr int kThreads = kGroupThreads * kRowWarps;
@@ -90,6 +93,9 @@ struct TileShape {
   // The ring goes on into the next segment while the last one is stored.
   static constexpr bool kStreams = kRowWarps == 1 || kExchanges;
   static_assert(kTokenTiles == 1 || kTokenTiles % 2 == 0);
+  static_assert(kPromotes
+                    ? kShortGroups == ShortGroups::kSums || kShortGroups == ShortGroups::kSumsOnly
+                    : kShortGroups != ShortGroups::kSumsOnly);
 };
 
 /// A range of chunks of one tile.
@@ -370,7 +376,7 @@ class TileLoop {
   template <int kActive>
   __device__ __forceinline__ uint32_t multiply_chunks(uint32_t stage, int chunk, int left) {
     if constexpr (S::kShortGroups != ShortGroups::kSums) {
-      if (S::kShortGroups == ShortGroups::kCodesOnly || has_short_groups(w_))
+      if (S::kOnlyShortGroups || has_short_groups(w_))
         return multiply_short_groups<kActive>(stage, left);
     }
     int quant_group = -1;
@@ -429,11 +435,12 @@ class TileLoop {
       if (fill_run == 0) settle_fill<true>(fill_run, filled, left);
       --fill_run;
       const float none[S::kStrips][2] = {};
-      multiply_steps<kActive, Change::kScaled>(stage, ChunkGroups{0}, none, filled > 0);
+      constexpr Change kChange = S::kPromotes ? Change::kParts : Change::kScaled;
+      multiply_steps<kActive, kChange>(stage, ChunkGroups{0}, none, filled > 0);
       stage = step_ring(stage);
     }
     if (filled > 0) count_fill(filled);
-    set_scaled_units(values_);
+    if constexpr (!S::kPromotes) set_scaled_units(values_);
     return stage;
   }
 
@@ -457,8 +464,9 @@ class TileLoop {
     return stage == ring_end_ ? ring_ : stage;
   }
 
-  // Where groups may start: at no step, at the first, at any; or they are short, and codes multiplied by scales.
-  enum class Change { kNone, kFirst, kAny, kScaled };
+  // Where groups may start: at no step, at the first, at any; or they are short, and codes multiplied by scales, or their
+  // sums kept apart.
+  enum class Change { kNone, kFirst, kAny, kScaled, kParts };
 
   __device__ __forceinline__ void load_scales(CodeScales<T, S::kBits> (&scales)[S::kStrips],
                                               uint32_t group_records) {
@@ -477,6 +485,7 @@ class TileLoop {
                                                  bool fills) {
     constexpr int kPieceSteps = Layout::kChunkSteps / S::kPieces;
     constexpr int kPairs = (kActive + 1) / 2;
+    constexpr bool kShortGroups = kChange == Change::kScaled || kChange == Change::kParts;
     const uint32_t codes = slice + codes_place_;
     uint32_t group_records = records(slice);
     // Two tiles of 8 tokens and 16 rows, or one and 32, are one ldmatrix. Those of the next step follow
@@ -490,6 +499,7 @@ class TileLoop {
     uint32_t a[2][4];
     CodeScales<T, S::kBits> scales[S::kStrips];
     if constexpr (kChange == Change::kScaled) load_scales(scales, group_records);
+    if constexpr (kChange == Change::kParts) values_.load(group_records, w_);
     const auto decode_strip = [&](uint32_t (&fragment)[4], int strip, int step) {
       decode(fragment, &words[strip][step % kPieceSteps * S::kPieces], values_.zero[strip], T());
       if constexpr (kChange == Change::kScaled) scales[strip].apply(fragment);
@@ -497,7 +507,7 @@ class TileLoop {
     decode_strip(a[0], 0, 0);
     if (kChange == Change::kFirst) scale_units(0, 0, kActive, quotient);
     // The copies of a step to come go among the products of this one.
-    fill<kChange == Change::kScaled>(fill_slot_, fills);
+    fill<kShortGroups>(fill_slot_, fills);
 #pragma unroll
     for (int step = 0; step < Layout::kChunkSteps; ++step) {
       if (kChange == Change::kAny && step > 0 && groups.starts(step)) {
@@ -505,6 +515,10 @@ class TileLoop {
         change_group(group_records);
         // The zero points are new.
         decode_strip(a[0], 0, step);
+      }
+      if (kChange == Change::kParts && step > 0 && starts_short_group(step)) {
+        promote();
+        values_.load_scales(group_records, w_);
       }
 #pragma unroll
       for (int s = 0; s < S::kStrips; ++s) {
@@ -533,16 +547,25 @@ class TileLoop {
               load_codes(words, codes, next_step / kPieceSteps);
             }
             // All fragments of this step are decoded.
-            if (kChange == Change::kScaled && last_strip &&
-                (next_step & ((1 << w_.step_shift) - 1)) == 0) {
+            if (kShortGroups && last_strip && starts_short_group(next_step)) {
               group_records += group_bytes();
-              load_scales(scales, group_records);
+              if constexpr (kChange == Change::kScaled) {
+                load_scales(scales, group_records);
+              } else {
+                values_.load_zeros(group_records, w_);
+              }
             }
             decode_strip(a[(s + 1) % 2], next_strip, next_step);
           }
         }
       }
     }
+    if constexpr (kChange == Change::kParts) promote();
+  }
+
+  // Short groups have 16 or 32 rows.
+  __device__ __forceinline__ bool starts_short_group(int step) const {
+    return step % 2 == 0 || w_.step_shift == 0;
   }
 
   __device__ __forceinline__ auto& accumulators() {
