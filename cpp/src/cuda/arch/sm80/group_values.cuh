@@ -31,18 +31,24 @@ struct GroupValues {
     load_zeros(records, w);
   }
 
+  /// Of float16.
+  __device__ __forceinline__ void load_half_scales(uint32_t records, int record_bytes) {
+    const uint32_t first = records + threadIdx.x % 32 / 4 * 4;
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s) {
+      const uint32_t pair = ptx::load_shared_4(first + s * record_bytes);
+      const float2 wide = __half22float2(reinterpret_cast<const __half2&>(pair));
+      scale[s][0] = wide.x;
+      scale[s][1] = wide.y;
+    }
+  }
+
   __device__ __forceinline__ void load_scales(uint32_t records, const WeightView& w) {
     const uint32_t first =
         records + threadIdx.x % 32 / 4 * (w.scale_type == FloatType::kF32 ? 8 : 4);
     const int step = w.record_bytes;
     if (w.scale_type == FloatType::kF16) {
-#pragma unroll
-      for (int s = 0; s < kStrips; ++s) {
-        const uint32_t pair = ptx::load_shared_4(first + s * step);
-        const float2 wide = __half22float2(reinterpret_cast<const __half2&>(pair));
-        scale[s][0] = wide.x;
-        scale[s][1] = wide.y;
-      }
+      load_half_scales(records, step);
     } else if (w.scale_type == FloatType::kBF16) {
 #pragma unroll
       for (int s = 0; s < kStrips; ++s) {

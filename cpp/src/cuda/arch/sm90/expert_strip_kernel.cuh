@@ -609,7 +609,6 @@ class ExpertStrips {
 
   template <int kWidth>
   using Product = StripProduct<T, S::kBits, 1, kWidth>;
-  static_assert(Product<1>::final_factor(0) == 1.0f && Product<1>::final_factor(2) == 1.0f);
 
   template <int kWidth>
   __device__ __forceinline__ void multiply_items(int begin, int end) {
@@ -630,7 +629,7 @@ class ExpertStrips {
       int records = stage + S::kRecordsPlace;
       const int steps = params_.sub_steps;
       if (steps == S::kItemSteps) {
-        multiply_group<kWidth, S::kItemSteps>(stage, records, 0, values, factors);
+        multiply_group<kWidth, S::kItemSteps, false>(stage, records, 0, values, factors);
       } else {
         const int present =
             min(S::kItemSteps, (w_.chunks - item * S::kItemChunks) * Layout::kChunkSteps);
@@ -641,7 +640,7 @@ class ExpertStrips {
         } else {
 #pragma unroll 1
           for (int step = 0; step < present; ++step) {
-            multiply_group<kWidth, 1>(stage, records, step, values, factors);
+            multiply_group<kWidth, 1, false>(stage, records, step, values, factors);
             if (((step + 1) & (steps - 1)) == 0) records += group_bytes_;
           }
         }
@@ -659,6 +658,11 @@ class ExpertStrips {
         parity_ ^= 1;
       }
     }
+#pragma unroll
+    for (int s = 0; s < kWidth; ++s) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum_[s][0][i] *= Product<kWidth>::final_factor(i);
+    }
   }
 
   // A whole item whose groups have kSteps steps each: what one group waits for, others hide.
@@ -666,23 +670,33 @@ class ExpertStrips {
   __device__ __forceinline__ void multiply_groups(
       int stage, int records, typename Product<kWidth>::Values& values,
       const typename Product<kWidth>::XFactors& factors) {
+    if (has_plain_groups(w_)) {
+      multiply_each_group<kWidth, kSteps, true>(stage, records, values, factors);
+    } else {
+      multiply_each_group<kWidth, kSteps, false>(stage, records, values, factors);
+    }
+  }
+  template <int kWidth, int kSteps, bool kPlain>
+  __device__ __forceinline__ void multiply_each_group(
+      int stage, int records, typename Product<kWidth>::Values& values,
+      const typename Product<kWidth>::XFactors& factors) {
 #pragma unroll
     for (int step = 0; step < S::kItemSteps; step += kSteps) {
-      multiply_group<kWidth, kSteps>(stage, records, step, values, factors);
+      multiply_group<kWidth, kSteps, kPlain>(stage, records, step, values, factors);
       records += group_bytes_;
     }
   }
 
-  template <int kWidth, int kSteps>
+  template <int kWidth, int kSteps, bool kPlain>
   __device__ __forceinline__ void multiply_group(
       int stage, int records, int first, typename Product<kWidth>::Values& values,
       const typename Product<kWidth>::XFactors& factors) {
-    Product<kWidth>::load(values, records, w_);
+    Product<kWidth>::template load<kPlain>(values, records, w_);
     Product<kWidth> product;
-    product.template add<kSteps, S::kChunkBytes>(
-        stage + lane_ * 16, first, values, factors,
+    product.template add<kSteps, S::kChunkBytes, kPlain>(
+        stage + lane_ * 16, first, values, factors, w_,
         [&](int, int step) { return stage + x_row_place_ + step * 32; });
-    product.template finish<0>(sum_, values, records, w_);
+    product.template finish<0, kSteps, kPlain>(sum_, values, records, w_);
   }
 
   // --- the end of a segment ---

@@ -17,25 +17,41 @@ namespace marlinq::cuda::sm90 {
 
 using sm80::Layout;
 
-/// The product of one group with kStrips strips, before its scales.
+/// float16 scales and no zero points: what a product takes of a group has no branch then.
+__device__ __forceinline__ bool has_plain_groups(const WeightView& w) {
+  return w.scale_type == FloatType::kF16 && !w.has_zeros;
+}
+
+/// The product of one group with kStrips strips, before its scales. kPlain: of weights of has_plain_groups() alone.
 template <class T, int kBits, int kTokenTiles, int kStrips>
 class StripProduct {
   // With more tokens the sums of x cost more than they save.
   using Codes = std::conditional_t<kTokenTiles == 1, OffsetCodes<T, kBits>, NoOffsetCodes>;
+  // Products of few steps begin with what codes are too large by, which is the same for all strips: less
+  // to add in the end. Of more, they would wait for it.
+  template <int kSteps>
+  static constexpr bool kBeginsWithX = Codes::kHas && kSteps <= 2;
 
  public:
   static constexpr int kStripBytes = 128 * kBits;  // codes of a strip and chunk
   /// What the sums of element i of a fragment are multiplied by in the end.
   __device__ __forceinline__ static constexpr float final_factor(int i) {
-    return Codes::kHas ? 1.0f : ZeroPair<T, kBits>::unit(i);
+    if constexpr (Codes::kHas) {
+      return i < 2 ? Codes::kUnit : Codes::kUpperUnit;
+    } else {
+      return ZeroPair<T, kBits>::unit(i);
+    }
   }
 
   using Values = sm80::GroupValues<T, kBits, kStrips>;
 
   /// The values of the group that is multiplied next. Zero points of OffsetCodes are not among them.
+  template <bool kPlain>
   __device__ __forceinline__ static void load(Values& values, uint32_t records,
                                               const WeightView& w) {
-    if constexpr (Codes::kHas) {
+    if constexpr (kPlain) {
+      values.load_half_scales(records, w.record_bytes);
+    } else if constexpr (Codes::kHas) {
       values.load_scales(records, w);
     } else {
       values.load(records, w);
@@ -43,13 +59,13 @@ class StripProduct {
   }
 
   /// What x is multiplied by for what codes are too large by: that itself where it is the same for all features of a
-  /// kind, else 1; negative.
+  /// kind, else 1; negative, and in the units of codes.
   struct XFactors {
     __device__ __forceinline__ explicit XFactors(const WeightView& w) {
       if constexpr (Codes::kHas) {
         const auto middle = static_cast<float>(w.middle);
-        low = w.has_zeros ? pair(-1.0f) : pair(-middle - Codes::kOffset);
-        high = w.has_zeros ? pair(-1.0f) : pair(-middle - Codes::kUpperOffset);
+        low = pair((w.has_zeros ? -1.0f : -middle - Codes::kOffset) / Codes::kUnit);
+        high = pair((w.has_zeros ? -1.0f : -middle - Codes::kUpperOffset) / Codes::kUpperUnit);
       }
     }
     uint32_t low, high;
@@ -80,9 +96,10 @@ class StripProduct {
 
   /// Adds kSteps steps, from step `first` on. `codes`: where those of this lane begin, [chunk][strip][piece], from a
   /// chunk to the next kChunkBytes. x_address(t, step): of this lane's row of token tile t, for that step and the next.
-  template <int kSteps, int kChunkBytes, class XAddress>
+  template <int kSteps, int kChunkBytes, bool kPlain, class XAddress>
   __device__ __forceinline__ void add(uint32_t codes, int first, const Values& values,
-                                      const XFactors& factors, const XAddress& x_address) {
+                                      const XFactors& factors, const WeightView& w,
+                                      const XAddress& x_address) {
     constexpr int kStepWords = kBits / 4;
     constexpr int kUnitSteps = 4 / kStepWords;  // of the 16 bytes of a lane
     constexpr int kLoadSteps = kSteps < kUnitSteps ? kSteps : kUnitSteps;
@@ -101,8 +118,22 @@ class StripProduct {
 #pragma unroll
         for (int t = 0; t < kTokenTiles; ++t)
           ptx::ldmatrix_x4(x[t], x_address(t, first + unit + pair * 2));
+        constexpr int kPairSteps = kLoadSteps < 2 ? kLoadSteps : 2;
+        const auto add_x = [&](int i) {
+          const uint32_t all[4] = {factors.low, factors.high, factors.low, factors.high};
 #pragma unroll
-        for (int i = 0; i < 2 && pair * 2 + i < kLoadSteps; ++i) {
+          for (int t = 0; t < kTokenTiles; ++t)
+            ptx::mma_m16n8k16<T>(x_[t], all, x[t][i * 2], x[t][i * 2 + 1]);
+        };
+        float begin[4];
+        if constexpr (kBeginsWithX<kSteps>) {
+#pragma unroll
+          for (int i = 0; i < kPairSteps; ++i) add_x(i);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) begin[i] = !kPlain && w.has_zeros ? 0.0f : x_[0][i];
+        }
+#pragma unroll
+        for (int i = 0; i < kPairSteps; ++i) {
 #pragma unroll
           for (int s = 0; s < kStrips; ++s) {
             uint32_t a[4];
@@ -112,47 +143,44 @@ class StripProduct {
             } else {
               decode(a, code, values.zero[s], T());
             }
+            if constexpr (kBeginsWithX<kSteps>) {
+              if (i == 0) {
+                ptx::mma_m16n8k16_to<T>(part_[s][0], a, x[0][0], x[0][1], begin);
+                continue;
+              }
+            }
 #pragma unroll
             for (int t = 0; t < kTokenTiles; ++t)
               ptx::mma_m16n8k16<T>(part_[s][t], a, x[t][i * 2], x[t][i * 2 + 1]);
           }
-          if constexpr (Codes::kHas) {
-            const uint32_t all[4] = {factors.low, factors.high, factors.low, factors.high};
-#pragma unroll
-            for (int t = 0; t < kTokenTiles; ++t)
-              ptx::mma_m16n8k16<T>(x_[t], all, x[t][i * 2], x[t][i * 2 + 1]);
-          }
+          if constexpr (Codes::kHas && !kBeginsWithX<kSteps>) add_x(i);
         }
       }
     }
   }
 
-  /// Adds it to the sums of the strips from kFirst on. `records` are those that `values` come from.
-  template <int kFirst, int kAll>
+  /// Adds it, of kSteps steps, to the sums of the strips from kFirst on. `records` are those that `values` come from.
+  template <int kFirst, int kSteps, bool kPlain, int kAll>
   __device__ __forceinline__ void finish(float (&sum)[kAll][kTokenTiles][4], const Values& values,
                                          uint32_t records, const WeightView& w) const {
     if constexpr (!Codes::kHas) {
       add_to<kFirst>(sum, values, [&](int s, int t, int i) { return part_[s][t][i]; });
-    } else if (w.has_zeros) {
+    } else if (!kPlain && w.has_zeros) {
       sm80::GroupValues<T, kBits, kStrips, ZeroFloats> zeros;
       zeros.load_zeros(records, w);
       add_to<kFirst>(sum, values, [&](int s, int t, int i) {
         const float zero = i < 2 ? plus<Codes::kOffset>(zeros.zero[s].low)
                                  : plus<Codes::kUpperOffset>(zeros.zero[s].high);
-        return __fmaf_rn(part_[s][t][i], unit(i), zero * x_[t][i]);
+        return __fmaf_rn(zero, x_[t][i], part_[s][t][i]);
       });
+    } else if constexpr (kBeginsWithX<kSteps>) {
+      add_to<kFirst>(sum, values, [&](int s, int t, int i) { return part_[s][t][i]; });
     } else {
-      add_to<kFirst>(sum, values, [&](int s, int t, int i) {
-        return __fmaf_rn(part_[s][t][i], unit(i), x_[t][i]);
-      });
+      add_to<kFirst>(sum, values, [&](int s, int t, int i) { return part_[s][t][i] + x_[t][i]; });
     }
   }
 
  private:
-  __device__ __forceinline__ static constexpr float unit(int i) {
-    return i < 2 ? Codes::kUnit : Codes::kUpperUnit;
-  }
-
   template <float kOffset>
   __device__ __forceinline__ static float plus(float zero) {
     if constexpr (kOffset == 0.0f) return zero;
