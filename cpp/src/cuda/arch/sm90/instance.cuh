@@ -26,66 +26,76 @@ inline TensorMap map_y(const GemmProblem& problem, int box_rows) {
                     box_rows);
 }
 
-/// A strip kernel of the shape StripShape<T, kBits, token tiles, streams x, warps>.
+template <class S>
+void launch_strips(const GemmProblem& problem, const GemmPlan& plan, cudaStream_t stream) {
+  static std::atomic<std::uint64_t> devices_done{0};
+  allow_shared_memory(strip_gemm<S>, devices_done);
+  const WeightView& w = problem.weight;
+  const StripChoice choice{.clusters = plan.blocks / plan.cluster_blocks,
+                           .cluster_blocks = plan.cluster_blocks,
+                           .share_halves = plan.share_halves,
+                           .warps = S::kWarps,
+                           .item_chunks = S::kItemChunks,
+                           .stages = plan.stages,
+                           .streams_x = S::kStreamsX};
+  const auto items = static_cast<int>(ceil_div(w.chunks, S::kItemChunks));
+  const auto slice = static_cast<int>(ceil_div(items, plan.cluster_blocks));
+  int part_shift = 0;
+  while (S::kWarps << part_shift < slice) ++part_shift;
+  const std::int32_t item_groups = groups_of_steps(w, S::kItemSteps);
+  const int x_rows = std::min(problem.m, S::kTokens);
+  launch_clusters(
+      strip_gemm<S>, dim3(static_cast<unsigned>(plan.blocks)), plan.cluster_blocks, S::kThreads,
+      plan.shared_bytes, plan.dependent_launch, stream,
+      StripParams{.problem = problem,
+                  .memory = strip_memory(problem, S::kTokens, S::kSlotBytes, choice),
+                  .shares = EvenShare(strip_shares(w, choice), choice.clusters),
+                  .share_halves = choice.share_halves,
+                  .cluster_blocks = choice.cluster_blocks,
+                  .stages = choice.stages,
+                  .early_stages = plan.early_stages,
+                  .items = items,
+                  .part_shift = part_shift,
+                  .item_groups = item_groups,
+                  .item_record_bytes = item_groups * sm80::Layout::kBlockStrips * w.record_bytes,
+                  .partial_item = w.chunks % S::kItemChunks != 0 || w.num_groups % item_groups != 0
+                                      ? items - 1
+                                      : -1,
+                  .sub_steps = S::kItemSteps / item_groups,
+                  .pairs = sm80::stores_together(problem, 2),
+                  .x_map = S::kStreamsX ? map_x(problem, x_rows) : TensorMap{},
+                  .x_box_bytes = x_rows * sm80::kXRowBytes});
+}
+
+/// A strip kernel of the shape StripShape<T, kBits, token tiles, streams x, warps>, in its two forms.
 template <class T, int kBits, int kTokenTiles, bool kStreamsX, int kWarps = 8>
 constexpr Instance strip_instance() {
-  using S = StripShape<T, kBits, kTokenTiles, kStreamsX, kWarps>;
-  return {
-      .kind = KernelKind::kStrip,
-      .tokens = S::kTokens,
-      .warps = S::kWarps,
-      .streams_x = kStreamsX,
-      .item_chunks = S::kItemChunks,
-      .slot_bytes = S::kSlotBytes,
-      .blocks_together = S::kBlocksTogether,
-      .blocks = 0,
-      .cluster_blocks = 0,
-      .may_share_tile = false,
-      .stage_chunks = 0,
-      .stage_bytes = 0,
-      .output_bytes = 0,
-      .cost = {},
-      .launch = [](const GemmProblem& problem, const GemmPlan& plan, const SplitScratch&,
-                   cudaStream_t stream) {
-        static std::atomic<std::uint64_t> devices_done{0};
-        allow_shared_memory(strip_gemm<S>, devices_done);
-        const WeightView& w = problem.weight;
-        const StripChoice choice{.clusters = plan.blocks / plan.cluster_blocks,
-                                 .cluster_blocks = plan.cluster_blocks,
-                                 .share_halves = plan.share_halves,
-                                 .warps = S::kWarps,
-                                 .item_chunks = S::kItemChunks,
-                                 .stages = plan.stages,
-                                 .streams_x = kStreamsX};
-        const auto items = static_cast<int>(ceil_div(w.chunks, S::kItemChunks));
-        const auto slice = static_cast<int>(ceil_div(items, plan.cluster_blocks));
-        int part_shift = 0;
-        while (S::kWarps << part_shift < slice) ++part_shift;
-        const std::int32_t item_groups = groups_of_steps(w, S::kItemSteps);
-        const int x_rows = std::min(problem.m, S::kTokens);
-        launch_clusters(
-            strip_gemm<S>, dim3(static_cast<unsigned>(plan.blocks)), plan.cluster_blocks,
-            S::kThreads, plan.shared_bytes, plan.dependent_launch, stream,
-            StripParams{
-                .problem = problem,
-                .memory = strip_memory(problem, S::kTokens, S::kSlotBytes, choice),
-                .shares = EvenShare(strip_shares(w, choice), choice.clusters),
-                .share_halves = choice.share_halves,
-                .cluster_blocks = choice.cluster_blocks,
-                .stages = choice.stages,
-                .early_stages = plan.early_stages,
-                .items = items,
-                .part_shift = part_shift,
-                .item_groups = item_groups,
-                .item_record_bytes = item_groups * sm80::Layout::kBlockStrips * w.record_bytes,
-                .partial_item = w.chunks % S::kItemChunks != 0 || w.num_groups % item_groups != 0
-                                    ? items - 1
-                                    : -1,
-                .sub_steps = S::kItemSteps / item_groups,
-                .pairs = sm80::stores_together(problem, 2),
-                .x_map = kStreamsX ? map_x(problem, x_rows) : TensorMap{},
-                .x_box_bytes = x_rows * sm80::kXRowBytes});
-      }};
+  using S = StripShape<T, kBits, kTokenTiles, kStreamsX, kWarps, false>;
+  return {.kind = KernelKind::kStrip,
+          .tokens = S::kTokens,
+          .warps = S::kWarps,
+          .streams_x = kStreamsX,
+          .item_chunks = S::kItemChunks,
+          .slot_bytes = S::kSlotBytes,
+          .blocks_together = S::kBlocksTogether,
+          .blocks = 0,
+          .cluster_blocks = 0,
+          .may_share_tile = false,
+          .stage_chunks = 0,
+          .stage_bytes = 0,
+          .output_bytes = 0,
+          .cost = {},
+          .launch = [](const GemmProblem& problem, const GemmPlan& plan, const SplitScratch&,
+                       cudaStream_t stream) {
+            if constexpr (kBits == 4) {
+              if (has_plain_groups(problem.weight)) {
+                using Plain = StripShape<T, kBits, kTokenTiles, kStreamsX, kWarps, true>;
+                launch_strips<Plain>(problem, plan, stream);
+                return;
+              }
+            }
+            launch_strips<S>(problem, plan, stream);
+          }};
 }
 
 /// A tile kernel of the shape TileShape<T, kBits, warpgroups, packed blocks of each, tokens, blocks of a

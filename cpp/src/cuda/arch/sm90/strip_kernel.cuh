@@ -37,7 +37,8 @@ namespace marlinq::cuda::sm90 {
 
 using sm80::EvenShare;
 
-template <class T_, int kBits_, int kTokenTiles_, bool kStreamsX_, int kWarps_>
+// kPlain: for weights of has_plain_groups() alone.
+template <class T_, int kBits_, int kTokenTiles_, bool kStreamsX_, int kWarps_, bool kPlain_>
 struct StripShape {
   using T = T_;
   static constexpr int kBits = kBits_;
@@ -45,6 +46,7 @@ struct StripShape {
   static constexpr int kTokens = kTokenTiles * 8;
   static constexpr bool kStreamsX = kStreamsX_;
   static constexpr int kWarps = kWarps_;
+  static constexpr bool kPlain = kPlain_;
   static constexpr int kThreads = kWarps * 32;
   // On a multiprocessor: of one kernel, or of it and the next.
   static constexpr int kBlocksTogether = kTokenTiles == 1 ? 2 : 1;
@@ -53,7 +55,8 @@ struct StripShape {
   static constexpr int kItemChunks = 8 / kBits;  // 4 KB of codes
   static constexpr int kItemSteps = kItemChunks * Layout::kChunkSteps;
   // Both halves of an item, where each is a group, without a loop: the others would lose registers by it.
-  static constexpr bool kUnrollsHalves = kItemSteps == 8 && kStreamsX && kTokenTiles != 2;
+  static constexpr bool kUnrollsHalves =
+      kItemSteps == 8 && (kPlain || (kStreamsX && kTokenTiles != 2));
   static constexpr int kXTileBytes = kTokens * 128;  // of a chunk, where x is streamed
   static constexpr int kItemRows = kItemChunks * Layout::kChunkRows;
   static constexpr int kStripBytes = 128 * kBits;  // codes of a strip and chunk
@@ -414,9 +417,9 @@ class StripLoop {
       const uint32_t x_move = S::kStreamsX ? stage : item * (S::kItemRows * 2);
       const int steps = params_.sub_steps;
       if (steps >= S::kItemSteps) {
-        multiply<kWidth, S::kItemSteps, false>(stage, 0, x_rows, x_move,
-                                               records + stage_ * params_.memory.record_bytes,
-                                               values, factors);
+        multiply<kWidth, S::kItemSteps>(stage, 0, x_rows, x_move,
+                                        records + stage_ * params_.memory.record_bytes, values,
+                                        factors);
       } else {
         const int present =
             min(S::kItemSteps, (w_.chunks - (first_item_ + item) * S::kItemChunks) * 4);
@@ -430,11 +433,9 @@ class StripLoop {
 #pragma unroll 1
           for (int step = 0; step < present; step += at_once) {
             if (at_once == 4) {
-              multiply<kWidth, 4, false>(stage, step, x_rows, x_move, group_records, values,
-                                         factors);
+              multiply<kWidth, 4>(stage, step, x_rows, x_move, group_records, values, factors);
             } else {
-              multiply<kWidth, 1, false>(stage, step, x_rows, x_move, group_records, values,
-                                         factors);
+              multiply<kWidth, 1>(stage, step, x_rows, x_move, group_records, values, factors);
             }
             if (((step + at_once) & (steps - 1)) == 0) group_records += group_bytes();
           }
@@ -474,47 +475,37 @@ class StripLoop {
   __device__ __forceinline__ void multiply_groups(
       uint32_t stage, const uint32_t (&x_rows)[S::kTokenTiles], uint32_t x_move, uint32_t records,
       Values& values, const typename Product<kWidth>::XFactors& factors) {
-    if (has_plain_groups(w_)) {
-      multiply_each_group<kWidth, kSteps, true>(stage, x_rows, x_move, records, values, factors);
-    } else {
-      multiply_each_group<kWidth, kSteps, false>(stage, x_rows, x_move, records, values, factors);
-    }
-  }
-  template <int kWidth, int kSteps, bool kPlain, class Values>
-  __device__ __forceinline__ void multiply_each_group(
-      uint32_t stage, const uint32_t (&x_rows)[S::kTokenTiles], uint32_t x_move, uint32_t records,
-      Values& values, const typename Product<kWidth>::XFactors& factors) {
 #pragma unroll
     for (int step = 0; step < S::kItemSteps; step += kSteps) {
-      multiply<kWidth, kSteps, kPlain>(stage, step, x_rows, x_move, records, values, factors);
+      multiply<kWidth, kSteps>(stage, step, x_rows, x_move, records, values, factors);
       records += group_bytes();
     }
   }
 
   // kSteps steps of one group, from step `first` of the item on.
-  template <int kWidth, int kSteps, bool kPlain, class Values>
+  template <int kWidth, int kSteps, class Values>
   __device__ __forceinline__ void multiply(uint32_t stage, int first,
                                            const uint32_t (&x_rows)[S::kTokenTiles],
                                            uint32_t x_move, uint32_t records, Values& values,
                                            const typename Product<kWidth>::XFactors& factors) {
     const uint32_t second_records = records + kTogether<kWidth> * w_.record_bytes;
-    Product<kWidth>::template load<kPlain>(values[0], records, w_);
+    Product<kWidth>::template load<S::kPlain>(values[0], records, w_);
     if constexpr (kTogether<kWidth> < kWidth) {
-      Product<kWidth>::template load<kPlain>(values[1], second_records, w_);
+      Product<kWidth>::template load<S::kPlain>(values[1], second_records, w_);
     }
     const uint32_t codes = stage + lane_ * 16;
     const auto x_of = [&](int t, int step) { return x_address(x_rows[t], x_move, step); };
     Product<kWidth> product;
-    product.template add<kSteps, S::kChunkBytes, kPlain>(codes, first, values[0], factors, w_,
-                                                         x_of);
-    product.template finish<0, kSteps, kPlain>(sum_, values[0], records, w_);
+    product.template add<kSteps, S::kChunkBytes, S::kPlain>(codes, first, values[0], factors, w_,
+                                                            x_of);
+    product.template finish<0, kSteps, S::kPlain>(sum_, values[0], records, w_);
     if constexpr (kTogether<kWidth> < kWidth) {
       static_assert(kWidth == 2 * kTogether<kWidth>);
       Product<kWidth> second;
-      second.template add<kSteps, S::kChunkBytes, kPlain>(
+      second.template add<kSteps, S::kChunkBytes, S::kPlain>(
           codes + kTogether<kWidth> * S::kStripBytes, first, values[1], factors, w_, x_of);
-      second.template finish<kTogether<kWidth>, kSteps, kPlain>(sum_, values[1], second_records,
-                                                                w_);
+      second.template finish<kTogether<kWidth>, kSteps, S::kPlain>(sum_, values[1], second_records,
+                                                                   w_);
     }
   }
 

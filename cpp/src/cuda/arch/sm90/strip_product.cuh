@@ -18,7 +18,7 @@ namespace marlinq::cuda::sm90 {
 using sm80::Layout;
 
 /// float16 scales and no zero points: what a product takes of a group has no branch then.
-__device__ __forceinline__ bool has_plain_groups(const WeightView& w) {
+__host__ __device__ __forceinline__ bool has_plain_groups(const WeightView& w) {
   return w.scale_type == FloatType::kF16 && !w.has_zeros;
 }
 
