@@ -11,20 +11,14 @@
 #include <cstdint>
 
 #include "cuda/arch/sm80/group_values.cuh"
-#include "cuda/arch/sm80/layout.hpp"
+#include "cuda/arch/sm80/plan.hpp"
 #include "cuda/device/dequantize.cuh"
 #include "cuda/problem.hpp"
 #include "cuda/ptx/copy.cuh"
 
 namespace marlinq::cuda::sm80 {
 
-/// Where every chunk has as many groups, several, and their records are 16 bytes for each lane at most.
-__host__ __device__ __forceinline__ bool has_even_short_groups(const WeightView& w) {
-  return w.chunk_shift < 0 && w.step_shift >= 0 &&
-         w.groups_per_chunk * Layout::kBlockStrips * w.record_bytes <= 32 * 16;
-}
-
-/// The same, and float16 scales that codes can be multiplied by.
+/// has_even_short_groups(), and float16 scales that codes can be multiplied by.
 __host__ __device__ __forceinline__ bool has_short_groups(const WeightView& w) {
   return has_even_short_groups(w) && w.scale_type == FloatType::kF16 && w.small_scales;
 }

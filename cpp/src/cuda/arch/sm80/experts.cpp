@@ -68,13 +68,18 @@ ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits
     while (chosen > least && !fits(w, all[chosen], limits)) --chosen;
   }
   // How this one divides K depends on the batch. Where blocks have long runs the other is quicker, whose
-  // warps share x.
+  // warps share x, but not with short groups, for which this has a kernel of its own.
   constexpr std::int64_t kMostChunks = 1500;
+  constexpr std::int64_t kMostWork = std::int64_t{1} << 30;  // that the kernel counts
+  const std::int64_t work =
+      most_tiles(problem, all[kStrips].tokens) * ceil_div(w.n, all[kStrips].features) * w.chunks;
+  const std::int64_t most_work =
+      has_even_short_groups(w) && w.code_bits == 4
+          ? kMostWork
+          : kMostChunks * all[kStrips].blocks_together * limits.multiprocessors;
   const bool may_use_strips = !invariant && fits(w, all[kStrips], limits);
   if (problem.tiles.topk.data != nullptr ||
-      (may_use_strips && chosen == kAnyScales &&
-       most_tiles(problem, all[kStrips].tokens) * ceil_div(w.n, all[kStrips].features) * w.chunks <=
-           kMostChunks * all[kStrips].blocks_together * limits.multiprocessors)) {
+      (may_use_strips && chosen == kAnyScales && work <= most_work)) {
     chosen = kStrips;
   }
   return plan_experts_with(chosen, problem, limits, invariance);

@@ -20,6 +20,12 @@ constexpr std::int32_t kReservedShared = 1024;
 /// What the kernels over experts have of static shared memory, at most; the others have none.
 constexpr std::int32_t kExpertStaticShared = 512;
 
+/// Where every chunk has as many groups, several, and their records are 16 bytes for each lane at most.
+MARLINQ_HOST_DEVICE inline bool has_even_short_groups(const WeightView& w) {
+  return w.chunk_shift < 0 && w.step_shift >= 0 &&
+         w.groups_per_chunk * Layout::kBlockStrips * w.record_bytes <= Layout::kLanes * 16;
+}
+
 /// A slice of a tile kernel: x and codes, and the records of each block of features.
 inline std::int32_t slice_bytes(const WeightView& w, std::int32_t without_records,
                                 std::int32_t features) {
