@@ -31,9 +31,8 @@ struct GroupValues {
     load_zeros(records, w);
   }
 
-  /// Of float16.
-  __device__ __forceinline__ void load_half_scales(uint32_t records, int record_bytes) {
-    const uint32_t first = records + threadIdx.x % 32 / 4 * 4;
+  /// Of float16, from where this lane's two of the first strip are.
+  __device__ __forceinline__ void load_half_scales(uint32_t first, int record_bytes) {
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) {
       const uint32_t pair = ptx::load_shared_4(first + s * record_bytes);
@@ -48,7 +47,7 @@ struct GroupValues {
         records + threadIdx.x % 32 / 4 * (w.scale_type == FloatType::kF32 ? 8 : 4);
     const int step = w.record_bytes;
     if (w.scale_type == FloatType::kF16) {
-      load_half_scales(records, step);
+      load_half_scales(first, step);
     } else if (w.scale_type == FloatType::kBF16) {
 #pragma unroll
       for (int s = 0; s < kStrips; ++s) {

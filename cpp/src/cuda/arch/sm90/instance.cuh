@@ -67,10 +67,10 @@ void launch_strips(const GemmProblem& problem, const GemmPlan& plan, cudaStream_
                   .x_box_bytes = x_rows * sm80::kXRowBytes});
 }
 
-/// A strip kernel of the shape StripShape<T, kBits, token tiles, streams x, warps>, in its two forms.
+/// A strip kernel of the shape StripShape<T, kBits, token tiles, streams x, warps>, in its forms.
 template <class T, int kBits, int kTokenTiles, bool kStreamsX, int kWarps = 8>
 constexpr Instance strip_instance() {
-  using S = StripShape<T, kBits, kTokenTiles, kStreamsX, kWarps, false>;
+  using S = StripShape<T, kBits, kTokenTiles, kStreamsX, kWarps, StripGroups::kAny>;
   return {.kind = KernelKind::kStrip,
           .tokens = S::kTokens,
           .warps = S::kWarps,
@@ -89,8 +89,15 @@ constexpr Instance strip_instance() {
                        cudaStream_t stream) {
             if constexpr (kBits == 4) {
               if (has_plain_groups(problem.weight)) {
-                using Plain = StripShape<T, kBits, kTokenTiles, kStreamsX, kWarps, true>;
-                launch_strips<Plain>(problem, plan, stream);
+                using Long =
+                    StripShape<T, kBits, kTokenTiles, kStreamsX, kWarps, StripGroups::kPlainLong>;
+                using Short =
+                    StripShape<T, kBits, kTokenTiles, kStreamsX, kWarps, StripGroups::kPlainShort>;
+                if (groups_of_steps(problem.weight, S::kItemSteps) == 1) {
+                  launch_strips<Long>(problem, plan, stream);
+                } else {
+                  launch_strips<Short>(problem, plan, stream);
+                }
                 return;
               }
             }

@@ -37,8 +37,15 @@ namespace marlinq::cuda::sm90 {
 
 using sm80::EvenShare;
 
-// kPlain: for weights of has_plain_groups() alone.
-template <class T_, int kBits_, int kTokenTiles_, bool kStreamsX_, int kWarps_, bool kPlain_>
+/// What groups a strip kernel takes. Those that have no branches for others have fewer instructions to fetch, too.
+enum class StripGroups {
+  kAny,
+  kPlainShort,  // has_plain_groups(), of which an item has several
+  kPlainLong,   // has_plain_groups(), of which an item has one
+};
+
+template <class T_, int kBits_, int kTokenTiles_, bool kStreamsX_, int kWarps_,
+          StripGroups kGroups_>
 struct StripShape {
   using T = T_;
   static constexpr int kBits = kBits_;
@@ -46,7 +53,8 @@ struct StripShape {
   static constexpr int kTokens = kTokenTiles * 8;
   static constexpr bool kStreamsX = kStreamsX_;
   static constexpr int kWarps = kWarps_;
-  static constexpr bool kPlain = kPlain_;
+  static constexpr StripGroups kGroups = kGroups_;
+  static constexpr bool kPlain = kGroups != StripGroups::kAny;
   static constexpr int kThreads = kWarps * 32;
   // On a multiprocessor: of one kernel, or of it and the next.
   static constexpr int kBlocksTogether = kTokenTiles == 1 ? 2 : 1;
@@ -416,7 +424,8 @@ class StripLoop {
       if (!S::kStreamsX) wait_for_part(item);
       const uint32_t x_move = S::kStreamsX ? stage : item * (S::kItemRows * 2);
       const int steps = params_.sub_steps;
-      if (steps >= S::kItemSteps) {
+      if (S::kGroups == StripGroups::kPlainLong ||
+          (S::kGroups == StripGroups::kAny && steps >= S::kItemSteps)) {
         multiply<kWidth, S::kItemSteps>(stage, 0, x_rows, x_move,
                                         records + stage_ * params_.memory.record_bytes, values,
                                         factors);

@@ -50,7 +50,7 @@ class StripProduct {
   __device__ __forceinline__ static void load(Values& values, uint32_t records,
                                               const WeightView& w) {
     if constexpr (kPlain) {
-      values.load_half_scales(records, w.record_bytes);
+      values.load_half_scales(records + threadIdx.x % 32 / 4 * 4, w.record_bytes);
     } else if constexpr (Codes::kHas) {
       values.load_scales(records, w);
     } else {
