@@ -53,7 +53,6 @@ class ExpertFill : public TileLoop<S, Self> {
   // The first stages: weights, which where the rows are settled do not depend on the kernel before, and
   // after the wait for it the rows of x.
   __device__ __forceinline__ void prime() {
-    constexpr bool kShortGroups = S::kOnlyShortGroups;
     constexpr int kAhead = S::kStages - 1;
     Self& self = static_cast<Self&>(*this);
     this->last_fill_ = true;
@@ -62,9 +61,9 @@ class ExpertFill : public TileLoop<S, Self> {
     this->fill_slot_ = this->ring_;
 #pragma unroll 1
     for (int stage = 0; stage < early; ++stage) {
-      if constexpr (!kShortGroups)
+      if constexpr (S::kForm == GroupForm::kAny)
         this->fill_group_ = self.groups_to_fill(this->fill_chunk_).first();
-      this->template fill_weights<kShortGroups>(this->fill_slot_, true);
+      this->fill_weights(this->fill_slot_, true);
       this->step_fill();
       this->fill_slot_ += this->stage_bytes_;
     }
@@ -76,8 +75,8 @@ class ExpertFill : public TileLoop<S, Self> {
 #pragma unroll 1
     for (int stage = 0; stage < kAhead; ++stage) {
       if (this->fill_left_ > 0) {
-        this->template prepare_fill<kShortGroups>(this->fill_slot_);
-        if (stage >= early) this->template fill_weights<kShortGroups>(this->fill_slot_, true);
+        this->prepare_fill(this->fill_slot_);
+        if (stage >= early) this->fill_weights(this->fill_slot_, true);
         self.fill_x(this->fill_slot_, true);
         this->step_fill();
         this->count_fill(1);

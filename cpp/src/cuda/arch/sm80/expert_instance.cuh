@@ -86,15 +86,22 @@ template <class T, int kBits>
 constexpr ExpertInstance expert_strip_instance() {
   constexpr int kWarps = 8;
   constexpr int kStages = kBits == 4 ? 3 : 2;
-  using S = ExpertStripShape<T, kBits, kWarps, kStages, ShortGroups::kSums>;
+  using S = ExpertStripShape<T, kBits, kWarps, kStages, TileGroups::kAny>;
   return instance_of<S>(
       sizeof(StripTables<S>),
       [](const ExpertProblem& problem, const ExpertPlan& plan, const DeviceLimits& limits,
          const SplitScratch& scratch, cudaStream_t stream) {
         if constexpr (kBits == 4) {
           if (has_even_short_groups(problem.matrix.weight)) {
-            using Short = ExpertStripShape<T, kBits, kWarps, kStages, ShortGroups::kSumsOnly>;
+            using Short = ExpertStripShape<T, kBits, kWarps, kStages, TileGroups::kShortSums>;
             launch_expert_strips<Short, true>(problem, plan, limits, scratch, stream);
+            return;
+          }
+          if (has_plain_groups(problem.matrix.weight) && problem.matrix.weight.chunk_shift >= 0) {
+            using Plain = ExpertStripShape<T, kBits, kWarps, kStages, TileGroups::kPlainLong>;
+            const auto launch = plan.may_cut ? launch_expert_strips<Plain, true>
+                                             : launch_expert_strips<Plain, false>;
+            launch(problem, plan, limits, scratch, stream);
             return;
           }
         }

@@ -26,8 +26,8 @@
 namespace marlinq::cuda::sm80 {
 
 /// Each warp is a group of its own. kStages_: slices of its ring.
-template <class T, int kBits, int kWarps, int kStages_, ShortGroups kShortGroups>
-struct ExpertStripShape : TileShape<T, kBits, 1, kWarps, 1, true, kShortGroups> {
+template <class T, int kBits, int kWarps, int kStages_, TileGroups kGroups>
+struct ExpertStripShape : TileShape<T, kBits, 1, kWarps, 1, true, kGroups> {
   static constexpr int kStages = kStages_;
   static constexpr bool kStreams = true;
 };
@@ -66,7 +66,7 @@ struct StripTables {
   NearTiles near;
 };
 
-/// kCuts: units may be cut between blocks. Of short groups there is no kernel without.
+/// kCuts: units may be cut between blocks. Of GroupForm::kAny alone there is a kernel without.
 template <class S, class Rows, bool kCuts>
 class ExpertStripLoop : public ExpertFill<S, Rows, ExpertStripLoop<S, Rows, kCuts>> {
   using Fill = ExpertFill<S, Rows, ExpertStripLoop<S, Rows, kCuts>>;
@@ -177,7 +177,7 @@ class ExpertStripLoop : public ExpertFill<S, Rows, ExpertStripLoop<S, Rows, kCut
       const int most = runs.begin(1);
       const int least = max(kLeastCutChunks, w_.chunks / kMostUnitBlocks);
       const int even = params_.blocks.divide(total);
-      if ((!S::kOnlyShortGroups || params_.may_cut) && params_.share != 1 &&
+      if ((S::kForm == GroupForm::kAny || params_.may_cut) && params_.share != 1 &&
           max(even, least) + kHandOver < most) {
         runs.size = max(even, least);
         runs.larger = even < least ? 0 : total - even * blocks;
@@ -240,7 +240,7 @@ class ExpertStripLoop : public ExpertFill<S, Rows, ExpertStripLoop<S, Rows, kCut
     // Of a group, the first lanes copy the records of the lower strips.
     const int record_pieces = w_.record_bytes / 16;
     int piece = lane_;
-    if constexpr (S::kOnlyShortGroups) {
+    if constexpr (S::kForm == GroupForm::kShort) {
 #pragma unroll 1
       while (piece >= group_bytes() / 16) piece -= group_bytes() / 16;
     }

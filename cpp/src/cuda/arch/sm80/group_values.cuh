@@ -13,6 +13,13 @@
 
 namespace marlinq::cuda::sm80 {
 
+/// What groups a loop is for. Those of kAny are looked up, and may start anywhere.
+enum class GroupForm {
+  kAny,
+  kShort,      // has_even_short_groups()
+  kPlainLong,  // has_plain_groups(), each of whole chunks (WeightView::chunk_shift)
+};
+
 /// A lane holds those of features g and g + 8 of each strip.
 template <class T, int kBits, int kStrips, class Zero = ZeroPair<T, kBits>>
 struct GroupValues {
@@ -25,10 +32,15 @@ struct GroupValues {
     for (int s = 0; s < kStrips; ++s) zero[s].set(w.middle, w.middle);
   }
 
-  /// From the records of the strips in shared memory, one after the other.
+  /// From the records of the strips in shared memory, one after the other. kPlain: of weights of has_plain_groups() alone.
+  template <bool kPlain = false>
   __device__ __forceinline__ void load(uint32_t records, const WeightView& w) {
-    load_scales(records, w);
-    load_zeros(records, w);
+    if constexpr (kPlain) {
+      load_half_scales(records + threadIdx.x % 32 / 4 * 4, w.record_bytes);
+    } else {
+      load_scales(records, w);
+      load_zeros(records, w);
+    }
   }
 
   /// Of float16, from where this lane's two of the first strip are.
@@ -88,6 +100,7 @@ struct GroupValues {
 
   /// The same as load(); `quotient` is the old scales over the new ones: what sums in units of the old scales
   /// are multiplied by to be in units of the new ones. Before the first group scales are 0.
+  template <bool kPlain = false>
   __device__ __forceinline__ void change(uint32_t records, const WeightView& w,
                                          float (&quotient)[kStrips][2]) {
 #pragma unroll
@@ -95,7 +108,7 @@ struct GroupValues {
       quotient[s][0] = scale[s][0];
       quotient[s][1] = scale[s][1];
     }
-    load(records, w);
+    load<kPlain>(records, w);
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) {
       quotient[s][0] = ptx::divide_roughly(quotient[s][0], scale[s][0]);

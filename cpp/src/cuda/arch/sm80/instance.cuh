@@ -55,8 +55,8 @@ constexpr Instance tile_instance(const TileCost& cost) {
   constexpr bool kCodes = std::is_same_v<T, __half>;
   // Where all registers are taken, a loop more would cost the other some.
   constexpr bool kApart = kFeatureWarps == 4 && kRowWarps == 1 && kTokenTiles == 8;
-  constexpr auto kShortGroups = kCodes && !kApart ? ShortGroups::kCodes : ShortGroups::kSums;
-  using S = TileShape<T, kBits, kFeatureWarps, kRowWarps, kTokenTiles, false, kShortGroups>;
+  constexpr auto kGroups = kCodes && !kApart ? TileGroups::kAnyOrCodes : TileGroups::kAny;
+  using S = TileShape<T, kBits, kFeatureWarps, kRowWarps, kTokenTiles, false, kGroups>;
   return {.kind = KernelKind::kTile,
           .tokens = S::kTokens,
           .features = S::kFeatures,
@@ -73,7 +73,7 @@ constexpr Instance tile_instance(const TileCost& cost) {
             if constexpr (kCodes && kApart) {
               if (has_short_groups(problem.weight)) {
                 launch_tiles<TileShape<T, kBits, kFeatureWarps, kRowWarps, kTokenTiles, false,
-                                       ShortGroups::kCodesOnly>>(problem, plan, scratch, stream);
+                                       TileGroups::kShortCodes>>(problem, plan, scratch, stream);
                 return;
               }
             }
@@ -99,7 +99,7 @@ void launch_strips(const GemmProblem& problem, const GemmPlan& plan, cudaStream_
 /// A strip kernel of the shape StripShape<T, kBits, token tiles, most warps, promotes>.
 template <class T, int kBits, int kTokenTiles, int kMaxWarps, bool kPromotes>
 constexpr Instance strip_instance() {
-  using S = StripShape<T, kBits, kTokenTiles, kMaxWarps, kPromotes>;
+  using S = StripShape<T, kBits, kTokenTiles, kMaxWarps, kPromotes, GroupForm::kAny>;
   return {.kind = KernelKind::kStrip,
           .tokens = S::kTokens,
           .features = 0,
@@ -113,10 +113,15 @@ constexpr Instance strip_instance() {
           .cost = {},
           .launch = [](const GemmProblem& problem, const GemmPlan& plan, const SplitScratch&,
                        cudaStream_t stream) {
-            using Short = StripShape<T, kBits, kTokenTiles, kMaxWarps, kPromotes, true>;
+            using Short =
+                StripShape<T, kBits, kTokenTiles, kMaxWarps, kPromotes, GroupForm::kShort>;
+            using PlainLong =
+                StripShape<T, kBits, kTokenTiles, kMaxWarps, kPromotes, GroupForm::kPlainLong>;
             const WeightView& w = problem.weight;
             if (Short::kScalesCodes ? has_short_groups(w) : has_even_short_groups(w)) {
               launch_strips<Short>(problem, plan, stream);
+            } else if (has_plain_groups(w) && w.chunk_shift >= 0) {
+              launch_strips<PlainLong>(problem, plan, stream);
             } else {
               launch_strips<S>(problem, plan, stream);
             }

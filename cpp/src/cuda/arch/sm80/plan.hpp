@@ -26,6 +26,11 @@ MARLINQ_HOST_DEVICE inline bool has_even_short_groups(const WeightView& w) {
          w.groups_per_chunk * Layout::kBlockStrips * w.record_bytes <= Layout::kLanes * 16;
 }
 
+/// float16 scales and no zero points: to take the values of a group needs no branch then.
+MARLINQ_HOST_DEVICE inline bool has_plain_groups(const WeightView& w) {
+  return w.scale_type == FloatType::kF16 && !w.has_zeros;
+}
+
 /// A slice of a tile kernel: x and codes, and the records of each block of features.
 inline std::int32_t slice_bytes(const WeightView& w, std::int32_t without_records,
                                 std::int32_t features) {

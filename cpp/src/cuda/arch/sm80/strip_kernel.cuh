@@ -39,9 +39,8 @@ namespace marlinq::cuda::sm80 {
 
 // kPromotes: sums of a group are kept apart and added, scaled, to the sums of all; else there is one
 // set, in units of the current group's scale (tile_loop.cuh says how), which takes fewer registers.
-// kShortGroups: for weights of has_even_short_groups() alone, whose groups nobody looks up.
 template <class T_, int kBits_, int kTokenTiles_, int kMaxWarps_, bool kPromotes_,
-          bool kShortGroups_ = false>
+          GroupForm kGroups_>
 struct StripShape {
   using T = T_;
   static constexpr int kBits = kBits_;
@@ -49,7 +48,9 @@ struct StripShape {
   static constexpr int kTokens = kTokenTiles * 8;
   static constexpr int kMaxWarps = kMaxWarps_;
   static constexpr bool kPromotes = kPromotes_;
-  static constexpr bool kShortGroups = kShortGroups_;
+  static constexpr GroupForm kGroups = kGroups_;
+  static constexpr bool kShortGroups = kGroups == GroupForm::kShort;
+  static constexpr bool kPlain = kGroups == GroupForm::kPlainLong;
   // Codes of short groups are multiplied by their scales: for weights of has_short_groups() alone.
   // Sums that are kept apart take fewer instructions, codes of bfloat16 as many.
   static constexpr bool kScalesCodes = kShortGroups && !kPromotes && std::is_same_v<T, __half>;
@@ -239,6 +240,12 @@ class StripLoop {
       __syncwarp();
       if constexpr (S::kShortGroups) {
         multiply<kWidth, Starts::kShort>(stage_, groups);
+      } else if constexpr (S::kPlain) {
+        if (chunk == change_chunk) {
+          change_group(stage_.records);
+          change_chunk = next_change(w_, chunk);
+        }
+        multiply<kWidth, Starts::kNone>(stage_, groups);
       } else {
         if (chunk == change_chunk) {
           groups = load_chunk_groups(w_, chunk);
@@ -254,7 +261,7 @@ class StripLoop {
         }
       }
       if (fill_left_ > 0) {
-        if ((!S::kShortGroups && w_.chunk_shift < 0) || fill_chunk_ == missing_chunk_)
+        if ((S::kGroups == GroupForm::kAny && w_.chunk_shift < 0) || fill_chunk_ == missing_chunk_)
           fill_rest(fill_slot_);
         advance_fill();
         if (fill_left_ == 0 && warp_ == 0) ptx::launch_dependents();
@@ -361,6 +368,7 @@ class StripLoop {
       }
     }
     const int group = S::kShortGroups ? fill_chunk_ * w_.groups_per_chunk
+                      : S::kPlain     ? fill_chunk_ >> w_.chunk_shift
                                       : load_chunk_groups(w_, fill_chunk_).first();
     ptx::copy_async_if(on && fill_record_, slot.records + lane_ * 16, record_source(group));
   }
@@ -379,7 +387,7 @@ class StripLoop {
 
   // What few items have: groups that start inside the chunk, columns that x does not have.
   __device__ __forceinline__ void fill_rest(Stage slot) const {
-    if constexpr (!S::kShortGroups) {
+    if constexpr (S::kGroups == GroupForm::kAny) {
       const ChunkGroups groups = load_chunk_groups(w_, fill_chunk_);
       if (groups.changes() && fill_record_) {
 #pragma unroll 1
@@ -431,10 +439,10 @@ class StripLoop {
   __device__ __forceinline__ void change_group(uint32_t group_records) {
     if constexpr (S::kPromotes) {
       finish_group();
-      values_.load(group_records, w_);
+      values_.template load<S::kPlain>(group_records, w_);
     } else {
       float quotient[S::kStrips][2];
-      values_.change(group_records, w_, quotient);
+      values_.template change<S::kPlain>(group_records, w_, quotient);
 #pragma unroll
       for (int s = 0; s < S::kStrips; ++s) {
 #pragma unroll

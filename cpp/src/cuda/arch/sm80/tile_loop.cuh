@@ -42,16 +42,17 @@
 
 namespace marlinq::cuda::sm80 {
 
-/// What is multiplied by the scales of short groups, where a weight has them (has_short_groups).
-enum class ShortGroups {
-  kSums,       // as with other groups
-  kCodes,      // by a loop of its own, beside that for other weights
-  kCodesOnly,  // the same, by a kernel that takes no other weights
-  kSumsOnly,  // sums, which the shape keeps apart, by a kernel for weights of has_even_short_groups() alone
+/// What groups a shape is for.
+enum class TileGroups {
+  kAny,
+  kAnyOrCodes,  // codes are multiplied by the scales of short groups (has_short_groups), by a loop of its own
+  kShortCodes,  // the same, by a kernel that takes no other weights
+  kShortSums,   // GroupForm::kShort; the shape keeps sums of a group apart
+  kPlainLong,   // GroupForm::kPlainLong
 };
 
 template <class T_, int kBits_, int kFeatureWarps_, int kRowWarps_, int kTokenTiles_,
-          bool kPromotes_ = false, ShortGroups kShortGroups_ = ShortGroups::kSums>
+          bool kPromotes_ = false, TileGroups kGroups_ = TileGroups::kAny>
 struct TileShape {
   using T = T_;
   static constexpr int kBits = kBits_;
@@ -59,9 +60,12 @@ struct TileShape {
   static constexpr int kRowWarps = kRowWarps_;
   static constexpr int kTokenTiles = kTokenTiles_;  // of a warp
   static constexpr bool kPromotes = kPromotes_;
-  static constexpr ShortGroups kShortGroups = kShortGroups_;
-  static constexpr bool kOnlyShortGroups =
-      kShortGroups == ShortGroups::kCodesOnly || kShortGroups == ShortGroups::kSumsOnly;
+  static constexpr TileGroups kGroups = kGroups_;
+  static constexpr GroupForm kForm =
+      kGroups == TileGroups::kShortCodes || kGroups == TileGroups::kShortSums ? GroupForm::kShort
+      : kGroups == TileGroups::kPlainLong ? GroupForm::kPlainLong
+                                          : GroupForm::kAny;
+  static constexpr bool kPlain = kForm == GroupForm::kPlainLong;
   static constexpr int kStrips = Layout::kBlockStrips;
   static constexpr int kGroupThreads = kFeatureWarps * 32;  // that share a slice
   static constexpr int kThreads = kGroupThreads * kRowWarps;
@@ -93,9 +97,8 @@ struct TileShape {
   // The ring goes on into the next segment while the last one is stored.
   static constexpr bool kStreams = kRowWarps == 1 || kExchanges;
   static_assert(kTokenTiles == 1 || kTokenTiles % 2 == 0);
-  static_assert(kPromotes
-                    ? kShortGroups == ShortGroups::kSums || kShortGroups == ShortGroups::kSumsOnly
-                    : kShortGroups != ShortGroups::kSumsOnly);
+  static_assert(kForm == GroupForm::kShort ? kPromotes == (kGroups == TileGroups::kShortSums)
+                                           : !kPromotes || kGroups != TileGroups::kAnyOrCodes);
 };
 
 /// A range of chunks of one tile.
@@ -224,10 +227,10 @@ class TileLoop {
   // What the next chunk to be filled is like: the group that it starts with; the columns of x that it
   // has for this thread. And, with few of them, groups that start inside the chunk and columns that
   // x does not have. Returns for how many chunks the same holds.
-  template <bool kShortGroups = false>
+  template <GroupForm kForm = S::kForm>
   __device__ __forceinline__ int prepare_fill(uint32_t slot) {
     fill_x_on_ = true;
-    if ((kShortGroups || w_.chunk_shift >= 0) && fill_chunk_ != missing_chunk()) {
+    if ((kForm != GroupForm::kAny || w_.chunk_shift >= 0) && fill_chunk_ != missing_chunk()) {
       return fill_chunk_ < missing_chunk() ? missing_chunk() - fill_chunk_ : INT_MAX;
     }
     fill_rest(slot);
@@ -245,9 +248,9 @@ class TileLoop {
     return slice + S::kSliceBytes + feature_warp_ * chunk_group_bytes();
   }
 
-  template <bool kShortGroups>
+  template <GroupForm kForm>
   __device__ __forceinline__ void fill(uint32_t slot, bool on) const {
-    fill_weights<kShortGroups>(slot, on);
+    fill_weights<kForm>(slot, on);
     self().fill_x(slot, on);
   }
 
@@ -259,8 +262,8 @@ class TileLoop {
     return piece_at(w_.groups, fill_records_ + group * (group_bytes() / 16));
   }
 
-  // kShortGroups: every chunk has several groups, whose records come together.
-  template <bool kShortGroups = false>
+  // The records of a chunk's short groups come together.
+  template <GroupForm kForm = S::kForm>
   __device__ __forceinline__ void fill_weights(uint32_t slot, bool on) const {
     const uint32_t target = slot + codes_place_;
     const uint4* source = piece_at(w_.codes, fill_codes_);
@@ -274,9 +277,11 @@ class TileLoop {
     for (int piece = kHalf; piece < 2 * kHalf; ++piece) {
       ptx::copy_async_if(on, target + piece * 512, upper + piece * 32);
     }
-    const int group = kShortGroups          ? fill_chunk_ * w_.groups_per_chunk
-                      : w_.chunk_shift >= 0 ? fill_chunk_ >> w_.chunk_shift
-                                            : fill_group_;
+    constexpr bool kShortGroups = kForm == GroupForm::kShort;
+    const int group = kShortGroups ? fill_chunk_ * w_.groups_per_chunk
+                      : kForm == GroupForm::kPlainLong || w_.chunk_shift >= 0
+                          ? fill_chunk_ >> w_.chunk_shift
+                          : fill_group_;
     const int bytes = kShortGroups ? chunk_group_bytes() : group_bytes();
     ptx::copy_async_if(on && lane_ * 16 < bytes, records(slot) + lane_ * 16, record_source(group));
   }
@@ -362,10 +367,10 @@ class TileLoop {
   __device__ __forceinline__ void change_group(uint32_t group_records) {
     if constexpr (S::kPromotes) {
       promote();
-      values_.load(group_records, w_);
+      values_.template load<S::kPlain>(group_records, w_);
     } else {
       float quotient[S::kStrips][2];
-      values_.change(group_records, w_, quotient);
+      values_.template change<S::kPlain>(group_records, w_, quotient);
       scale_sums(quotient);
     }
   }
@@ -375,9 +380,12 @@ class TileLoop {
   // instructions.
   template <int kActive>
   __device__ __forceinline__ uint32_t multiply_chunks(uint32_t stage, int chunk, int left) {
-    if constexpr (S::kShortGroups != ShortGroups::kSums) {
-      if (S::kOnlyShortGroups || has_short_groups(w_))
-        return multiply_short_groups<kActive>(stage, left);
+    if constexpr (S::kPlain) {
+      return multiply_plain_groups<kActive>(stage, chunk, left);
+    } else if constexpr (S::kForm == GroupForm::kShort) {
+      return multiply_short_groups<kActive>(stage, left);
+    } else if constexpr (S::kGroups == TileGroups::kAnyOrCodes) {
+      if (has_short_groups(w_)) return multiply_short_groups<kActive>(stage, left);
     }
     int quant_group = -1;
     int change_run = 0;  // chunks before the next that a group may start in
@@ -386,7 +394,7 @@ class TileLoop {
 #pragma unroll 1
     for (; left > 0; --left) {
       meet_group();
-      if (fill_run == 0) settle_fill<false>(fill_run, filled, left);
+      if (fill_run == 0) settle_fill<GroupForm::kAny>(fill_run, filled, left);
       --fill_run;
       const bool fills = filled > 0;
       ChunkGroups groups{0};
@@ -432,7 +440,7 @@ class TileLoop {
 #pragma unroll 1
     for (; left > 0; --left) {
       meet_group();
-      if (fill_run == 0) settle_fill<true>(fill_run, filled, left);
+      if (fill_run == 0) settle_fill<GroupForm::kShort>(fill_run, filled, left);
       --fill_run;
       const float none[S::kStrips][2] = {};
       constexpr Change kChange = S::kPromotes ? Change::kParts : Change::kScaled;
@@ -444,14 +452,38 @@ class TileLoop {
     return stage;
   }
 
+  // The same where groups have whole chunks, and their values take no branch.
+  template <int kActive>
+  __device__ __forceinline__ uint32_t multiply_plain_groups(uint32_t stage, int chunk, int left) {
+    int fill_run = 0;
+    int filled = 0;
+    int change_chunk = chunk;
+#pragma unroll 1
+    for (; left > 0; --left) {
+      meet_group();
+      if (fill_run == 0) settle_fill<GroupForm::kPlainLong>(fill_run, filled, left);
+      --fill_run;
+      if (chunk == change_chunk) {
+        change_group(records(stage));
+        change_chunk = next_change(w_, chunk);
+      }
+      ++chunk;
+      const float none[S::kStrips][2] = {};
+      multiply_steps<kActive, Change::kNone>(stage, ChunkGroups{0}, none, filled > 0);
+      stage = step_ring(stage);
+    }
+    if (filled > 0) count_fill(filled);
+    return stage;
+  }
+
   // For how many chunks it is the same whether stages are filled.
-  template <bool kShortGroups>
+  template <GroupForm kForm>
   __device__ __forceinline__ void settle_fill(int& run, int& filled, int left) {
     if (filled > 0) count_fill(filled);
     filled = 0;
     run = left;
     if (fill_left_ > 0) {
-      run = min(left, min(fill_left_, prepare_fill<kShortGroups>(fill_slot_)));
+      run = min(left, min(fill_left_, prepare_fill<kForm>(fill_slot_)));
       filled = run;
     }
   }
@@ -507,7 +539,7 @@ class TileLoop {
     decode_strip(a[0], 0, 0);
     if (kChange == Change::kFirst) scale_units(0, 0, kActive, quotient);
     // The copies of a step to come go among the products of this one.
-    fill<kShortGroups>(fill_slot_, fills);
+    fill<kShortGroups ? GroupForm::kShort : S::kForm>(fill_slot_, fills);
 #pragma unroll
     for (int step = 0; step < Layout::kChunkSteps; ++step) {
       if (kChange == Change::kAny && step > 0 && groups.starts(step)) {

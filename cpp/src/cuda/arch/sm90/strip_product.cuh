@@ -9,18 +9,15 @@
 
 #include "cuda/arch/sm80/group_values.cuh"
 #include "cuda/arch/sm80/layout.hpp"
+#include "cuda/arch/sm80/plan.hpp"
 #include "cuda/device/dequantize.cuh"
 #include "cuda/ptx/copy.cuh"
 #include "cuda/ptx/mma.cuh"
 
 namespace marlinq::cuda::sm90 {
 
+using sm80::has_plain_groups;
 using sm80::Layout;
-
-/// float16 scales and no zero points: what a product takes of a group has no branch then.
-__host__ __device__ __forceinline__ bool has_plain_groups(const WeightView& w) {
-  return w.scale_type == FloatType::kF16 && !w.has_zeros;
-}
 
 /// The product of one group with kStrips strips, before its scales. kPlain: of weights of has_plain_groups() alone.
 template <class T, int kBits, int kTokenTiles, int kStrips>
@@ -49,12 +46,10 @@ class StripProduct {
   template <bool kPlain>
   __device__ __forceinline__ static void load(Values& values, uint32_t records,
                                               const WeightView& w) {
-    if constexpr (kPlain) {
-      values.load_half_scales(records + threadIdx.x % 32 / 4 * 4, w.record_bytes);
-    } else if constexpr (Codes::kHas) {
+    if constexpr (Codes::kHas && !kPlain) {
       values.load_scales(records, w);
     } else {
-      values.load(records, w);
+      values.template load<kPlain>(records, w);
     }
   }
 
