@@ -65,6 +65,7 @@ constexpr ExpertInstance instance_of(std::size_t table_bytes,
           .launch = launch};
 }
 
+/// kCuts: as expert_strips, but dispatches take the kernel that may cut, whatever the plan says.
 template <class S, bool kCuts>
 void launch_expert_strips(const ExpertProblem& problem, const ExpertPlan& plan,
                           const DeviceLimits& limits, const SplitScratch& scratch,
@@ -76,7 +77,7 @@ void launch_expert_strips(const ExpertProblem& problem, const ExpertPlan& plan,
     launch_expert_kernel<S, ListedTiles, expert_strips<S, ListedTiles, kCuts>>(
         problem, plan, limits, scratch, {}, listed_tiles(problem, S::kTokens), stream);
   } else {
-    launch_expert_kernel<S, DispatchedTiles, expert_strips<S, DispatchedTiles, kCuts>>(
+    launch_expert_kernel<S, DispatchedTiles, expert_strips<S, DispatchedTiles, true>>(
         problem, plan, limits, scratch, {}, dispatched_tiles(problem, S::kTokens), stream);
   }
 }
@@ -86,27 +87,24 @@ template <class T, int kBits>
 constexpr ExpertInstance expert_strip_instance() {
   constexpr int kWarps = 8;
   constexpr int kStages = kBits == 4 ? 3 : 2;
-  using S = ExpertStripShape<T, kBits, kWarps, kStages, TileGroups::kAny>;
-  return instance_of<S>(
-      sizeof(StripTables<S>),
+  using Any = ExpertStripShape<T, kBits, kWarps, kStages, TileGroups::kLookedUp>;
+  return instance_of<Any>(
+      sizeof(StripTables<Any>),
       [](const ExpertProblem& problem, const ExpertPlan& plan, const DeviceLimits& limits,
          const SplitScratch& scratch, cudaStream_t stream) {
-        if constexpr (kBits == 4) {
-          if (has_even_short_groups(problem.matrix.weight)) {
-            using Short = ExpertStripShape<T, kBits, kWarps, kStages, TileGroups::kShortSums>;
-            launch_expert_strips<Short, true>(problem, plan, limits, scratch, stream);
-            return;
-          }
-          if (has_plain_groups(problem.matrix.weight) && problem.matrix.weight.chunk_shift >= 0) {
-            using Plain = ExpertStripShape<T, kBits, kWarps, kStages, TileGroups::kPlainLong>;
-            const auto launch = plan.may_cut ? launch_expert_strips<Plain, true>
-                                             : launch_expert_strips<Plain, false>;
-            launch(problem, plan, limits, scratch, stream);
-            return;
-          }
+        const WeightView& w = problem.matrix.weight;
+        auto* launch = launch_expert_strips<Any, true>;
+        if (w.chunk_shift >= 0 && has_plain_groups(w)) {
+          using Plain = ExpertStripShape<T, kBits, kWarps, kStages, TileGroups::kPlainLong>;
+          launch =
+              plan.may_cut ? launch_expert_strips<Plain, true> : launch_expert_strips<Plain, false>;
+        } else if (w.chunk_shift >= 0) {
+          using Long = ExpertStripShape<T, kBits, kWarps, kStages, TileGroups::kLong>;
+          launch = launch_expert_strips<Long, true>;
+        } else if (has_even_short_groups(w)) {
+          using Short = ExpertStripShape<T, kBits, kWarps, kStages, TileGroups::kShortSums>;
+          launch = launch_expert_strips<Short, true>;
         }
-        const auto launch =
-            plan.may_cut ? launch_expert_strips<S, true> : launch_expert_strips<S, false>;
         launch(problem, plan, limits, scratch, stream);
       });
 }

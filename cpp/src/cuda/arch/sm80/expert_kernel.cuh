@@ -405,19 +405,22 @@ class ExpertLoop : public ExpertFill<S, Rows, ExpertLoop<S, Rows>> {
     return (rows + 7) / 8;
   }
 
+  // Others than long groups are rare: for these there is one loop.
   __device__ __forceinline__ uint32_t multiply(uint32_t stage, int begin, int length) {
+    if (w_.chunk_shift < 0)
+      return this->template multiply_any_groups<S::kTokenTiles>(stage, begin, length);
     if constexpr (S::kBits == 4) {
       if constexpr (S::kTokenTiles > 1) {
-        if (token_tiles_ <= 1) return this->template multiply_chunks<1>(stage, begin, length);
+        if (token_tiles_ <= 1) return this->template multiply_long_groups<1>(stage, begin, length);
       }
       if constexpr (S::kTokenTiles > 2) {
-        if (token_tiles_ <= 2) return this->template multiply_chunks<2>(stage, begin, length);
+        if (token_tiles_ <= 2) return this->template multiply_long_groups<2>(stage, begin, length);
       }
       if constexpr (S::kTokenTiles > 4) {
-        if (token_tiles_ <= 4) return this->template multiply_chunks<4>(stage, begin, length);
+        if (token_tiles_ <= 4) return this->template multiply_long_groups<4>(stage, begin, length);
       }
     }
-    return this->template multiply_chunks<S::kTokenTiles>(stage, begin, length);
+    return this->template multiply_long_groups<S::kTokenTiles>(stage, begin, length);
   }
 
   // --- the end of a segment ---

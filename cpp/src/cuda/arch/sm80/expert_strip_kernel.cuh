@@ -66,7 +66,7 @@ struct StripTables {
   NearTiles near;
 };
 
-/// kCuts: units may be cut between blocks. Of GroupForm::kAny alone there is a kernel without.
+/// kCuts: units may be cut between blocks, where ExpertPlan::may_cut is set.
 template <class S, class Rows, bool kCuts>
 class ExpertStripLoop : public ExpertFill<S, Rows, ExpertStripLoop<S, Rows, kCuts>> {
   using Fill = ExpertFill<S, Rows, ExpertStripLoop<S, Rows, kCuts>>;
@@ -177,8 +177,7 @@ class ExpertStripLoop : public ExpertFill<S, Rows, ExpertStripLoop<S, Rows, kCut
       const int most = runs.begin(1);
       const int least = max(kLeastCutChunks, w_.chunks / kMostUnitBlocks);
       const int even = params_.blocks.divide(total);
-      if ((S::kForm == GroupForm::kAny || params_.may_cut) && params_.share != 1 &&
-          max(even, least) + kHandOver < most) {
+      if (params_.may_cut && params_.share != 1 && max(even, least) + kHandOver < most) {
         runs.size = max(even, least);
         runs.larger = even < least ? 0 : total - even * blocks;
         runs.more = 1;

@@ -68,13 +68,13 @@ ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits
     while (chosen > least && !fits(w, all[chosen], limits)) --chosen;
   }
   // How this one divides K depends on the batch. Where blocks have long runs the other is quicker, whose
-  // warps share x, but not with short groups, for which this has a kernel of its own.
+  // warps share x, but not where this has a kernel of its own for the groups.
   constexpr std::int64_t kMostChunks = 1500;
   constexpr std::int64_t kMostWork = std::int64_t{1} << 30;  // that the kernel counts
   const std::int64_t work =
       most_tiles(problem, all[kStrips].tokens) * ceil_div(w.n, all[kStrips].features) * w.chunks;
   const std::int64_t most_work =
-      has_even_short_groups(w) && w.code_bits == 4
+      has_even_short_groups(w) || w.chunk_shift >= 0
           ? kMostWork
           : kMostChunks * all[kStrips].blocks_together * limits.multiprocessors;
   const bool may_use_strips = !invariant && fits(w, all[kStrips], limits);

@@ -13,11 +13,12 @@
 
 namespace marlinq::cuda::sm80 {
 
-/// What groups a loop is for. Those of kAny are looked up, and may start anywhere.
+/// What groups a kernel or a loop of it is for. What it need not look up or ask takes no instructions, and no registers.
 enum class GroupForm {
-  kAny,
+  kAny,        // looked up, they may start anywhere
   kShort,      // has_even_short_groups()
-  kPlainLong,  // has_plain_groups(), each of whole chunks (WeightView::chunk_shift)
+  kLong,       // of whole chunks each (WeightView::chunk_shift)
+  kPlainLong,  // the same, and has_plain_groups()
 };
 
 /// A lane holds those of features g and g + 8 of each strip.

@@ -50,6 +50,8 @@ struct StripShape {
   static constexpr bool kPromotes = kPromotes_;
   static constexpr GroupForm kGroups = kGroups_;
   static constexpr bool kShortGroups = kGroups == GroupForm::kShort;
+  static constexpr bool kLongGroups =
+      kGroups == GroupForm::kLong || kGroups == GroupForm::kPlainLong;
   static constexpr bool kPlain = kGroups == GroupForm::kPlainLong;
   // Codes of short groups are multiplied by their scales: for weights of has_short_groups() alone.
   // Sums that are kept apart take fewer instructions, codes of bfloat16 as many.
@@ -240,25 +242,17 @@ class StripLoop {
       __syncwarp();
       if constexpr (S::kShortGroups) {
         multiply<kWidth, Starts::kShort>(stage_, groups);
-      } else if constexpr (S::kPlain) {
+      } else if constexpr (S::kLongGroups) {
         if (chunk == change_chunk) {
           change_group(stage_.records);
           change_chunk = next_change(w_, chunk);
         }
         multiply<kWidth, Starts::kNone>(stage_, groups);
       } else {
-        if (chunk == change_chunk) {
-          groups = load_chunk_groups(w_, chunk);
-          if (groups.first() != quant_group) change_group(stage_.records);
-          quant_group = groups.last();
-          change_chunk = next_change(w_, chunk);
-        }
-        // Groups that start inside the chunk are rare, and cost code of their own.
-        if (groups.changes()) {
-          multiply<kWidth, Starts::kAny>(stage_, groups);
-        } else {
-          multiply<kWidth, Starts::kNone>(stage_, groups);
-        }
+        groups = load_chunk_groups(w_, chunk);
+        if (groups.first() != quant_group) change_group(stage_.records);
+        quant_group = groups.last();
+        multiply<kWidth, Starts::kAny>(stage_, groups);
       }
       if (fill_left_ > 0) {
         if ((S::kGroups == GroupForm::kAny && w_.chunk_shift < 0) || fill_chunk_ == missing_chunk_)
@@ -367,9 +361,9 @@ class StripLoop {
         ptx::copy_async_if(on && s < fill_width_, target + at, (s < fill_here_ ? here : next) + at);
       }
     }
-    const int group = S::kShortGroups ? fill_chunk_ * w_.groups_per_chunk
-                      : S::kPlain     ? fill_chunk_ >> w_.chunk_shift
-                                      : load_chunk_groups(w_, fill_chunk_).first();
+    const int group = S::kShortGroups  ? fill_chunk_ * w_.groups_per_chunk
+                      : S::kLongGroups ? fill_chunk_ >> w_.chunk_shift
+                                       : load_chunk_groups(w_, fill_chunk_).first();
     ptx::copy_async_if(on && fill_record_, slot.records + lane_ * 16, record_source(group));
   }
 

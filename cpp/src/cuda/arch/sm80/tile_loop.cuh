@@ -44,10 +44,12 @@ namespace marlinq::cuda::sm80 {
 
 /// What groups a shape is for.
 enum class TileGroups {
-  kAny,
-  kAnyOrCodes,  // codes are multiplied by the scales of short groups (has_short_groups), by a loop of its own
-  kShortCodes,  // the same, by a kernel that takes no other weights
+  kAny,         // by loops for long and for other ones
+  kAnyOrCodes,  // the same, and codes are multiplied by the scales of short groups (has_short_groups)
+  kShortCodes,  // these alone
+  kLookedUp,    // GroupForm::kAny alone
   kShortSums,   // GroupForm::kShort; the shape keeps sums of a group apart
+  kLong,        // GroupForm::kLong
   kPlainLong,   // GroupForm::kPlainLong
 };
 
@@ -63,9 +65,9 @@ struct TileShape {
   static constexpr TileGroups kGroups = kGroups_;
   static constexpr GroupForm kForm =
       kGroups == TileGroups::kShortCodes || kGroups == TileGroups::kShortSums ? GroupForm::kShort
+      : kGroups == TileGroups::kLong                                          ? GroupForm::kLong
       : kGroups == TileGroups::kPlainLong ? GroupForm::kPlainLong
                                           : GroupForm::kAny;
-  static constexpr bool kPlain = kForm == GroupForm::kPlainLong;
   static constexpr int kStrips = Layout::kBlockStrips;
   static constexpr int kGroupThreads = kFeatureWarps * 32;  // that share a slice
   static constexpr int kThreads = kGroupThreads * kRowWarps;
@@ -97,8 +99,9 @@ struct TileShape {
   // The ring goes on into the next segment while the last one is stored.
   static constexpr bool kStreams = kRowWarps == 1 || kExchanges;
   static_assert(kTokenTiles == 1 || kTokenTiles % 2 == 0);
-  static_assert(kForm == GroupForm::kShort ? kPromotes == (kGroups == TileGroups::kShortSums)
-                                           : !kPromotes || kGroups != TileGroups::kAnyOrCodes);
+  static_assert(kGroups != TileGroups::kShortSums || kPromotes);
+  static_assert((kGroups != TileGroups::kShortCodes && kGroups != TileGroups::kAnyOrCodes) ||
+                !kPromotes);
 };
 
 /// A range of chunks of one tile.
@@ -278,10 +281,10 @@ class TileLoop {
       ptx::copy_async_if(on, target + piece * 512, upper + piece * 32);
     }
     constexpr bool kShortGroups = kForm == GroupForm::kShort;
-    const int group = kShortGroups ? fill_chunk_ * w_.groups_per_chunk
-                      : kForm == GroupForm::kPlainLong || w_.chunk_shift >= 0
-                          ? fill_chunk_ >> w_.chunk_shift
-                          : fill_group_;
+    constexpr bool kLongGroups = kForm == GroupForm::kLong || kForm == GroupForm::kPlainLong;
+    const int group = kShortGroups                         ? fill_chunk_ * w_.groups_per_chunk
+                      : kLongGroups || w_.chunk_shift >= 0 ? fill_chunk_ >> w_.chunk_shift
+                                                           : fill_group_;
     const int bytes = kShortGroups ? chunk_group_bytes() : group_bytes();
     ptx::copy_async_if(on && lane_ * 16 < bytes, records(slot) + lane_ * 16, record_source(group));
   }
@@ -367,65 +370,49 @@ class TileLoop {
   __device__ __forceinline__ void change_group(uint32_t group_records) {
     if constexpr (S::kPromotes) {
       promote();
-      values_.template load<S::kPlain>(group_records, w_);
+      values_.template load<S::kForm == GroupForm::kPlainLong>(group_records, w_);
     } else {
       float quotient[S::kStrips][2];
-      values_.template change<S::kPlain>(group_records, w_, quotient);
+      values_.template change<S::kForm == GroupForm::kPlainLong>(group_records, w_, quotient);
       scale_sums(quotient);
     }
   }
 
   // The product of `left` chunks, the first of them in `stage`, with the first kActive token tiles;
-  // returns the stage after them. What may differ from chunk to chunk is settled for runs of chunks: branches are dear beside so few
-  // instructions.
+  // returns the stage after them.
   template <int kActive>
   __device__ __forceinline__ uint32_t multiply_chunks(uint32_t stage, int chunk, int left) {
-    if constexpr (S::kPlain) {
-      return multiply_plain_groups<kActive>(stage, chunk, left);
-    } else if constexpr (S::kForm == GroupForm::kShort) {
+    if constexpr (S::kForm == GroupForm::kShort) {
       return multiply_short_groups<kActive>(stage, left);
-    } else if constexpr (S::kGroups == TileGroups::kAnyOrCodes) {
-      if (has_short_groups(w_)) return multiply_short_groups<kActive>(stage, left);
+    } else if constexpr (S::kForm == GroupForm::kLong || S::kForm == GroupForm::kPlainLong) {
+      return multiply_long_groups<kActive>(stage, chunk, left);
+    } else if constexpr (S::kGroups == TileGroups::kLookedUp) {
+      return multiply_any_groups<kActive>(stage, chunk, left);
+    } else {
+      if (w_.chunk_shift >= 0) return multiply_long_groups<kActive>(stage, chunk, left);
+      if constexpr (S::kGroups == TileGroups::kAnyOrCodes) {
+        if (has_short_groups(w_)) return multiply_short_groups<kActive>(stage, left);
+      }
+      return multiply_any_groups<kActive>(stage, chunk, left);
     }
+  }
+
+  template <int kActive>
+  __device__ __forceinline__ uint32_t multiply_any_groups(uint32_t stage, int chunk, int left) {
     int quant_group = -1;
-    int change_run = 0;  // chunks before the next that a group may start in
-    int fill_run = 0;    // chunks for which the filling of stages is settled
+    int fill_run = 0;  // chunks for which the filling of stages is settled
     int filled = 0;
 #pragma unroll 1
     for (; left > 0; --left) {
       meet_group();
       if (fill_run == 0) settle_fill<GroupForm::kAny>(fill_run, filled, left);
       --fill_run;
-      const bool fills = filled > 0;
-      ChunkGroups groups{0};
-      bool same_group = true;
-      if (change_run == 0) {
-        groups = self().groups_of(chunk);
-        change_run = next_change(w_, chunk) - chunk;
-        same_group = groups.first() == quant_group;
-        quant_group = groups.last();
-      }
-      --change_run;
+      const ChunkGroups groups = self().groups_of(chunk);
+      if (groups.first() != quant_group) change_group(records(stage));
+      quant_group = groups.last();
       ++chunk;
-      float quotient[S::kStrips][2];
-      if (same_group && !groups.changes()) {
-        multiply_steps<kActive, Change::kNone>(stage, groups, quotient, fills);
-      } else if constexpr (S::kPromotes) {
-        if (!same_group) change_group(records(stage));
-        if (groups.changes()) {
-          multiply_steps<kActive, Change::kAny>(stage, groups, quotient, fills);
-        } else {
-          multiply_steps<kActive, Change::kNone>(stage, groups, quotient, fills);
-        }
-      } else {
-        values_.change(records(stage), w_, quotient);
-        if (!groups.changes()) {
-          multiply_steps<kActive, Change::kFirst>(stage, groups, quotient, fills);
-        } else {
-          scale_sums(quotient);
-          multiply_steps<kActive, Change::kAny>(stage, groups, quotient, fills);
-        }
-      }
+      const float none[S::kStrips][2] = {};
+      multiply_steps<kActive, Change::kAny>(stage, groups, none, filled > 0);
       stage = step_ring(stage);
     }
     if (filled > 0) count_fill(filled);
@@ -452,24 +439,35 @@ class TileLoop {
     return stage;
   }
 
-  // The same where groups have whole chunks, and their values take no branch.
+  // The same where groups have whole chunks.
   template <int kActive>
-  __device__ __forceinline__ uint32_t multiply_plain_groups(uint32_t stage, int chunk, int left) {
+  __device__ __forceinline__ uint32_t multiply_long_groups(uint32_t stage, int chunk, int left) {
     int fill_run = 0;
     int filled = 0;
-    int change_chunk = chunk;
+    int change_chunk = chunk;  // where the next group starts
 #pragma unroll 1
     for (; left > 0; --left) {
       meet_group();
-      if (fill_run == 0) settle_fill<GroupForm::kPlainLong>(fill_run, filled, left);
+      if (fill_run == 0) settle_fill<GroupForm::kLong>(fill_run, filled, left);
       --fill_run;
+      const bool fills = filled > 0;
+      float quotient[S::kStrips][2] = {};
+      bool scales_sums = false;
       if (chunk == change_chunk) {
-        change_group(records(stage));
         change_chunk = next_change(w_, chunk);
+        if constexpr (S::kPromotes) {
+          change_group(records(stage));
+        } else {
+          values_.template change<S::kForm == GroupForm::kPlainLong>(records(stage), w_, quotient);
+          scales_sums = true;
+        }
       }
       ++chunk;
-      const float none[S::kStrips][2] = {};
-      multiply_steps<kActive, Change::kNone>(stage, ChunkGroups{0}, none, filled > 0);
+      if (scales_sums) {
+        multiply_steps<kActive, Change::kFirst>(stage, ChunkGroups{0}, quotient, fills);
+      } else {
+        multiply_steps<kActive, Change::kNone>(stage, ChunkGroups{0}, quotient, fills);
+      }
       stage = step_ring(stage);
     }
     if (filled > 0) count_fill(filled);
