@@ -66,12 +66,6 @@ struct ArchKernels {
   std::int32_t (*most_sorted_ids)(const ExpertProblem& problem, const DeviceLimits& limits,
                                   BatchInvariance invariance);
 
-  /// For the first product of a block, with its activation: whether the block is quicker where that is a step of
-  /// its own.
-  bool (*activates_apart)(const ExpertProblem& problem, const DeviceLimits& limits,
-                          BatchInvariance invariance);
-  int most_apart_ids;  // of an expert on average, where it may be
-
   bool runs_on(int capability) const noexcept {
     return min_capability <= capability && capability <= max_capability;
   }

@@ -194,15 +194,6 @@ bool sorts_ids(const ContextState& state, const PackedExperts& packed, const Exp
   });
 }
 
-bool activates_apart(const ContextState& state, const PackedExperts& packed,
-                     const ExpertPhase& phase) {
-  const auto& segments = packed.weight().segments;
-  return std::all_of(segments.begin(), segments.end(), [&](const Segment& segment) {
-    return packed.arch().activates_apart(problem_of(packed, segment, phase), state.limits,
-                                         packed.invariance());
-  });
-}
-
 void run_phase(ContextState& state, const PackedExperts& packed, const ExpertPhase& phase) {
   const DeviceGuard guard(state.device);
   order_after_packing(state, packed);

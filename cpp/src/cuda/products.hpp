@@ -51,10 +51,6 @@ std::int64_t gather_need(const ContextState& state, const PackedExperts& packed,
 bool sorts_ids(const ContextState& state, const PackedExperts& packed, const ExpertPhase& phase,
                std::int64_t ids);
 
-/// Whether a block is quicker where the activation of this phase is a step of its own.
-bool activates_apart(const ContextState& state, const PackedExperts& packed,
-                     const ExpertPhase& phase);
-
 void run_phase(ContextState& state, const PackedExperts& packed, const ExpertPhase& phase);
 
 }  // namespace marlinq::cuda

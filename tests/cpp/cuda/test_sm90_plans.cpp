@@ -417,47 +417,6 @@ TEST(Sm90ExpertPlanTest, StripsSortFewIds) {
   EXPECT_EQ(sm90::most_sorted_ids(experts_of(1536, 2048, 32, 4, 3), limits, kAny), 0);
 }
 
-TEST(Sm90ExpertPlanTest, AppliesTheActivationApartWhereExpertsOfFewRowsAreLarge) {
-  DeviceLimits limits = hopper(132);
-  const auto problem_of_ids = [](std::int32_t ids, std::int32_t tile_rows) {
-    ExpertProblem problem = experts_of(4096, 7168, tile_rows, 4, 3);
-    problem.num_experts = 256;
-    problem.expert_bytes = 15 << 20;
-    problem.tiles.num_ids = ids;
-    problem.tiles.most_tiles = ids;
-    problem.activates = true;
-    return problem;
-  };
-  constexpr auto kAny = BatchInvariance::kNotRequired;
-  ExpertProblem problem = problem_of_ids(128, 8);
-  EXPECT_TRUE(sm90::activates_apart(problem, limits, kAny));
-  EXPECT_FALSE(sm90::activates_apart(problem, limits, BatchInvariance::kRequired));
-  EXPECT_FALSE(sm90::activates_apart(problem_of_ids(128, 32), limits, kAny));
-  EXPECT_FALSE(sm90::activates_apart(problem_of_ids(5, 8), limits, kAny));
-  EXPECT_TRUE(sm90::activates_apart(problem_of_ids(1024, 8), limits, kAny));
-  EXPECT_FALSE(sm90::activates_apart(problem_of_ids(1025, 8), limits, kAny));
-  problem.num_experts = 31;
-  problem.tiles.num_ids = 62;
-  EXPECT_TRUE(sm90::activates_apart(problem, limits, kAny));
-  problem.tiles.num_ids = 63;
-  EXPECT_FALSE(sm90::activates_apart(problem, limits, kAny));
-  problem = problem_of_ids(128, 8);
-  // The products sort up to 128 ids, which is a launch less.
-  problem.expert_bytes = 3 << 19;
-  EXPECT_TRUE(sm90::activates_apart(problem, limits, kAny));
-  problem.tiles.num_ids = 129;
-  EXPECT_FALSE(sm90::activates_apart(problem, limits, kAny));
-  problem.tiles.num_ids = 128;
-  problem.expert_bytes = 3 << 18;
-  EXPECT_FALSE(sm90::activates_apart(problem, limits, kAny));
-  problem = problem_of_ids(128, 8);
-  limits.memory_rate = 3350;  // an H100's
-  EXPECT_FALSE(sm90::activates_apart(problem, limits, kAny));
-  limits = hopper(132);
-  problem.matrix.weight.step_shift = kIrregular;
-  EXPECT_FALSE(sm90::activates_apart(problem, limits, kAny));
-}
-
 TEST(Sm90ExpertPlanTest, TilesGrowWithTheRowsOfAnExpert) {
   const auto rows_of = [](std::int64_t tokens, BatchInvariance invariance) {
     return sm90::tile_rows(tokens, tokens * 8, 128, invariance);

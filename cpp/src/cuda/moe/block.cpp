@@ -59,10 +59,9 @@ struct TwoLayers {
   const PackedExperts* gate_up;
   const PackedExperts* down;
   Activation activation;
-  bool apart = false;  // the activation is to be a step of its own
 
   std::int64_t inner() const noexcept { return down->k(); }
-  bool fused() const { return !apart && can_activate(*gate_up); }
+  bool fused() const { return can_activate(*gate_up); }
 };
 
 /// Where a TwoLayers keeps what is between its layers: offsets in the scratch.
@@ -138,9 +137,6 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
           ids_(tokens_ * input.topk_ids.cols),
           tile_rows_(choose_tile_rows()),
           most_tiles_(most_expert_tiles(ids_, block.num_experts(), tile_rows_)) {
-      const TwoLayers layers = experts();
-      apart_ = layers.fused() &&
-               activates_apart(state_, *layers.gate_up, first_layer(layers, routed(), {}));
       lists_ = !products_sort();
     }
 
@@ -156,11 +152,7 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
     }
 
    private:
-    TwoLayers experts() const {
-      TwoLayers layers = block_.experts();
-      layers.apart = apart_;
-      return layers;
-    }
+    TwoLayers experts() const { return block_.experts(); }
 
     std::int32_t choose_tile_rows() const {
       const PackedExperts& packed = packed_of(*block_.parts_.gate_up);
@@ -188,25 +180,19 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
         rows_place_ = layout.add(most_tiles_ * 4);
         count_place_ = layout.add(4);
       }
-      between_ = place_between(layout, experts(), ids_, ids_apart());
+      between_ = place_between(layout, experts(), ids_);
       down_ = layout.add(ids_ * block_.hidden_size() * 4);
       if (block_.parts_.shared) {
-        shared_between_ = place_between(layout, block_.shared(), tokens_, 0);
+        shared_between_ = place_between(layout, block_.shared(), tokens_);
         shared_ = layout.add(tokens_ * block_.hidden_size() * 4);
       }
       scratch_ = static_cast<unsigned char*>(state_.grow_gather(ceil_div(layout.bytes(), 2)));
     }
 
-    // The most rows up to these whose activation may be apart: there is to be room for fewer tokens, too.
-    std::int64_t ids_apart() const {
-      const ArchKernels& arch = packed_of(*block_.parts_.gate_up).arch();
-      return std::min(ids_, arch.most_apart_ids * block_.num_experts());
-    }
-
-    static Between place_between(ScratchLayout& layout, const TwoLayers& layers, std::int64_t rows,
-                                 std::int64_t rows_apart) {
+    static Between place_between(ScratchLayout& layout, const TwoLayers& layers,
+                                 std::int64_t rows) {
       Between between;
-      between.gate_up = layout.add((layers.fused() ? rows_apart : rows) * layers.inner() * 2 * 4);
+      between.gate_up = layout.add(layers.fused() ? 0 : rows * layers.inner() * 2 * 4);
       between.hidden = layout.add(rows * layers.inner() * 2);
       return between;
     }
@@ -341,8 +327,7 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
     std::int64_t ids_;
     std::int32_t tile_rows_;
     std::int64_t most_tiles_;
-    bool apart_ = false;  // the activation of the experts
-    bool lists_ = true;   // tokens are sorted by a kernel of their own
+    bool lists_ = true;  // tokens are sorted by a kernel of their own
     ExpertRows token_rows_{.rows = static_cast<std::int32_t>(tokens_)};
     unsigned char* scratch_ = nullptr;
     std::int64_t ids_place_ = 0, experts_place_ = 0, first_place_ = 0, rows_place_ = 0,

@@ -86,6 +86,16 @@ class ExpertFill : public TileLoop<S, Self> {
     }
   }
 
+  // Whether this lane copies records of the lower strips: of each group, the first lanes do.
+  __device__ __forceinline__ bool copies_lower_records() const {
+    int piece = this->lane_;
+    if constexpr (S::kForm == GroupForm::kShort) {
+#pragma unroll 1
+      while (piece >= this->group_bytes() / 16) piece -= this->group_bytes() / 16;
+    }
+    return piece < this->group_bytes() / 32;
+  }
+
   const ExpertParams<Rows>& params_;
 };
 

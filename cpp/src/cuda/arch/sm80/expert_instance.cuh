@@ -8,6 +8,7 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 
 #include "core/integers.hpp"
 #include "cuda/arch/sm80/expert_kernel.cuh"
@@ -122,6 +123,15 @@ constexpr ExpertInstance expert_instance() {
             kTokenTiles <= 2   ? ExpertCost{{0.35F, 0.5F, 0.75F, 1.0F}, 1.5F, 0.5F, 2.0F}
             : kTokenTiles <= 4 ? ExpertCost{{0.6F, 1.05F, 1.34F, 1.34F}, 1.8F, 0.4F, 6.0F}
                                : ExpertCost{{0.91F, 1.46F, 1.46F, 1.46F}, 2.7F, 0.54F, 6.0F};
+        // For lists alone, which have most of the rows.
+        if constexpr (std::is_same_v<T, __half> && kBits == 4 && !kPromotes) {
+          if (problem.dispatches.empty() && has_short_groups(problem.matrix.weight)) {
+            using Codes = TileShape<T, kBits, 4, 1, kTokenTiles, false, TileGroups::kShortCodes>;
+            launch_expert_kernel<Codes, ListedTiles, expert_gemm<Codes, ListedTiles>>(
+                problem, plan, limits, scratch, kCost, listed_tiles(problem, S::kTokens), stream);
+            return;
+          }
+        }
         if (problem.dispatches.empty()) {
           launch_expert_kernel<S, ListedTiles, expert_gemm<S, ListedTiles>>(
               problem, plan, limits, scratch, kCost, listed_tiles(problem, S::kTokens), stream);

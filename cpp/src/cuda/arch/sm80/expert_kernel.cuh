@@ -367,9 +367,9 @@ class ExpertLoop : public ExpertFill<S, Rows, ExpertLoop<S, Rows>> {
     fill_codes_ = tables_.codes[table][feature_warp_] + lane_ +
                   (fill_chunk_ - at.begin) * (S::kBlockBytes / 16);
     upper_codes_ = tables_.upper_codes[table][feature_warp_];
-    // The first lanes copy the records of the lower strips.
-    fill_records_ = tables_.records[table][feature_warp_] + lane_ +
-                    (lane_ < group_bytes() / 32 ? 0 : tables_.upper_records[table][feature_warp_]);
+    fill_records_ =
+        tables_.records[table][feature_warp_] + lane_ +
+        (this->copies_lower_records() ? 0 : tables_.upper_records[table][feature_warp_]);
     fill_x_ = fill_chunk_ * (Layout::kChunkRows / 8) + threadIdx.x % 8;
   }
 
@@ -405,22 +405,33 @@ class ExpertLoop : public ExpertFill<S, Rows, ExpertLoop<S, Rows>> {
     return (rows + 7) / 8;
   }
 
-  // Others than long groups are rare: for these there is one loop.
   __device__ __forceinline__ uint32_t multiply(uint32_t stage, int begin, int length) {
-    if (w_.chunk_shift < 0)
-      return this->template multiply_any_groups<S::kTokenTiles>(stage, begin, length);
+    // Groups that are neither long nor short are rare: for these there is one loop.
+    if constexpr (S::kForm == GroupForm::kAny) {
+      if (w_.chunk_shift < 0)
+        return this->template multiply_any_groups<S::kTokenTiles>(stage, begin, length);
+    }
     if constexpr (S::kBits == 4) {
       if constexpr (S::kTokenTiles > 1) {
-        if (token_tiles_ <= 1) return this->template multiply_long_groups<1>(stage, begin, length);
+        if (token_tiles_ <= 1) return multiply_even_groups<1>(stage, begin, length);
       }
       if constexpr (S::kTokenTiles > 2) {
-        if (token_tiles_ <= 2) return this->template multiply_long_groups<2>(stage, begin, length);
+        if (token_tiles_ <= 2) return multiply_even_groups<2>(stage, begin, length);
       }
       if constexpr (S::kTokenTiles > 4) {
-        if (token_tiles_ <= 4) return this->template multiply_long_groups<4>(stage, begin, length);
+        if (token_tiles_ <= 4) return multiply_even_groups<4>(stage, begin, length);
       }
     }
-    return this->template multiply_long_groups<S::kTokenTiles>(stage, begin, length);
+    return multiply_even_groups<S::kTokenTiles>(stage, begin, length);
+  }
+
+  template <int kActive>
+  __device__ __forceinline__ uint32_t multiply_even_groups(uint32_t stage, int begin, int length) {
+    if constexpr (S::kForm == GroupForm::kShort) {
+      return this->template multiply_short_groups<kActive>(stage, length);
+    } else {
+      return this->template multiply_long_groups<kActive>(stage, begin, length);
+    }
   }
 
   // --- the end of a segment ---

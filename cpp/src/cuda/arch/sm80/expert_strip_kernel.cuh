@@ -236,14 +236,8 @@ class ExpertStripLoop : public ExpertFill<S, Rows, ExpertStripLoop<S, Rows, kCut
     fill_codes_ = base + codes + lane_;
     upper_codes_ =
         strip_codes<S>(strips.upper, w_.chunks, chunk) - codes - kHalf * (S::kStripBytes / 16);
-    // Of a group, the first lanes copy the records of the lower strips.
     const int record_pieces = w_.record_bytes / 16;
-    int piece = lane_;
-    if constexpr (S::kForm == GroupForm::kShort) {
-#pragma unroll 1
-      while (piece >= group_bytes() / 16) piece -= group_bytes() / 16;
-    }
-    const bool lower = piece < group_bytes() / 32;
+    const bool lower = this->copies_lower_records();
     fill_records_ =
         base + lane_ +
         strip_records(lower ? strips.lower : strips.upper, w_.num_groups, record_pieces) -

@@ -53,7 +53,7 @@ template <class T, int kBits, int kFeatureWarps, int kRowWarps, int kTokenTiles>
 constexpr Instance tile_instance(const TileCost& cost) {
   // Codes of bfloat16 take two instructions to multiply, which is no quicker than to multiply sums here.
   constexpr bool kCodes = std::is_same_v<T, __half>;
-  // Where all registers are taken, a loop more would cost the other some.
+  // Where all registers are taken, a loop more would cost the others some.
   constexpr bool kApart = kFeatureWarps == 4 && kRowWarps == 1 && kTokenTiles == 8;
   constexpr auto kGroups = kCodes && !kApart ? TileGroups::kAnyOrCodes : TileGroups::kAny;
   using S = TileShape<T, kBits, kFeatureWarps, kRowWarps, kTokenTiles, false, kGroups>;

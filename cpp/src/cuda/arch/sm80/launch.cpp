@@ -335,9 +335,6 @@ constinit const ArchKernels kKernels = {
     .launch_experts = launch_experts,
     .most_dispatches = kMostDispatches,
     .tile_rows = tile_rows,
-    .most_sorted_ids = most_sorted_ids,
-    .activates_apart = [](const ExpertProblem&, const DeviceLimits&,
-                          BatchInvariance) { return false; },
-    .most_apart_ids = 0};
+    .most_sorted_ids = most_sorted_ids};
 
 }  // namespace marlinq::cuda::sm80

@@ -387,7 +387,7 @@ class ExpertMultiply {
   __device__ __forceinline__ void multiply_slabs(int begin, int end) {
     int slab = begin;
     // Four warpgroups hide the ends of slabs anyway, and two have no registers for it.
-    if constexpr (Scales::kPlain && S::kGroups == 3) {
+    if constexpr (Scales::kPlain && Scales::kUnits == 0 && S::kGroups == 3) {
 #pragma unroll 1
       for (; slab + 1 < end; slab += 2) multiply_run<kTokens, Scales, 2>(slab, begin);
       if (slab < end) multiply_run<kTokens, Scales, 1>(slab, begin);

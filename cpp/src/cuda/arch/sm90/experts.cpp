@@ -134,12 +134,16 @@ ExpertPlan expert_strip_plan(const ExpertProblem& problem, const DeviceLimits& l
 
 namespace {
 
-// With an activation, which takes codes of two places at a time, the older kernel is no slower. After that one down
-// starts some 4 us earlier in the same kernel: the two run the same code. Where memory is slow that one comes nearer to
-// its rate, but for few ids.
+// With an activation, which takes codes of two places at a time, the older kernel is as quick, and so is it where
+// experts have a few rows; where they have one or two, this one is some 10% quicker. After the older one down starts
+// some 4 us earlier in the same kernel: the two run the same code. Where memory is slow the older one comes nearer to its
+// rate, but for few ids.
 bool takes_strips(const ExpertProblem& problem, const DeviceLimits& limits) {
+  constexpr std::int64_t kMostIds = 3;  // of an expert on average
+  const std::int32_t ids = problem.tiles.num_ids;
   return !problem.activates && problem.matrix.weight.step_shift >= 0 &&
-         (has_fast_memory(limits) || problem.tiles.num_ids <= sm80::kMostSortedIds) &&
+         ids <= kMostIds * problem.num_experts &&
+         (has_fast_memory(limits) || ids <= sm80::kMostSortedIds) &&
          expert_strip_plan(problem, limits).shared_bytes <= limits.shared_bytes;
 }
 
@@ -177,30 +181,6 @@ std::int32_t tile_rows(std::int64_t tokens, std::int64_t ids, std::int64_t exper
   if (rows < kFewRows || invariance == BatchInvariance::kRequired) return rows;
   // An expert with more rows than a tile has another tile, which reads its weights again.
   return tile_tokens(instance_for(ids, experts));
-}
-
-// The strips of this architecture gain some 10% where experts have few rows, and an activation of its own takes a
-// launch, as does sorting the tokens before the products. With the memory of an H100 the older kernel comes near to its
-// rate, too.
-bool activates_apart(const ExpertProblem& problem, const DeviceLimits& limits,
-                     BatchInvariance invariance) {
-  // Of gate_up, that are read.
-  constexpr double kLeastBytes = 170e6;
-  constexpr double kLeastSortedBytes = 80e6;  // where the products sort the tokens
-  // The older kernel for a few rows, whose warps share x, catches up earlier where experts are few.
-  constexpr std::int32_t kFewExperts = 32;
-  constexpr std::int32_t kMostIdsOfFew = 2;
-  const std::int32_t most_ids = problem.num_experts < kFewExperts ? kMostIdsOfFew : kMostApartIds;
-  ExpertProblem apart = problem;
-  apart.activates = false;
-  if (!has_fast_memory(limits) || invariance == BatchInvariance::kRequired ||
-      sm80::most_rows(problem) >= kFewRows ||
-      problem.tiles.num_ids > most_ids * problem.num_experts || !takes_strips(apart, limits))
-    return false;
-  const double experts = problem.num_experts;
-  const double used = experts * -std::expm1(-problem.tiles.num_ids / experts);
-  return used * static_cast<double>(problem.expert_bytes) >=
-         (problem.tiles.num_ids <= sm80::kMostSortedIds ? kLeastSortedBytes : kLeastBytes);
 }
 
 std::int32_t most_sorted_ids(const ExpertProblem& problem, const DeviceLimits& limits,

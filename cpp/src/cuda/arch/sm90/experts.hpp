@@ -76,13 +76,6 @@ std::int32_t tile_rows(std::int64_t tokens, std::int64_t ids, std::int64_t exper
 std::int32_t most_sorted_ids(const ExpertProblem& problem, const DeviceLimits& limits,
                              BatchInvariance invariance);
 
-/// As ArchKernels::most_apart_ids.
-constexpr std::int32_t kMostApartIds = 4;
-
-/// As ArchKernels::activates_apart.
-bool activates_apart(const ExpertProblem& problem, const DeviceLimits& limits,
-                     BatchInvariance invariance);
-
 /// As ArchKernels::launch_experts.
 void launch_experts(const ExpertProblem& problem, const ExpertPlan& plan,
                     const DeviceLimits& limits, const SplitScratch& scratch, void* stream);

@@ -795,8 +795,6 @@ constinit const ArchKernels kKernels = {.name = "sm90",
                                         .launch_experts = launch_experts,
                                         .most_dispatches = sm80::kMostDispatches,
                                         .tile_rows = tile_rows,
-                                        .most_sorted_ids = most_sorted_ids,
-                                        .activates_apart = activates_apart,
-                                        .most_apart_ids = kMostApartIds};
+                                        .most_sorted_ids = most_sorted_ids};
 
 }  // namespace marlinq::cuda::sm90
