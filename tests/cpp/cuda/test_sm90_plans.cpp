@@ -285,7 +285,7 @@ ExpertProblem experts_of(std::int32_t n, std::int32_t k, std::int32_t tile_rows,
   constexpr std::int32_t kExperts = 128;
   ExpertProblem problem{.matrix = problem_of(n, k, 0, bits, step_shift), .num_experts = kExperts};
   problem.tiles.tile_rows = tile_rows;
-  problem.tiles.num_ids = kExperts * tile_rows / 2;
+  problem.tiles.num_ids = kExperts * tile_rows / 4;
   problem.tiles.most_tiles = 2 * kExperts;
   return problem;
 }
@@ -393,6 +393,11 @@ TEST(Sm90ExpertPlanTest, TakesTheKernelsOfSm80WhereItHasNone) {
   EXPECT_FALSE(is_older(problem, kAny));
   problem.follows_product = true;  // the second product of a block
   EXPECT_TRUE(is_older(problem, kAny));
+  problem.follows_product = false;
+  problem.tiles.num_ids = 3 * problem.num_experts;
+  EXPECT_FALSE(is_older(problem, kAny));
+  ++problem.tiles.num_ids;
+  EXPECT_TRUE(is_older(problem, kAny));
 }
 
 TEST(Sm90ExpertPlanTest, SlowMemoryTakesTheKernelsOfSm80ForManyTilesOfAFewRows) {
@@ -453,6 +458,19 @@ TEST(Sm80PlanTest, AsymmetricLayersHaveAsManyWarps) {
   EXPECT_EQ(symmetric.warps, 16);
   EXPECT_EQ(asymmetric.kind, KernelKind::kStrip);
   EXPECT_EQ(asymmetric.warps, 16);
+}
+
+TEST(Sm80ExpertPlanTest, LongRunsTakeStripsWhereGroupsAreEven) {
+  const DeviceLimits limits = hopper(132);
+  const auto instance_of = [&](std::int32_t step_shift, std::int32_t chunk_shift) {
+    ExpertProblem problem = experts_of(4096, 7168, 8, 4, step_shift);
+    problem.matrix.weight.chunk_shift = chunk_shift;
+    return sm80::plan_experts(problem, limits, BatchInvariance::kNotRequired).instance;
+  };
+  constexpr std::int32_t kStrips = 0;
+  EXPECT_EQ(instance_of(3, 1), kStrips);
+  EXPECT_EQ(instance_of(1, -1), kStrips);
+  EXPECT_NE(instance_of(kIrregular, -1), kStrips);
 }
 
 TEST(Sm80ExpertPlanTest, CutsStripsThatAreFewOrLong) {

@@ -318,23 +318,22 @@ void scratch_need(const DeviceLimits& limits, std::int64_t& partial_floats, std:
 
 }  // namespace
 
-constinit const ArchKernels kKernels = {
-    .name = "sm80",
-    .priority = 80,
-    .min_capability = 80,
-    .max_capability = INT_MAX,
-    .requirement = "compute capability 8.0",
-    .pack = load,
-    .plan = plan,
-    .schedules = schedules,
-    .plan_as = plan_as,
-    .measured = {},
-    .scratch_need = scratch_need,
-    .launch = launch,
-    .plan_experts = plan_experts,
-    .launch_experts = launch_experts,
-    .most_dispatches = kMostDispatches,
-    .tile_rows = tile_rows,
-    .most_sorted_ids = most_sorted_ids};
+constinit const ArchKernels kKernels = {.name = "sm80",
+                                        .priority = 80,
+                                        .min_capability = 80,
+                                        .max_capability = INT_MAX,
+                                        .requirement = "compute capability 8.0",
+                                        .pack = load,
+                                        .plan = plan,
+                                        .schedules = schedules,
+                                        .plan_as = plan_as,
+                                        .measured = {},
+                                        .scratch_need = scratch_need,
+                                        .launch = launch,
+                                        .plan_experts = plan_experts,
+                                        .launch_experts = launch_experts,
+                                        .most_dispatches = kMostDispatches,
+                                        .tile_rows = tile_rows,
+                                        .most_sorted_ids = most_sorted_ids};
 
 }  // namespace marlinq::cuda::sm80
