@@ -460,6 +460,29 @@ TEST(Sm80PlanTest, AsymmetricLayersHaveAsManyWarps) {
   EXPECT_EQ(asymmetric.warps, 16);
 }
 
+TEST(Sm80PlanTest, CodesAreMultipliedByFloat16ScalesOfShortGroups) {
+  const auto view = [](std::int32_t k, std::int32_t step_shift) {
+    WeightView w = problem_of(1536, k, 64, 4, step_shift).weight;
+    w.chunk_shift = step_shift >= 2 ? step_shift - 2 : -1;
+    return w;
+  };
+  WeightView w = view(2048, 1);
+  EXPECT_TRUE(sm80::has_short_groups(w));
+  EXPECT_TRUE(sm80::has_even_short_groups(w));
+  w.small_scales = false;
+  EXPECT_FALSE(sm80::has_short_groups(w));
+  EXPECT_TRUE(sm80::has_even_short_groups(w));
+  w = view(2048, 1);
+  w.scale_type = FloatType::kBF16;
+  EXPECT_FALSE(sm80::has_short_groups(w));
+  EXPECT_FALSE(sm80::has_short_groups(view(2048, 2)));
+  EXPECT_FALSE(sm80::has_even_short_groups(view(2048, 2)));
+  EXPECT_FALSE(sm80::has_even_short_groups(view(2048, kIrregular)));
+  // A rounding of each weight does not average out over few rows.
+  EXPECT_TRUE(sm80::has_short_groups(view(256, 1)));
+  EXPECT_FALSE(sm80::has_short_groups(view(192, 1)));
+}
+
 TEST(Sm80ExpertPlanTest, LongRunsTakeStripsWhereGroupsAreEven) {
   const DeviceLimits limits = hopper(132);
   const auto instance_of = [&](std::int32_t step_shift, std::int32_t chunk_shift) {

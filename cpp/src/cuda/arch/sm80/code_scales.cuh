@@ -18,11 +18,6 @@
 
 namespace marlinq::cuda::sm80 {
 
-/// has_even_short_groups(), and float16 scales that codes can be multiplied by.
-__host__ __device__ __forceinline__ bool has_short_groups(const WeightView& w) {
-  return has_even_short_groups(w) && w.scale_type == FloatType::kF16 && w.small_scales;
-}
-
 /// Twice the lower and twice the upper half of a pair; instructions can read a pair so.
 struct EachTwice {
   uint32_t low, high;

@@ -26,6 +26,14 @@ MARLINQ_HOST_DEVICE inline bool has_even_short_groups(const WeightView& w) {
          w.groups_per_chunk * Layout::kBlockStrips * w.record_bytes <= Layout::kLanes * 16;
 }
 
+/// The same, of float16 scales that codes can be multiplied by, and of so many rows that the roundings of their weights
+/// average out in every output.
+MARLINQ_HOST_DEVICE inline bool has_short_groups(const WeightView& w) {
+  constexpr std::int32_t kLeastChunks = 4;
+  return has_even_short_groups(w) && w.scale_type == FloatType::kF16 && w.small_scales &&
+         w.chunks >= kLeastChunks;
+}
+
 /// float16 scales and no zero points: to take the values of a group needs no branch then.
 MARLINQ_HOST_DEVICE inline bool has_plain_groups(const WeightView& w) {
   return w.scale_type == FloatType::kF16 && !w.has_zeros;
