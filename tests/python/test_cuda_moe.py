@@ -677,7 +677,7 @@ def test_short_groups(symmetric: bool) -> None:
 
 @pytest.fixture(scope="module")
 def large_layer() -> tuple[Parts, marlinq.MoeBlock]:
-    """With a few tokens for each of its experts, sm90 has the activation as a step of its own."""
+    """Of a few tokens for each expert blocks share units along K."""
     parts = Parts(16, 4096, 4096, group_size=128, symmetric=True)
     return parts, marlinq.MoeBlock(*parts.load())
 

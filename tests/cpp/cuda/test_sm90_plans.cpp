@@ -279,7 +279,7 @@ TEST(Sm90PlanTest, TakesTheKernelsOfSm80WhereItHasNone) {
   EXPECT_TRUE(is_older(problem_of(4096, 1024, 1, 4, kGroups128), BatchInvariance::kNotRequired));
 }
 
-/// Through the lists of moe_align_block_size; so many ids that experts have half a tile of rows on average.
+/// Through the lists of moe_align_block_size; so many ids that experts have a quarter of a tile of rows on average.
 ExpertProblem experts_of(std::int32_t n, std::int32_t k, std::int32_t tile_rows, std::int32_t bits,
                          std::int32_t step_shift) {
   constexpr std::int32_t kExperts = 128;
@@ -485,15 +485,19 @@ TEST(Sm80PlanTest, CodesAreMultipliedByFloat16ScalesOfShortGroups) {
 
 TEST(Sm80ExpertPlanTest, LongRunsTakeStripsWhereGroupsAreEven) {
   const DeviceLimits limits = hopper(132);
-  const auto instance_of = [&](std::int32_t step_shift, std::int32_t chunk_shift) {
-    ExpertProblem problem = experts_of(4096, 7168, 8, 4, step_shift);
+  const auto instance_of = [&](std::int32_t step_shift, std::int32_t chunk_shift,
+                               std::int32_t rows = 8) {
+    ExpertProblem problem = experts_of(4096, 7168, rows, 4, step_shift);
     problem.matrix.weight.chunk_shift = chunk_shift;
+    problem.matrix.weight.scales_divide = rows == 8;
     return sm80::plan_experts(problem, limits, BatchInvariance::kNotRequired).instance;
   };
   constexpr std::int32_t kStrips = 0;
   EXPECT_EQ(instance_of(3, 1), kStrips);
   EXPECT_EQ(instance_of(1, -1), kStrips);
   EXPECT_NE(instance_of(kIrregular, -1), kStrips);
+  // A list of more rows would have its weights read again for each 8 of them.
+  EXPECT_NE(instance_of(3, 1, 16), kStrips);
 }
 
 TEST(Sm80ExpertPlanTest, CutsStripsThatAreFewOrLong) {

@@ -1,6 +1,6 @@
 // Tokens are sorted by expert, then gate_up with the activation in its last step, down, and the sum over
 // the experts of a token: four launches, or three where the products sort few tokens by themselves, or five where
-// the activation is better a step of its own. What
+// gate_up cannot activate. What
 // stands between them lies in the order of the sorted tokens, so that down reads its rows one after the other.
 #include "cuda/moe/block.hpp"
 

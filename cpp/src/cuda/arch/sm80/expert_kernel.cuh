@@ -406,7 +406,8 @@ class ExpertLoop : public ExpertFill<S, Rows, ExpertLoop<S, Rows>> {
   }
 
   __device__ __forceinline__ uint32_t multiply(uint32_t stage, int begin, int length) {
-    // Groups that are neither long nor short are rare: for these there is one loop.
+    // For groups that are not of whole chunks there is one loop: one for each number of token tiles would be
+    // most of the kernel.
     if constexpr (S::kForm == GroupForm::kAny) {
       if (w_.chunk_shift < 0)
         return this->template multiply_any_groups<S::kTokenTiles>(stage, begin, length);

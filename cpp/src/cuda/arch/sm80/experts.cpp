@@ -68,13 +68,13 @@ ExpertPlan plan_experts(const ExpertProblem& problem, const DeviceLimits& limits
     while (chosen > least && !fits(w, all[chosen], limits)) --chosen;
   }
   // How this one divides K depends on the batch. Where blocks have long runs the other is quicker, whose
-  // warps share x, but not where this has a kernel of its own for the groups.
+  // warps share x, but not where this has a kernel of its own for the groups and a list is no more than a tile of it.
   constexpr std::int64_t kMostChunks = 1500;
   constexpr std::int64_t kMostWork = std::int64_t{1} << 30;  // that the kernel counts
   const std::int64_t work =
       most_tiles(problem, all[kStrips].tokens) * ceil_div(w.n, all[kStrips].features) * w.chunks;
   const std::int64_t most_work =
-      has_even_short_groups(w) || w.chunk_shift >= 0
+      most_rows(problem) <= all[kStrips].tokens && (has_even_short_groups(w) || w.chunk_shift >= 0)
           ? kMostWork
           : kMostChunks * all[kStrips].blocks_together * limits.multiprocessors;
   const bool may_use_strips = !invariant && fits(w, all[kStrips], limits);
@@ -96,7 +96,7 @@ ExpertPlan plan_experts_with(std::size_t instance, const ExpertProblem& problem,
   const std::int64_t units = most_tiles(problem, kernel.tokens) * ceil_div(w.n, kernel.features);
   const std::int64_t work = units * w.chunks;
   const std::int64_t blocks = std::int64_t{together} * limits.multiprocessors;
-  // Strips that may be cut are another kernel, which takes a little longer: for few units, and for long ones,
+  // Strips that may be cut are another kernel for plain long groups, which takes a little longer: for few units, and for long ones,
   // of which some blocks could have one more than others.
   constexpr std::int64_t kLongUnit = 64;
   const bool pays = instance != kStrips || w.chunks >= kLongUnit || units * 2 <= blocks;

@@ -96,7 +96,7 @@ void launch_strips(const GemmProblem& problem, const GemmPlan& plan, cudaStream_
                  plan, stream);
 }
 
-/// A strip kernel of the shape StripShape<T, kBits, token tiles, most warps, promotes>.
+/// A strip kernel of the shape StripShape<T, kBits, token tiles, most warps, promotes>, in its forms.
 template <class T, int kBits, int kTokenTiles, int kMaxWarps, bool kPromotes>
 constexpr Instance strip_instance() {
   using S = StripShape<T, kBits, kTokenTiles, kMaxWarps, kPromotes, GroupForm::kAny>;

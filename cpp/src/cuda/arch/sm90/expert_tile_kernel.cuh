@@ -386,7 +386,7 @@ class ExpertMultiply {
   template <int kTokens, class Scales>
   __device__ __forceinline__ void multiply_slabs(int begin, int end) {
     int slab = begin;
-    // Four warpgroups hide the ends of slabs anyway, and two have no registers for it.
+    // Four warpgroups hide the ends of slabs anyway, two have no registers for it, and scaled codes gain nothing by it.
     if constexpr (Scales::kPlain && Scales::kUnits == 0 && S::kGroups == 3) {
 #pragma unroll 1
       for (; slab + 1 < end; slab += 2) multiply_run<kTokens, Scales, 2>(slab, begin);

@@ -135,7 +135,7 @@ ExpertPlan expert_strip_plan(const ExpertProblem& problem, const DeviceLimits& l
 namespace {
 
 // With an activation, which takes codes of two places at a time, the older kernel is as quick, and so is it where
-// experts have a few rows; where they have one or two, this one is some 10% quicker. After the older one down starts
+// experts have more than a few rows; where they have one, this one is some 10% quicker. After the older one down starts
 // some 4 us earlier in the same kernel: the two run the same code. Where memory is slow the older one comes nearer to its
 // rate, but for few ids.
 bool takes_strips(const ExpertProblem& problem, const DeviceLimits& limits) {
