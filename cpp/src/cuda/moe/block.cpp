@@ -143,7 +143,7 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
     void run() {
       place();
       if (lists_) sort();
-      run_layers(experts(), routed(), between_,
+      run_layers(block_.experts(), routed(), between_,
                  FloatOutput{at(down_), FloatType::kF32, block_.hidden_size()});
       if (block_.parts_.shared) {
         run_layers(block_.shared(), all_tokens(), shared_between_, shared_output());
@@ -152,8 +152,6 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
     }
 
    private:
-    TwoLayers experts() const { return block_.experts(); }
-
     std::int32_t choose_tile_rows() const {
       const PackedExperts& packed = packed_of(*block_.parts_.gate_up);
       return packed.arch().tile_rows(tokens_, ids_, block_.num_experts(), packed.invariance());
@@ -161,7 +159,7 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
 
     // A launch less, where that is worth more than what each block of the products then does.
     bool products_sort() const {
-      const TwoLayers layers = experts();
+      const TwoLayers layers = block_.experts();
       return tile_rows_ == 8 &&
              sorts_ids(state_, *layers.gate_up, first_layer(layers, routed(), {}), ids_) &&
              sorts_ids(state_, *layers.down, second_layer(layers, routed(), {}, {}), ids_);
@@ -170,7 +168,7 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
     // The products' own gather comes first, since they place it there.
     void place() {
       const std::int64_t gather =
-          std::max(gather_need_of(experts(), routed()),
+          std::max(gather_need_of(block_.experts(), routed()),
                    block_.parts_.shared ? gather_need_of(block_.shared(), all_tokens()) : 0);
       ScratchLayout layout(gather * 2);
       if (lists_) {
@@ -180,7 +178,7 @@ class CudaMoeBlock final : public MoeBlock<CudaBackend> {
         rows_place_ = layout.add(most_tiles_ * 4);
         count_place_ = layout.add(4);
       }
-      between_ = place_between(layout, experts(), ids_);
+      between_ = place_between(layout, block_.experts(), ids_);
       down_ = layout.add(ids_ * block_.hidden_size() * 4);
       if (block_.parts_.shared) {
         shared_between_ = place_between(layout, block_.shared(), tokens_);

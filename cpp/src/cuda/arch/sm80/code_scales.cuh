@@ -11,7 +11,7 @@
 #include <cstdint>
 
 #include "cuda/arch/sm80/group_values.cuh"
-#include "cuda/arch/sm80/plan.hpp"
+#include "cuda/arch/sm80/layout.hpp"
 #include "cuda/device/dequantize.cuh"
 #include "cuda/problem.hpp"
 #include "cuda/ptx/copy.cuh"
@@ -123,6 +123,11 @@ class CodeScales<__nv_bfloat16, kBits> {
 
   EachTwice most_, rest_;
 };
+
+/// Whether a step of a chunk starts a short group: they have 16 or 32 rows.
+__device__ __forceinline__ bool starts_short_group(const WeightView& w, int step) {
+  return step % 2 == 0 || w.step_shift == 0;
+}
 
 /// After products of codes that were multiplied by their scales: what sums are in, told as others tell it.
 template <class T, int kBits, int kStrips>

@@ -39,8 +39,7 @@ namespace marlinq::cuda::sm80 {
 
 // kPromotes: sums of a group are kept apart and added, scaled, to the sums of all; else there is one
 // set, in units of the current group's scale (tile_loop.cuh says how), which takes fewer registers.
-template <class T_, int kBits_, int kTokenTiles_, int kMaxWarps_, bool kPromotes_,
-          GroupForm kGroups_>
+template <class T_, int kBits_, int kTokenTiles_, int kMaxWarps_, bool kPromotes_, GroupForm kForm_>
 struct StripShape {
   using T = T_;
   static constexpr int kBits = kBits_;
@@ -48,11 +47,10 @@ struct StripShape {
   static constexpr int kTokens = kTokenTiles * 8;
   static constexpr int kMaxWarps = kMaxWarps_;
   static constexpr bool kPromotes = kPromotes_;
-  static constexpr GroupForm kGroups = kGroups_;
-  static constexpr bool kShortGroups = kGroups == GroupForm::kShort;
-  static constexpr bool kLongGroups =
-      kGroups == GroupForm::kLong || kGroups == GroupForm::kPlainLong;
-  static constexpr bool kPlain = kGroups == GroupForm::kPlainLong;
+  static constexpr GroupForm kForm = kForm_;
+  static constexpr bool kShortGroups = kForm == GroupForm::kShort;
+  static constexpr bool kLongGroups = kForm == GroupForm::kLong || kForm == GroupForm::kPlainLong;
+  static constexpr bool kPlain = kForm == GroupForm::kPlainLong;
   // Codes of short groups are multiplied by their scales: for weights of has_short_groups() alone.
   // Sums that are kept apart take fewer instructions, codes of bfloat16 as many.
   static constexpr bool kScalesCodes = kShortGroups && !kPromotes && std::is_same_v<T, __half>;
@@ -255,7 +253,7 @@ class StripLoop {
         multiply<kWidth, Starts::kAny>(stage_, groups);
       }
       if (fill_left_ > 0) {
-        if ((S::kGroups == GroupForm::kAny && w_.chunk_shift < 0) || fill_chunk_ == missing_chunk_)
+        if ((S::kForm == GroupForm::kAny && w_.chunk_shift < 0) || fill_chunk_ == missing_chunk_)
           fill_rest(fill_slot_);
         advance_fill();
         if (fill_left_ == 0 && warp_ == 0) ptx::launch_dependents();
@@ -381,7 +379,7 @@ class StripLoop {
 
   // What few items have: groups that start inside the chunk, columns that x does not have.
   __device__ __forceinline__ void fill_rest(Stage slot) const {
-    if constexpr (S::kGroups == GroupForm::kAny) {
+    if constexpr (S::kForm == GroupForm::kAny) {
       const ChunkGroups groups = load_chunk_groups(w_, fill_chunk_);
       if (groups.changes() && fill_record_) {
 #pragma unroll 1
@@ -479,8 +477,7 @@ class StripLoop {
   template <Starts kStarts>
   __device__ __forceinline__ bool starts(int step, const ChunkGroups& groups) const {
     if (kStarts == Starts::kAny) return step > 0 && groups.starts(step);
-    // Groups of 16 or 32 rows.
-    return kStarts == Starts::kShort && (step % 2 == 0 || w_.step_shift == 0);
+    return kStarts == Starts::kShort && starts_short_group(w_, step);
   }
 
   // The scales and zero points of the group that starts.

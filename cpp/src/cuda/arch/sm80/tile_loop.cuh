@@ -29,6 +29,7 @@
 #include "cuda/arch/sm80/code_scales.cuh"
 #include "cuda/arch/sm80/group_values.cuh"
 #include "cuda/arch/sm80/layout.hpp"
+#include "cuda/arch/sm80/plan.hpp"
 #include "cuda/arch/sm80/share.hpp"
 #include "cuda/arch/sm80/x_tile.cuh"
 #include "cuda/device/dequantize.cuh"
@@ -68,6 +69,8 @@ struct TileShape {
       : kGroups == TileGroups::kLong                                          ? GroupForm::kLong
       : kGroups == TileGroups::kPlainLong ? GroupForm::kPlainLong
                                           : GroupForm::kAny;
+  static constexpr bool kPlain = kForm == GroupForm::kPlainLong;
+  static constexpr bool kLongGroups = kForm == GroupForm::kLong || kPlain;
   static constexpr int kStrips = Layout::kBlockStrips;
   static constexpr int kGroupThreads = kFeatureWarps * 32;  // that share a slice
   static constexpr int kThreads = kGroupThreads * kRowWarps;
@@ -370,10 +373,10 @@ class TileLoop {
   __device__ __forceinline__ void change_group(uint32_t group_records) {
     if constexpr (S::kPromotes) {
       promote();
-      values_.template load<S::kForm == GroupForm::kPlainLong>(group_records, w_);
+      values_.template load<S::kPlain>(group_records, w_);
     } else {
       float quotient[S::kStrips][2];
-      values_.template change<S::kForm == GroupForm::kPlainLong>(group_records, w_, quotient);
+      values_.template change<S::kPlain>(group_records, w_, quotient);
       scale_sums(quotient);
     }
   }
@@ -384,7 +387,7 @@ class TileLoop {
   __device__ __forceinline__ uint32_t multiply_chunks(uint32_t stage, int chunk, int left) {
     if constexpr (S::kForm == GroupForm::kShort) {
       return multiply_short_groups<kActive>(stage, left);
-    } else if constexpr (S::kForm == GroupForm::kLong || S::kForm == GroupForm::kPlainLong) {
+    } else if constexpr (S::kLongGroups) {
       return multiply_long_groups<kActive>(stage, chunk, left);
     } else if constexpr (S::kGroups == TileGroups::kLookedUp) {
       return multiply_any_groups<kActive>(stage, chunk, left);
@@ -458,7 +461,7 @@ class TileLoop {
         if constexpr (S::kPromotes) {
           change_group(records(stage));
         } else {
-          values_.template change<S::kForm == GroupForm::kPlainLong>(records(stage), w_, quotient);
+          values_.template change<S::kPlain>(records(stage), w_, quotient);
           scales_sums = true;
         }
       }
@@ -546,7 +549,7 @@ class TileLoop {
         // The zero points are new.
         decode_strip(a[0], 0, step);
       }
-      if (kChange == Change::kParts && step > 0 && starts_short_group(step)) {
+      if (kChange == Change::kParts && step > 0 && starts_short_group(w_, step)) {
         promote();
         values_.load_scales(group_records, w_);
       }
@@ -577,7 +580,7 @@ class TileLoop {
               load_codes(words, codes, next_step / kPieceSteps);
             }
             // All fragments of this step are decoded.
-            if (kShortGroups && last_strip && starts_short_group(next_step)) {
+            if (kShortGroups && last_strip && starts_short_group(w_, next_step)) {
               group_records += group_bytes();
               if constexpr (kChange == Change::kScaled) {
                 load_scales(scales, group_records);
@@ -591,11 +594,6 @@ class TileLoop {
       }
     }
     if constexpr (kChange == Change::kParts) promote();
-  }
-
-  // Short groups have 16 or 32 rows.
-  __device__ __forceinline__ bool starts_short_group(int step) const {
-    return step % 2 == 0 || w_.step_shift == 0;
   }
 
   __device__ __forceinline__ auto& accumulators() {
