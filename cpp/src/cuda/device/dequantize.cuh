@@ -64,6 +64,14 @@ struct CodeUnits {
   }
 };
 
+/// A zero point of two, twice as 16 bits: that of the lower or of the upper feature of a lane. Pairs have them in their lowest bytes.
+__device__ __forceinline__ uint32_t lower_zero(uint32_t pair) {
+  return __byte_perm(pair, 0, 0x4040);
+}
+__device__ __forceinline__ uint32_t upper_zero(uint32_t pair) {
+  return __byte_perm(pair, 0, 0x4141);
+}
+
 /// The zero points of the two features of a lane, in the form that decode() wants.
 template <class T, int kBits>
 struct ZeroPair;
@@ -72,28 +80,28 @@ template <class T>
 struct ZeroPair<T, 4>
     : std::conditional_t<std::is_same_v<T, __half>, CodeUnits<512, 32>, CodeUnits<64, 4>> {
   uint32_t low, high;  // -z and 7.5 - z, by those units
-  __device__ __forceinline__ void set(uint32_t feature, uint32_t feature_8) {
+  __device__ __forceinline__ void set(uint32_t pair) {
     constexpr uint32_t kMiddle = std::is_same_v<T, __half> ? 0x33803380u : 0x3ff03ff0u;  // 7.5
-    low = multiply_add<T>(feature * 0x10001u, kMinusLargest<T>, 0);
-    high = multiply_add<T>(feature_8 * 0x100010u, kMinusLargest<T>, kMiddle);
+    low = multiply_add<T>(lower_zero(pair), kMinusLargest<T>, 0);
+    high = multiply_add<T>(upper_zero(pair) << 4, kMinusLargest<T>, kMiddle);
   }
 };
 
 template <>
 struct ZeroPair<__half, 8> : CodeUnits<1, 1> {
   uint32_t low, high;
-  __device__ __forceinline__ void set(uint32_t feature, uint32_t feature_8) {
-    low = (0x6400u + feature) * 0x10001u;
-    high = (0x6400u + feature_8) * 0x10001u;
+  __device__ __forceinline__ void set(uint32_t pair) {
+    low = __byte_perm(pair, 0x64646464u, 0x4040);
+    high = __byte_perm(pair, 0x64646464u, 0x4141);
   }
 };
 
 template <>
 struct ZeroPair<__nv_bfloat16, 8> : CodeUnits<1, 1> {
   float low, high;
-  __device__ __forceinline__ void set(uint32_t feature, uint32_t feature_8) {
-    low = 8388608.0f + static_cast<float>(feature);  // 2^23 + z
-    high = 8388608.0f + static_cast<float>(feature_8);
+  __device__ __forceinline__ void set(uint32_t pair) {
+    low = __uint_as_float(__byte_perm(pair, 0x4b000000u, 0x7540));  // 2^23 + z
+    high = __uint_as_float(__byte_perm(pair, 0x4b000000u, 0x7541));
   }
 };
 
@@ -144,9 +152,9 @@ __device__ __forceinline__ void decode(uint32_t (&a)[4], const uint32_t* words,
 /// Zero points for sums of OffsetCodes.
 struct ZeroFloats {
   float low, high;
-  __device__ __forceinline__ void set(uint32_t feature, uint32_t feature_8) {
-    low = static_cast<float>(feature);
-    high = static_cast<float>(feature_8);
+  __device__ __forceinline__ void set(uint32_t pair) {
+    low = static_cast<float>(pair & 0xffu);
+    high = static_cast<float>(pair >> 8);
   }
 };
 

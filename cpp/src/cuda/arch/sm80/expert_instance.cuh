@@ -93,18 +93,24 @@ constexpr ExpertInstance expert_strip_instance() {
       sizeof(StripTables<Any>),
       [](const ExpertProblem& problem, const ExpertPlan& plan, const DeviceLimits& limits,
          const SplitScratch& scratch, cudaStream_t stream) {
-        const WeightView& w = problem.matrix.weight;
+        using Plain = ExpertStripShape<T, kBits, kWarps, kStages, TileGroups::kPlainLong>;
+        using Long = ExpertStripShape<T, kBits, kWarps, kStages, TileGroups::kLong>;
+        using Short = ExpertStripShape<T, kBits, kWarps, kStages, TileGroups::kShortSums>;
         auto* launch = launch_expert_strips<Any, true>;
-        if (w.chunk_shift >= 0 && has_plain_groups(w)) {
-          using Plain = ExpertStripShape<T, kBits, kWarps, kStages, TileGroups::kPlainLong>;
-          launch =
-              plan.may_cut ? launch_expert_strips<Plain, true> : launch_expert_strips<Plain, false>;
-        } else if (w.chunk_shift >= 0) {
-          using Long = ExpertStripShape<T, kBits, kWarps, kStages, TileGroups::kLong>;
-          launch = launch_expert_strips<Long, true>;
-        } else if (has_even_short_groups(w)) {
-          using Short = ExpertStripShape<T, kBits, kWarps, kStages, TileGroups::kShortSums>;
-          launch = launch_expert_strips<Short, true>;
+        switch (group_form(problem.matrix.weight, false)) {
+          case GroupForm::kPlainLong:
+            launch = plan.may_cut ? launch_expert_strips<Plain, true>
+                                  : launch_expert_strips<Plain, false>;
+            break;
+          case GroupForm::kZerosLong:
+          case GroupForm::kLong:
+            launch = launch_expert_strips<Long, true>;
+            break;
+          case GroupForm::kShort:
+            launch = launch_expert_strips<Short, true>;
+            break;
+          case GroupForm::kAny:
+            break;
         }
         launch(problem, plan, limits, scratch, stream);
       });

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cuda/arch/sm80/plan.hpp"
 #include "cuda/device/dequantize.cuh"
 #include "cuda/problem.hpp"
 #include "cuda/ptx/arithmetic.cuh"
@@ -13,13 +14,18 @@
 
 namespace marlinq::cuda::sm80 {
 
-/// What groups a kernel or a loop of it is for. What it need not look up or ask takes no instructions, and no registers.
-enum class GroupForm {
-  kAny,        // looked up, they may start anywhere
-  kShort,      // has_even_short_groups()
-  kLong,       // of whole chunks each (WeightView::chunk_shift)
-  kPlainLong,  // the same, and has_plain_groups()
-};
+/// Bytes of a strip's record.
+template <Records kRecords>
+__device__ __forceinline__ int record_bytes(const WeightView& w) {
+  return kRecords == Records::kHalfScales           ? 32
+         : kRecords == Records::kHalfScalesAndZeros ? 48
+                                                    : w.record_bytes;
+}
+
+template <Records kRecords>
+__device__ __forceinline__ bool has_zeros(const WeightView& w) {
+  return kRecords == Records::kAny ? w.has_zeros : kRecords == Records::kHalfScalesAndZeros;
+}
 
 /// A lane holds those of features g and g + 8 of each strip.
 template <class T, int kBits, int kStrips, class Zero = ZeroPair<T, kBits>>
@@ -30,18 +36,14 @@ struct GroupValues {
   /// Before the first group, where records hold no zero points.
   __device__ __forceinline__ void set_middle(const WeightView& w) {
 #pragma unroll
-    for (int s = 0; s < kStrips; ++s) zero[s].set(w.middle, w.middle);
+    for (int s = 0; s < kStrips; ++s) zero[s].set(w.middle * 0x101u);
   }
 
-  /// From the records of the strips in shared memory, one after the other. kPlain: of weights of has_plain_groups() alone.
-  template <bool kPlain = false>
+  /// From the records of the strips in shared memory, one after the other.
+  template <Records kRecords = Records::kAny>
   __device__ __forceinline__ void load(uint32_t records, const WeightView& w) {
-    if constexpr (kPlain) {
-      load_half_scales(records + threadIdx.x % 32 / 4 * 4, w.record_bytes);
-    } else {
-      load_scales(records, w);
-      load_zeros(records, w);
-    }
+    load_scales<kRecords>(records, w);
+    load_zeros<kRecords>(records, w);
   }
 
   /// Of float16, from where this lane's two of the first strip are.
@@ -55,7 +57,12 @@ struct GroupValues {
     }
   }
 
+  template <Records kRecords = Records::kAny>
   __device__ __forceinline__ void load_scales(uint32_t records, const WeightView& w) {
+    if constexpr (kRecords != Records::kAny) {
+      load_half_scales(records + threadIdx.x % 32 / 4 * 4, record_bytes<kRecords>(w));
+      return;
+    }
     const uint32_t first =
         records + threadIdx.x % 32 / 4 * (w.scale_type == FloatType::kF32 ? 8 : 4);
     const int step = w.record_bytes;
@@ -77,16 +84,15 @@ struct GroupValues {
     }
   }
 
+  template <Records kRecords = Records::kAny>
   __device__ __forceinline__ void load_zeros(uint32_t records, const WeightView& w) {
-    const int step = w.record_bytes;
-    if (w.has_zeros) {
-      // After 16 scales, which are all of the record but its last 16 bytes.
-      const uint32_t zeros = records + w.record_bytes - 16 + threadIdx.x % 32 / 4 * 2;
+    if (!has_zeros<kRecords>(w)) return;
+    const int step = record_bytes<kRecords>(w);
+    // After 16 scales, which are all of the record but its last 16 bytes.
+    const uint32_t zeros = records + step - 16 + threadIdx.x % 32 / 4 * 2;
 #pragma unroll
-      for (int s = 0; s < kStrips; ++s) {
-        const uint32_t pair = ptx::load_shared_2(zeros + s * step);
-        zero[s].set(pair & 0xffu, pair >> 8);
-      }
+    for (int s = 0; s < kStrips; ++s) {
+      zero[s].set(ptx::load_shared_2(zeros + s * step));
     }
   }
 
@@ -101,7 +107,7 @@ struct GroupValues {
 
   /// The same as load(); `quotient` is the old scales over the new ones: what sums in units of the old scales
   /// are multiplied by to be in units of the new ones. Before the first group scales are 0.
-  template <bool kPlain = false>
+  template <Records kRecords = Records::kAny>
   __device__ __forceinline__ void change(uint32_t records, const WeightView& w,
                                          float (&quotient)[kStrips][2]) {
 #pragma unroll
@@ -109,7 +115,7 @@ struct GroupValues {
       quotient[s][0] = scale[s][0];
       quotient[s][1] = scale[s][1];
     }
-    load<kPlain>(records, w);
+    load<kRecords>(records, w);
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) {
       quotient[s][0] = ptx::divide_roughly(quotient[s][0], scale[s][0]);

@@ -100,35 +100,38 @@ void launch_strips(const GemmProblem& problem, const GemmPlan& plan, cudaStream_
 template <class T, int kBits, int kTokenTiles, int kMaxWarps, bool kPromotes>
 constexpr Instance strip_instance() {
   using S = StripShape<T, kBits, kTokenTiles, kMaxWarps, kPromotes, GroupForm::kAny>;
-  return {
-      .kind = KernelKind::kStrip,
-      .tokens = S::kTokens,
-      .features = 0,
-      .row_warps = 1,
-      .warps = S::kMaxWarps,
-      .blocks_together = 1,
-      .slice_bytes = S::kXBytes,
-      .sum_bytes = S::kSlotFloats * 4,
-      .sums_beside_ring = true,
-      .stages = S::kStages,
-      .cost = {},
-      .launch = [](const GemmProblem& problem, const GemmPlan& plan, const SplitScratch&,
-                   cudaStream_t stream) {
-        const WeightView& w = problem.weight;
-        using Short = StripShape<T, kBits, kTokenTiles, kMaxWarps, kPromotes, GroupForm::kShort>;
-        if (w.chunk_shift >= 0 && has_plain_groups(w)) {
-          launch_strips<
-              StripShape<T, kBits, kTokenTiles, kMaxWarps, kPromotes, GroupForm::kPlainLong>>(
-              problem, plan, stream);
-        } else if (w.chunk_shift >= 0) {
-          launch_strips<StripShape<T, kBits, kTokenTiles, kMaxWarps, kPromotes, GroupForm::kLong>>(
-              problem, plan, stream);
-        } else if (Short::kScalesCodes ? has_short_groups(w) : has_even_short_groups(w)) {
-          launch_strips<Short>(problem, plan, stream);
-        } else {
-          launch_strips<S>(problem, plan, stream);
-        }
-      }};
+  return {.kind = KernelKind::kStrip,
+          .tokens = S::kTokens,
+          .features = 0,
+          .row_warps = 1,
+          .warps = S::kMaxWarps,
+          .blocks_together = 1,
+          .slice_bytes = S::kXBytes,
+          .sum_bytes = S::kSlotFloats * 4,
+          .sums_beside_ring = true,
+          .stages = S::kStages,
+          .cost = {},
+          .launch = [](const GemmProblem& problem, const GemmPlan& plan, const SplitScratch&,
+                       cudaStream_t stream) {
+            const auto launch = [&]<GroupForm kForm>() {
+              launch_strips<StripShape<T, kBits, kTokenTiles, kMaxWarps, kPromotes, kForm>>(
+                  problem, plan, stream);
+            };
+            using Short =
+                StripShape<T, kBits, kTokenTiles, kMaxWarps, kPromotes, GroupForm::kShort>;
+            switch (group_form(problem.weight, Short::kScalesCodes)) {
+              case GroupForm::kShort:
+                return launch.template operator()<GroupForm::kShort>();
+              case GroupForm::kLong:
+                return launch.template operator()<GroupForm::kLong>();
+              case GroupForm::kPlainLong:
+                return launch.template operator()<GroupForm::kPlainLong>();
+              case GroupForm::kZerosLong:
+                return launch.template operator()<GroupForm::kZerosLong>();
+              case GroupForm::kAny:
+                return launch.template operator()<GroupForm::kAny>();
+            }
+          }};
 }
 
 }  // namespace marlinq::cuda::sm80

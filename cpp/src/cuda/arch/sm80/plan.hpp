@@ -34,9 +34,51 @@ MARLINQ_HOST_DEVICE inline bool has_short_groups(const WeightView& w) {
          w.chunks >= kLeastChunks;
 }
 
-/// float16 scales and no zero points: to take the values of a group needs no branch then.
-MARLINQ_HOST_DEVICE inline bool has_plain_groups(const WeightView& w) {
-  return w.scale_type == FloatType::kF16 && !w.has_zeros;
+/// What the records of groups hold, where a kernel is for one kind: to take the values of a group needs no branch then.
+enum class Records {
+  kAny,
+  kHalfScales,          // of float16, and no zero points
+  kHalfScalesAndZeros,  // of float16, and zero points
+};
+
+MARLINQ_HOST_DEVICE inline Records records_of(const WeightView& w) {
+  if (w.scale_type != FloatType::kF16) return Records::kAny;
+  return w.has_zeros ? Records::kHalfScalesAndZeros : Records::kHalfScales;
+}
+
+/// What groups a kernel or a loop of it is for. What it need not look up or ask takes no instructions, and no registers.
+enum class GroupForm {
+  kAny,        // looked up, they may start anywhere
+  kShort,      // has_even_short_groups()
+  kLong,       // of whole chunks each (WeightView::chunk_shift)
+  kPlainLong,  // the same, Records::kHalfScales
+  kZerosLong,  // the same, Records::kHalfScalesAndZeros
+};
+
+constexpr Records records_of(GroupForm form) {
+  return form == GroupForm::kPlainLong   ? Records::kHalfScales
+         : form == GroupForm::kZerosLong ? Records::kHalfScalesAndZeros
+                                         : Records::kAny;
+}
+constexpr bool has_long_groups(GroupForm form) {
+  return form == GroupForm::kLong || records_of(form) != Records::kAny;
+}
+
+/// Of the groups of a weight. scales_codes: short ones are those whose scales codes are multiplied by.
+inline GroupForm group_form(const WeightView& w, bool scales_codes) {
+  if (w.chunk_shift < 0) {
+    const bool is_short = scales_codes ? has_short_groups(w) : has_even_short_groups(w);
+    return is_short ? GroupForm::kShort : GroupForm::kAny;
+  }
+  switch (records_of(w)) {
+    case Records::kHalfScales:
+      return GroupForm::kPlainLong;
+    case Records::kHalfScalesAndZeros:
+      return GroupForm::kZerosLong;
+    case Records::kAny:
+      break;
+  }
+  return GroupForm::kLong;
 }
 
 /// A slice of a tile kernel: x and codes, and the records of each block of features.

@@ -49,8 +49,8 @@ struct StripShape {
   static constexpr bool kPromotes = kPromotes_;
   static constexpr GroupForm kForm = kForm_;
   static constexpr bool kShortGroups = kForm == GroupForm::kShort;
-  static constexpr bool kLongGroups = kForm == GroupForm::kLong || kForm == GroupForm::kPlainLong;
-  static constexpr bool kPlain = kForm == GroupForm::kPlainLong;
+  static constexpr bool kLongGroups = has_long_groups(kForm);
+  static constexpr Records kRecords = records_of(kForm);
   // Codes of short groups are multiplied by their scales: for weights of has_short_groups() alone.
   // Sums that are kept apart take fewer instructions, codes of bfloat16 as many.
   static constexpr bool kScalesCodes = kShortGroups && !kPromotes && std::is_same_v<T, __half>;
@@ -431,10 +431,10 @@ class StripLoop {
   __device__ __forceinline__ void change_group(uint32_t group_records) {
     if constexpr (S::kPromotes) {
       finish_group();
-      values_.template load<S::kPlain>(group_records, w_);
+      values_.template load<S::kRecords>(group_records, w_);
     } else {
       float quotient[S::kStrips][2];
-      values_.template change<S::kPlain>(group_records, w_, quotient);
+      values_.template change<S::kRecords>(group_records, w_, quotient);
 #pragma unroll
       for (int s = 0; s < S::kStrips; ++s) {
 #pragma unroll

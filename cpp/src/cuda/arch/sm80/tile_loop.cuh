@@ -69,8 +69,8 @@ struct TileShape {
       : kGroups == TileGroups::kLong                                          ? GroupForm::kLong
       : kGroups == TileGroups::kPlainLong ? GroupForm::kPlainLong
                                           : GroupForm::kAny;
-  static constexpr bool kPlain = kForm == GroupForm::kPlainLong;
-  static constexpr bool kLongGroups = kForm == GroupForm::kLong || kPlain;
+  static constexpr Records kRecords = records_of(kForm);
+  static constexpr bool kLongGroups = has_long_groups(kForm);
   static constexpr int kStrips = Layout::kBlockStrips;
   static constexpr int kGroupThreads = kFeatureWarps * 32;  // that share a slice
   static constexpr int kThreads = kGroupThreads * kRowWarps;
@@ -284,7 +284,7 @@ class TileLoop {
       ptx::copy_async_if(on, target + piece * 512, upper + piece * 32);
     }
     constexpr bool kShortGroups = kForm == GroupForm::kShort;
-    constexpr bool kLongGroups = kForm == GroupForm::kLong || kForm == GroupForm::kPlainLong;
+    constexpr bool kLongGroups = has_long_groups(kForm);
     const int group = kShortGroups                         ? fill_chunk_ * w_.groups_per_chunk
                       : kLongGroups || w_.chunk_shift >= 0 ? fill_chunk_ >> w_.chunk_shift
                                                            : fill_group_;
@@ -373,10 +373,10 @@ class TileLoop {
   __device__ __forceinline__ void change_group(uint32_t group_records) {
     if constexpr (S::kPromotes) {
       promote();
-      values_.template load<S::kPlain>(group_records, w_);
+      values_.template load<S::kRecords>(group_records, w_);
     } else {
       float quotient[S::kStrips][2];
-      values_.template change<S::kPlain>(group_records, w_, quotient);
+      values_.template change<S::kRecords>(group_records, w_, quotient);
       scale_sums(quotient);
     }
   }
@@ -461,7 +461,7 @@ class TileLoop {
         if constexpr (S::kPromotes) {
           change_group(records(stage));
         } else {
-          values_.template change<S::kPlain>(records(stage), w_, quotient);
+          values_.template change<S::kRecords>(records(stage), w_, quotient);
           scales_sums = true;
         }
       }

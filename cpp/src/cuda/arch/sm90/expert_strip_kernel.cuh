@@ -629,7 +629,7 @@ class ExpertStrips {
       int records = stage + S::kRecordsPlace;
       const int steps = params_.sub_steps;
       if (steps == S::kItemSteps) {
-        multiply_group<kWidth, S::kItemSteps, false>(stage, records, 0, values, factors);
+        multiply_group<kWidth, S::kItemSteps, Records::kAny>(stage, records, 0, values, factors);
       } else {
         const int present =
             min(S::kItemSteps, (w_.chunks - item * S::kItemChunks) * Layout::kChunkSteps);
@@ -640,7 +640,7 @@ class ExpertStrips {
         } else {
 #pragma unroll 1
           for (int step = 0; step < present; ++step) {
-            multiply_group<kWidth, 1, false>(stage, records, step, values, factors);
+            multiply_group<kWidth, 1, Records::kAny>(stage, records, step, values, factors);
             if (((step + 1) & (steps - 1)) == 0) records += group_bytes_;
           }
         }
@@ -670,33 +670,33 @@ class ExpertStrips {
   __device__ __forceinline__ void multiply_groups(
       int stage, int records, typename Product<kWidth>::Values& values,
       const typename Product<kWidth>::XFactors& factors) {
-    if (has_plain_groups(w_)) {
-      multiply_each_group<kWidth, kSteps, true>(stage, records, values, factors);
+    if (sm80::records_of(w_) == Records::kHalfScales) {
+      multiply_each_group<kWidth, kSteps, Records::kHalfScales>(stage, records, values, factors);
     } else {
-      multiply_each_group<kWidth, kSteps, false>(stage, records, values, factors);
+      multiply_each_group<kWidth, kSteps, Records::kAny>(stage, records, values, factors);
     }
   }
-  template <int kWidth, int kSteps, bool kPlain>
+  template <int kWidth, int kSteps, Records kRecords>
   __device__ __forceinline__ void multiply_each_group(
       int stage, int records, typename Product<kWidth>::Values& values,
       const typename Product<kWidth>::XFactors& factors) {
 #pragma unroll
     for (int step = 0; step < S::kItemSteps; step += kSteps) {
-      multiply_group<kWidth, kSteps, kPlain>(stage, records, step, values, factors);
+      multiply_group<kWidth, kSteps, kRecords>(stage, records, step, values, factors);
       records += group_bytes_;
     }
   }
 
-  template <int kWidth, int kSteps, bool kPlain>
+  template <int kWidth, int kSteps, Records kRecords>
   __device__ __forceinline__ void multiply_group(
       int stage, int records, int first, typename Product<kWidth>::Values& values,
       const typename Product<kWidth>::XFactors& factors) {
-    Product<kWidth>::template load<kPlain>(values, records, w_);
+    Product<kWidth>::template load<kRecords>(values, records, w_);
     Product<kWidth> product;
-    product.template add<kSteps, S::kChunkBytes, kPlain>(
+    product.template add<kSteps, S::kChunkBytes, kRecords>(
         stage + lane_ * 16, first, values, factors, w_,
         [&](int, int step) { return stage + x_row_place_ + step * 32; });
-    product.template finish<0, kSteps, kPlain>(sum_, values, records, w_);
+    product.template finish<0, kSteps, kRecords>(sum_, values, records, w_);
   }
 
   // --- the end of a segment ---

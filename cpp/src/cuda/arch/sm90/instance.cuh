@@ -70,7 +70,7 @@ void launch_strips(const GemmProblem& problem, const GemmPlan& plan, cudaStream_
 /// A strip kernel of the shape StripShape<T, kBits, token tiles, streams x, warps>, in its forms.
 template <class T, int kBits, int kTokenTiles, bool kStreamsX, int kWarps = 8>
 constexpr Instance strip_instance() {
-  using S = StripShape<T, kBits, kTokenTiles, kStreamsX, kWarps, StripGroups::kAny>;
+  using S = StripShape<T, kBits, kTokenTiles, kStreamsX, kWarps>;
   return {.kind = KernelKind::kStrip,
           .tokens = S::kTokens,
           .warps = S::kWarps,
@@ -88,17 +88,25 @@ constexpr Instance strip_instance() {
           .launch = [](const GemmProblem& problem, const GemmPlan& plan, const SplitScratch&,
                        cudaStream_t stream) {
             if constexpr (kBits == 4) {
-              if (has_plain_groups(problem.weight)) {
-                using Long =
-                    StripShape<T, kBits, kTokenTiles, kStreamsX, kWarps, StripGroups::kPlainLong>;
-                using Short =
-                    StripShape<T, kBits, kTokenTiles, kStreamsX, kWarps, StripGroups::kPlainShort>;
+              const auto launch = [&]<Records kRecords>() {
+                const auto launch_groups = [&]<StripGroups kGroups>() {
+                  launch_strips<
+                      StripShape<T, kBits, kTokenTiles, kStreamsX, kWarps, kGroups, kRecords>>(
+                      problem, plan, stream);
+                };
                 if (groups_of_steps(problem.weight, S::kItemSteps) == 1) {
-                  launch_strips<Long>(problem, plan, stream);
+                  launch_groups.template operator()<StripGroups::kLong>();
                 } else {
-                  launch_strips<Short>(problem, plan, stream);
+                  launch_groups.template operator()<StripGroups::kShort>();
                 }
-                return;
+              };
+              switch (sm80::records_of(problem.weight)) {
+                case Records::kHalfScales:
+                  return launch.template operator()<Records::kHalfScales>();
+                case Records::kHalfScalesAndZeros:
+                  return launch.template operator()<Records::kHalfScalesAndZeros>();
+                case Records::kAny:
+                  break;
               }
             }
             launch_strips<S>(problem, plan, stream);

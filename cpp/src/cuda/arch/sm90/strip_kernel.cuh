@@ -40,12 +40,12 @@ using sm80::EvenShare;
 /// What groups a strip kernel takes. Those that have no branches for others have fewer instructions to fetch, too.
 enum class StripGroups {
   kAny,
-  kPlainShort,  // has_plain_groups(), of which an item has several
-  kPlainLong,   // has_plain_groups(), of which an item has one
+  kShort,  // of which an item has several
+  kLong,   // of which an item has one
 };
 
 template <class T_, int kBits_, int kTokenTiles_, bool kStreamsX_, int kWarps_,
-          StripGroups kGroups_>
+          StripGroups kGroups_ = StripGroups::kAny, Records kRecords_ = Records::kAny>
 struct StripShape {
   using T = T_;
   static constexpr int kBits = kBits_;
@@ -54,7 +54,7 @@ struct StripShape {
   static constexpr bool kStreamsX = kStreamsX_;
   static constexpr int kWarps = kWarps_;
   static constexpr StripGroups kGroups = kGroups_;
-  static constexpr bool kPlain = kGroups != StripGroups::kAny;
+  static constexpr Records kRecords = kRecords_;
   static constexpr int kThreads = kWarps * 32;
   // On a multiprocessor: of one kernel, or of it and the next.
   static constexpr int kBlocksTogether = kTokenTiles == 1 ? 2 : 1;
@@ -64,7 +64,7 @@ struct StripShape {
   static constexpr int kItemSteps = kItemChunks * Layout::kChunkSteps;
   // Both halves of an item, where each is a group, without a loop: the others would lose registers by it.
   static constexpr bool kUnrollsHalves =
-      kItemSteps == 8 && (kPlain || (kStreamsX && kTokenTiles != 2));
+      kItemSteps == 8 && (kGroups != StripGroups::kAny || (kStreamsX && kTokenTiles != 2));
   static constexpr int kXTileBytes = kTokens * 128;  // of a chunk, where x is streamed
   static constexpr int kItemRows = kItemChunks * Layout::kChunkRows;
   static constexpr int kStripBytes = 128 * kBits;  // codes of a strip and chunk
@@ -301,8 +301,11 @@ class StripLoop {
     if (next_segment(segment, item, left)) start_fill(segment, item, left);
   }
 
+  __device__ __forceinline__ int record_bytes() const {
+    return sm80::record_bytes<S::kRecords>(w_);
+  }
   __device__ __forceinline__ int group_bytes() const {
-    return Layout::kBlockStrips * w_.record_bytes;
+    return Layout::kBlockStrips * record_bytes();
   }
   __device__ __forceinline__ uint32_t stage_place(int stage) const {
     return ring_ + stage * params_.memory.stage_bytes;
@@ -407,7 +410,7 @@ class StripLoop {
 #pragma unroll
     for (ProductValues<kWidth>& of : values) of.set_middle(w_);
     const typename Product<kWidth>::XFactors factors(w_);
-    const uint32_t records = records_ + first_strip(segment) * w_.record_bytes;
+    const uint32_t records = records_ + first_strip(segment) * record_bytes();
     uint32_t x_rows[S::kTokenTiles];
 #pragma unroll
     for (int t = 0; t < S::kTokenTiles; ++t) {
@@ -424,7 +427,7 @@ class StripLoop {
       if (!S::kStreamsX) wait_for_part(item);
       const uint32_t x_move = S::kStreamsX ? stage : item * (S::kItemRows * 2);
       const int steps = params_.sub_steps;
-      if (S::kGroups == StripGroups::kPlainLong ||
+      if (S::kGroups == StripGroups::kLong ||
           (S::kGroups == StripGroups::kAny && steps >= S::kItemSteps)) {
         multiply<kWidth, S::kItemSteps>(stage, 0, x_rows, x_move,
                                         records + stage_ * params_.memory.record_bytes, values,
@@ -497,24 +500,24 @@ class StripLoop {
                                            const uint32_t (&x_rows)[S::kTokenTiles],
                                            uint32_t x_move, uint32_t records, Values& values,
                                            const typename Product<kWidth>::XFactors& factors) {
-    const uint32_t second_records = records + kTogether<kWidth> * w_.record_bytes;
-    Product<kWidth>::template load<S::kPlain>(values[0], records, w_);
+    const uint32_t second_records = records + kTogether<kWidth> * record_bytes();
+    Product<kWidth>::template load<S::kRecords>(values[0], records, w_);
     if constexpr (kTogether<kWidth> < kWidth) {
-      Product<kWidth>::template load<S::kPlain>(values[1], second_records, w_);
+      Product<kWidth>::template load<S::kRecords>(values[1], second_records, w_);
     }
     const uint32_t codes = stage + lane_ * 16;
     const auto x_of = [&](int t, int step) { return x_address(x_rows[t], x_move, step); };
     Product<kWidth> product;
-    product.template add<kSteps, S::kChunkBytes, S::kPlain>(codes, first, values[0], factors, w_,
-                                                            x_of);
-    product.template finish<0, kSteps, S::kPlain>(sum_, values[0], records, w_);
+    product.template add<kSteps, S::kChunkBytes, S::kRecords>(codes, first, values[0], factors, w_,
+                                                              x_of);
+    product.template finish<0, kSteps, S::kRecords>(sum_, values[0], records, w_);
     if constexpr (kTogether<kWidth> < kWidth) {
       static_assert(kWidth == 2 * kTogether<kWidth>);
       Product<kWidth> second;
-      second.template add<kSteps, S::kChunkBytes, S::kPlain>(
+      second.template add<kSteps, S::kChunkBytes, S::kRecords>(
           codes + kTogether<kWidth> * S::kStripBytes, first, values[1], factors, w_, x_of);
-      second.template finish<kTogether<kWidth>, kSteps, S::kPlain>(sum_, values[1], second_records,
-                                                                   w_);
+      second.template finish<kTogether<kWidth>, kSteps, S::kRecords>(sum_, values[1],
+                                                                     second_records, w_);
     }
   }
 

@@ -16,10 +16,10 @@
 
 namespace marlinq::cuda::sm90 {
 
-using sm80::has_plain_groups;
 using sm80::Layout;
+using sm80::Records;
 
-/// The product of one group with kStrips strips, before its scales. kPlain: of weights of has_plain_groups() alone.
+/// The product of one group with kStrips strips, before its scales. kRecords: of such weights alone.
 template <class T, int kBits, int kTokenTiles, int kStrips>
 class StripProduct {
   // With more tokens the sums of x cost more than they save.
@@ -43,13 +43,13 @@ class StripProduct {
   using Values = sm80::GroupValues<T, kBits, kStrips>;
 
   /// The values of the group that is multiplied next. Zero points of OffsetCodes are not among them.
-  template <bool kPlain>
+  template <Records kRecords>
   __device__ __forceinline__ static void load(Values& values, uint32_t records,
                                               const WeightView& w) {
-    if constexpr (Codes::kHas && !kPlain) {
-      values.load_scales(records, w);
+    if constexpr (Codes::kHas) {
+      values.template load_scales<kRecords>(records, w);
     } else {
-      values.template load<kPlain>(records, w);
+      values.template load<kRecords>(records, w);
     }
   }
 
@@ -91,7 +91,7 @@ class StripProduct {
 
   /// Adds kSteps steps, from step `first` on. `codes`: where those of this lane begin, [chunk][strip][piece], from a
   /// chunk to the next kChunkBytes. x_address(t, step): of this lane's row of token tile t, for that step and the next.
-  template <int kSteps, int kChunkBytes, bool kPlain, class XAddress>
+  template <int kSteps, int kChunkBytes, Records kRecords, class XAddress>
   __device__ __forceinline__ void add(uint32_t codes, int first, const Values& values,
                                       const XFactors& factors, const WeightView& w,
                                       const XAddress& x_address) {
@@ -125,7 +125,7 @@ class StripProduct {
 #pragma unroll
           for (int i = 0; i < kPairSteps; ++i) add_x(i);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) begin[i] = !kPlain && w.has_zeros ? 0.0f : x_[0][i];
+          for (int i = 0; i < 4; ++i) begin[i] = sm80::has_zeros<kRecords>(w) ? 0.0f : x_[0][i];
         }
 #pragma unroll
         for (int i = 0; i < kPairSteps; ++i) {
@@ -155,14 +155,14 @@ class StripProduct {
   }
 
   /// Adds it, of kSteps steps, to the sums of the strips from kFirst on. `records` are those that `values` come from.
-  template <int kFirst, int kSteps, bool kPlain, int kAll>
+  template <int kFirst, int kSteps, Records kRecords, int kAll>
   __device__ __forceinline__ void finish(float (&sum)[kAll][kTokenTiles][4], const Values& values,
                                          uint32_t records, const WeightView& w) const {
     if constexpr (!Codes::kHas) {
       add_to<kFirst>(sum, values, [&](int s, int t, int i) { return part_[s][t][i]; });
-    } else if (!kPlain && w.has_zeros) {
+    } else if (sm80::has_zeros<kRecords>(w)) {
       sm80::GroupValues<T, kBits, kStrips, ZeroFloats> zeros;
-      zeros.load_zeros(records, w);
+      zeros.template load_zeros<kRecords>(records, w);
       add_to<kFirst>(sum, values, [&](int s, int t, int i) {
         const float zero = i < 2 ? plus<Codes::kOffset>(zeros.zero[s].low)
                                  : plus<Codes::kUpperOffset>(zeros.zero[s].high);
