@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -148,19 +149,27 @@ TEST(Sm90PlanTest, ScalesOfShortGroupsAreSmallWhereCodesAreMultipliedByThem) {
   }
 }
 
-TEST(Sm90PlanTest, FewRowsOfLargeLayersHaveTwoBlocksOnAMultiprocessor) {
+TEST(Sm90PlanTest, FewRowsOfLargeLayersHaveTwoBlocksOnAMultiprocessorOrOneOfManyFeatures) {
   constexpr std::int32_t kGroups128 = 3;
   const DeviceLimits limits = hopper(132);
   const auto plan_of = [&](std::int32_t n, std::int32_t k, std::int32_t m, std::int32_t bits) {
     return sm90::plan(problem_of(n, k, m, bits, kGroups128), limits, BatchInvariance::kNotRequired);
   };
   for (const std::int32_t m : {1, 2, 3, 8}) {
-    for (const auto& [n, k] : {std::pair{28672, 4096}, {57344, 8192}, {8192, 28672}}) {
+    for (const auto& [n, k] : {std::pair{24576, 4096}, {10240, 8192}, {8192, 28672}}) {
       const GemmPlan plan = plan_of(n, k, m, 4);
       EXPECT_EQ(plan.kind, KernelKind::kStrip);
       EXPECT_GT(plan.blocks, limits.multiprocessors) << n << " x " << k << ", m " << m;
       EXPECT_LE(plan_of(n, k, m, 8).blocks, limits.multiprocessors)
           << n << " x " << k << ", m " << m;
+    }
+    // Of many features each, one block: of whole packed blocks, for which K is cut or not.
+    for (const auto& [n, k, cluster] :
+         {std::tuple{28672, 4096, 2}, {57344, 8192, 1}, {51200, 5120, 2}}) {
+      const GemmPlan plan = plan_of(n, k, m, 4);
+      EXPECT_EQ(plan.kind, KernelKind::kStrip);
+      EXPECT_LE(plan.blocks, limits.multiprocessors) << n << " x " << k << ", m " << m;
+      EXPECT_EQ(plan.cluster_blocks, cluster) << n << " x " << k << ", m " << m;
     }
     // A block of this kernel and one of the next, on each.
     const GemmPlan small = plan_of(4096, 4096, m, 4);

@@ -220,7 +220,7 @@ double short_groups(const GemmProblem& problem, const Instance& kernel) {
 }
 
 /// What a strip kernel of 2 or 3 token tiles takes, in the units of TileCost. Fitted to lines of tests/bench/sm90_plans of 28
-/// layers, on an H100 and an H200.
+/// layers, on an H100 and an H200; items scaled since to what nine layers take on an H200.
 struct StripCost {
   double start[2];    // with 8 and 12 warps
   double busiest[2];  // 100 units of items in the block that has most
@@ -232,8 +232,8 @@ struct StripCost {
   double group[2];    // by which items take longer for each group of a slab but the first, as start
 };
 constexpr StripCost kStripCosts[] = {
-    {{3.173, 3.368}, {2.728, 2.422}, 1.546, {0.100, 0.087}, 0.027, 0.195, 0.105, {0.10, 0.04}},
-    {{2.835, 2.835}, {4.365, 4.365}, 2.173, {0.028, 0.028}, 0.196, 0.432, 0.363, {0.08, 0.08}}};
+    {{3.173, 3.368}, {2.455, 2.180}, 1.391, {0.100, 0.078}, 0.027, 0.195, 0.105, {0.10, 0.04}},
+    {{2.835, 2.835}, {3.579, 3.579}, 1.782, {0.028, 0.028}, 0.196, 0.432, 0.363, {0.08, 0.08}}};
 
 /// A plan, and what it is thought to take, in the units of TileCost.
 struct PricedPlan {
@@ -333,6 +333,10 @@ class StripPlanner {
     constexpr std::int64_t kManyRings = 8;
     constexpr double kEven = 0.9;
     const bool slow = !has_fast_memory(limits_);
+    if (!slow && w_.code_bits == 4) {
+      const GemmPlan plan = plan_many_halves(single);
+      if (fits(plan, limits_)) return plan;
+    }
     const bool even = static_cast<double>(halves_of(w_)) >=
                       kEven * static_cast<double>(clusters * single.busiest);
     const bool bytes_bound = w_.code_bits == 8 || (slow && rings > kManyRings && even);
@@ -349,6 +353,20 @@ class StripPlanner {
       if (fits(streamed, limits_)) return streamed;
     }
     return no_plan();
+  }
+
+  // What two blocks on a multiprocessor gain at their start is little where each has many features: one block then, of
+  // whole packed blocks if K need not be cut for that.
+  GemmPlan plan_many_halves(const StripDivision& cut) const {
+    constexpr std::int64_t kManyHalves = 7;
+    const StripDivision whole = divide_strips(w_, limits_.multiprocessors, 1);
+    if (whole.busiest < kManyHalves) return no_plan();
+    const StripDivision spread = spread_strips(w_, limits_.multiprocessors, most_slices_);
+    const StripDivision& division = whole.busiest % 2 == 0 ? whole
+                                    : cut.busiest % 2 == 0 ? cut
+                                                           : spread;
+    return has_short_x(division.cluster_blocks) ? plan_long_rings(division, true)
+                                                : one_each(division, kShortRings, kWarps, true);
   }
 
   // Two blocks on a multiprocessor have enough warps to hide what each waits for. K is cut where it takes that for
@@ -450,14 +468,15 @@ class StripPlanner {
           static_cast<double>(division.busiest) * 2 > static_cast<double>(cut.busiest) * kBetter)
         division = cut;
     }
-    // The start, and 4 KB of codes for each block.
-    constexpr double kStart = 4.2;
-    constexpr double kItem = 0.245;
+    // The start, and an item of a packed block in the busiest strip block.
+    const double start = has_fast_memory(limits_) ? 3.2 : 4.2;
+    const double item = has_fast_memory(limits_) ? 0.205 : 0.245;
     constexpr double kGroup = 0.13;
-    const double items =
-        static_cast<double>(w_.n) * w_.chunks * w_.code_bits / 512 / limits_.multiprocessors;
+    const double items = static_cast<double>(item_units(division.busiest) *
+                                             ceil_div(items_, division.cluster_blocks)) /
+                         3;
     return {one_each(division, kShortRings, kWarps, true),
-            kStart + items * kItem * short_groups(w_, kGroup)};
+            start + items * item * short_groups(w_, kGroup)};
   }
 
   const GemmProblem& problem_;
