@@ -317,6 +317,25 @@ def test_scales_of_any_size_in_one_column(
         check_each_column(out, layer, rows[:m], f"m {m}")
 
 
+@each_kernel
+@pytest.mark.parametrize("group_size", [32, 128])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_bfloat16_scales_that_float16_holds(group_size: int, symmetric: bool, arch: str) -> None:
+    """Their type is a matter of the file alone: outputs have the same bits."""
+    layer = make_layer(
+        200, 576, group_size=group_size, symmetric=symmetric, scale_dtype="BF16", seed=14
+    )
+    sizes = 2.0 ** -(np.arange(len(layer.scales)) % 12)  # down to 2^-16
+    layer = replace(layer, scales=layer.scales * sizes[:, None])
+    linear = load(layer, kernel=arch)
+    same = load(replace(layer, scale_dtype="F16"), kernel=arch)
+    for dtype, m in itertools.product(TYPES, (1, 8, 16, 24, 33, 130)):
+        x = normal(m, 576, dtype, seed=m)
+        y = linear(x)
+        assert torch.equal(y, same(x)), (dtype, m)
+        check_each_column(y, layer, x, f"{dtype}, m {m}")
+
+
 def test_large_scales_alone(tmp_path: Path) -> None:
     """One group of each size: 1e30 beside 1e-35 with nothing but zeros on the large rows."""
     layer = make_layer(64, 256, symmetric=True, scale_dtype="F32", seed=13)

@@ -201,6 +201,11 @@ void sm80::pack_pieces(std::span<const PieceToPack> pieces, void* stream) {
   }
 }
 
+void sm80::convert_scales(const ScalesToConvert& scales, void* stream) {
+  test::FakeDevice::enqueue(static_cast<cudaStream_t>(stream),
+                            [scales] { test::convert_scales_on_host(scales); });
+}
+
 // Writes whole units, as the kernel does.
 void fetch_rows(std::span<const FetchRows> all, cudaStream_t stream) {
   const std::lock_guard lock(device().mutex);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "cuda/arch/sm80/pack_piece.hpp"
@@ -51,6 +52,16 @@ inline void pack_piece_on_host(const cuda::sm80::PieceToPack& piece) {
   }
   for (std::int64_t index = 0; index < piece.num_groups * piece.columns; ++index) {
     pack_scale(piece, index);
+  }
+}
+
+/// As cuda::sm80::convert_scales() for weights in host memory.
+inline void convert_scales_on_host(const cuda::sm80::ScalesToConvert& scales) {
+  for (std::int64_t index = 0; index < scales.pieces(); ++index) {
+    std::uint16_t halves[8];
+    std::memcpy(halves, scales.piece(index), sizeof halves);
+    for (std::uint16_t& bits : halves) bits = cuda::sm80::bfloat16_as_half(bits);
+    std::memcpy(scales.piece(index), halves, sizeof halves);
   }
 }
 

@@ -117,6 +117,17 @@ Bytes records(const std::vector<Feature>& features, const Rows& rows, DType scal
   return bytes;
 }
 
+// Whether float16 can hold all scales of bfloat16, which have 8 significant bits.
+bool fit_halves(const std::vector<Feature>& features) {
+  return std::ranges::all_of(features, [](const Feature& feature) {
+    for (std::int64_t group = 0; group < feature.layer->groups; ++group) {
+      const double scale = std::abs(feature.scale(group));
+      if (scale != 0.0 && (scale < 0x1p-17 || scale > 65504.0)) return false;
+    }
+    return true;
+  });
+}
+
 std::vector<std::int32_t> chunk_groups(const Rows& rows) {
   std::vector<std::int32_t> words;
   for (std::size_t first = 0; first < rows.group.size(); first += 64) {
@@ -179,7 +190,7 @@ std::uint32_t CodePlace::code_in(std::uint32_t value) const {
 }
 
 std::vector<unsigned char> packed_by_definition(const std::vector<Layer>& parts,
-                                                const StackNeeds& needs) {
+                                                const StackNeeds& needs, ScaleTypes types) {
   Bytes memory;
   for (std::size_t first = 0; first < parts.size();) {
     const Layer& model = parts[first];
@@ -205,7 +216,10 @@ std::vector<unsigned char> packed_by_definition(const std::vector<Layer>& parts,
     }
     const Rows rows(model);
     append(memory, codes(features, rows, model.options.bits));
-    append(memory, records(features, rows, model.options.scales, zeros));
+    const bool as_halves = types == ScaleTypes::kLoaded &&
+                           model.options.scales == DType::kBFloat16 && fit_halves(features);
+    append(memory,
+           records(features, rows, as_halves ? DType::kFloat16 : model.options.scales, zeros));
     append(memory, chunk_groups(rows));
     if (needs.source || !rows.plain(model.options.k)) append(memory, rows.input);
     if (biased) append(memory, bias);

@@ -20,8 +20,11 @@ struct StackNeeds {
   bool zeros = false;   // zero points
   bool source = false;  // a row order
 };
+/// Scales of bfloat16 that float16 can all hold are float16, once the layer is loaded.
+enum class ScaleTypes { kLoaded, kOfFile };
 std::vector<unsigned char> packed_by_definition(const std::vector<Layer>& parts,
-                                                const StackNeeds& needs = {});
+                                                const StackNeeds& needs = {},
+                                                ScaleTypes types = ScaleTypes::kLoaded);
 
 /// Where the code of a feature and a packed row is: a word of the segment's codes, and its bits, the lowest first.
 struct CodePlace {

@@ -507,6 +507,44 @@ TEST_F(LoadTest, ScalesThatAreTooFarApartDoNotDivide) {
   EXPECT_TRUE(load(uploader, least).segments[0].view.scales_divide);
 }
 
+TEST_F(LoadTest, BFloat16ScalesThatFloat16HoldsBecomeFloat16) {
+  Uploader uploader(0);
+  const auto layer_with = [](double scale) {
+    PackCase one{.what = "", .parts = {make_layer({.n = 70, .scales = DType::kBFloat16})}};
+    test::write_element(one.parts[0].scales.data(), DType::kBFloat16, 69, scale);
+    return one;
+  };
+  // The least that it holds with 8 bits, all of which the second has, and the most.
+  for (const double scale : {0x1p-17, -0x1.fep-17, 0x1.fep-15, 0x1.fep15, -0x1.fep15, 0.0, -0.0}) {
+    const PackCase one = layer_with(scale);
+    const DeviceWeight weight = load(uploader, one);
+    EXPECT_EQ(weight.segments[0].view.scale_type, cuda::FloatType::kF16) << scale;
+    EXPECT_TRUE(same(bytes_of(weight), test::packed_by_definition(one.parts))) << scale;
+  }
+  for (const double scale : {0x1.fep-18, -0x1p-100, 0x1p16, -0x1p100}) {
+    const PackCase one = layer_with(scale);
+    const DeviceWeight weight = load(uploader, one);
+    EXPECT_EQ(weight.segments[0].view.scale_type, cuda::FloatType::kBF16) << scale;
+    EXPECT_TRUE(same(bytes_of(weight), test::packed_by_definition(one.parts))) << scale;
+  }
+}
+
+// All experts of a stack have the same kernels.
+TEST_F(LoadTest, BFloat16ScalesOfAStackBecomeFloat16Together) {
+  for (const double last : {0x1p-17, 0x1p-18}) {
+    std::vector<PackCase> experts;
+    for (int e = 0; e < 3; ++e)
+      experts.push_back({.what = "", .parts = {make_layer({.n = 70, .scales = DType::kBFloat16})}});
+    test::write_element(experts.back().parts[0].scales.data(), DType::kBFloat16, 3, last);
+    std::vector<Bytes> expected;
+    for (const PackCase& one : experts) {
+      expected.push_back(test::packed_by_definition(
+          one.parts, {}, last < 0x1p-17 ? test::ScaleTypes::kOfFile : test::ScaleTypes::kLoaded));
+    }
+    check_stack(experts, expected);
+  }
+}
+
 TEST_F(LoadTest, ScalesAreSmallUpTo64) {
   Uploader uploader(0);
   for (const auto& [scale, small] :

@@ -300,7 +300,7 @@ Bytes pack(const PackCase& one, std::int64_t target, bool backwards) {
 
 TEST(Sm80PackTest, IsWhatTheLayoutSays) {
   for (const PackCase& one : cases()) {
-    const Bytes expected = test::packed_by_definition(one.parts);
+    const Bytes expected = test::packed_by_definition(one.parts, {}, test::ScaleTypes::kOfFile);
     for (const std::int64_t target : {1, 3000, 20000, 1 << 30}) {
       ASSERT_TRUE(same(pack(one, target, false), expected)) << one.what << ", target " << target;
     }
@@ -310,7 +310,9 @@ TEST(Sm80PackTest, IsWhatTheLayoutSays) {
 
 TEST(Sm80PackTest, LargeLayers) {
   for (const PackCase& one : test::large_pack_cases()) {
-    ASSERT_TRUE(same(pack(one, 1 << 20, false), test::packed_by_definition(one.parts))) << one.what;
+    ASSERT_TRUE(same(pack(one, 1 << 20, false),
+                     test::packed_by_definition(one.parts, {}, test::ScaleTypes::kOfFile)))
+        << one.what;
   }
 }
 

@@ -36,6 +36,10 @@ bool all_modules(std::span<const GptqWeights> experts, const SegmentPlan& segmen
   });
 }
 
+bool are_halves(const ValidatedModule& part) {
+  return has_as_half(part.least_scale, part.most_scale);
+}
+
 const std::int32_t* ints(const unsigned char* memory, std::int64_t place) {
   return place < 0 ? nullptr : reinterpret_cast<const std::int32_t*>(memory + place);
 }
@@ -160,8 +164,22 @@ bool pack_experts(LayersToLoad& experts, Plans& plans, DeviceWeight& target, Lay
   return true;
 }
 
+// The type that scales have in the end: kernels have the least to ask of float16.
+FloatType settle_scales(LayersToLoad& experts, const SegmentPlan& s, const DeviceWeight& target,
+                        cudaStream_t stream) {
+  if (s.scale_type != FloatType::kBF16 || !all_modules(experts.checked(), s, are_halves))
+    return s.scale_type;
+  convert_scales({.records = static_cast<unsigned char*>(target.memory.data()) + s.places.groups,
+                  .count = s.layout.blocks() * s.layout.groups * Layout::kBlockStrips,
+                  .record_bytes = s.layout.record_bytes(),
+                  .weights = target.experts,
+                  .weight_bytes = target.expert_bytes},
+                 stream);
+  return FloatType::kF16;
+}
+
 Segment view_segment(std::span<const GptqWeights> experts, const SegmentPlan& s,
-                     const unsigned char* memory) {
+                     FloatType scale_type, const unsigned char* memory) {
   return {.view = {.codes = reinterpret_cast<const std::uint32_t*>(memory + s.places.codes),
                    .groups = memory + s.places.groups,
                    .chunk_groups = ints(memory, s.places.chunk_groups),
@@ -169,7 +187,7 @@ Segment view_segment(std::span<const GptqWeights> experts, const SegmentPlan& s,
                    .step_shift = s.step_shift,
                    .bias = reinterpret_cast<const float*>(ints(memory, s.places.bias)),
                    .source = ints(memory, s.places.source),
-                   .scale_type = s.scale_type,
+                   .scale_type = scale_type,
                    .code_bits = s.layout.code_bits,
                    .middle = 1 << (experts.front().bits - 1),
                    .record_bytes = s.layout.record_bytes(),
@@ -197,6 +215,7 @@ DeviceWeight load(LayersToLoad& experts, LayerUpload& upload) {
   DeviceWeight result;
   result.experts = static_cast<std::int64_t>(experts.size());
   Plans plans(experts);
+  std::vector<FloatType> scale_types;  // of the segments
   try {
     allocate(result, plans.first(), upload.device());
     if (!pack_experts(experts, plans, result, upload)) {
@@ -205,14 +224,17 @@ DeviceWeight load(LayersToLoad& experts, LayerUpload& upload) {
       allocate(result, plans.first(), upload.device());
       (void)pack_experts(experts, plans, result, upload);
     }
+    for (const SegmentPlan& segment : plans.first().segments)
+      scale_types.push_back(settle_scales(experts, segment, result, upload.stream()));
     result.ready = upload.finish();
   } catch (...) {
     upload.abandon();  // before the memory goes
     throw;
   }
   const auto* memory = static_cast<const unsigned char*>(result.memory.data());
-  for (const SegmentPlan& segment : plans.first().segments) {
-    result.segments.push_back(view_segment(experts.checked(), segment, memory));
+  for (std::size_t i = 0; i < scale_types.size(); ++i) {
+    const SegmentPlan& segment = plans.first().segments[i];
+    result.segments.push_back(view_segment(experts.checked(), segment, scale_types[i], memory));
     result.k_padded = std::max(result.k_padded, segment.layout.chunks * Layout::kChunkRows);
     result.n_padded += segment.layout.blocks() * Layout::kBlockFeatures;
   }

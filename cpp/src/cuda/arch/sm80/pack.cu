@@ -53,7 +53,29 @@ __global__ void __launch_bounds__(CodeTile::kThreads)
   }
 }
 
+constexpr int kConvertThreads = 256;
+
+__global__ void __launch_bounds__(kConvertThreads)
+    convert(const __grid_constant__ ScalesToConvert scales) {
+  const int64_t index = int64_t{blockIdx.x} * kConvertThreads + threadIdx.x;
+  if (index >= scales.pieces()) return;
+  auto* const piece = reinterpret_cast<uint4*>(scales.piece(index));
+  uint4 value = *piece;
+  for (uint32_t* word : {&value.x, &value.y, &value.z, &value.w}) {
+    const uint32_t low = bfloat16_as_half(static_cast<uint16_t>(*word));
+    const uint32_t high = bfloat16_as_half(static_cast<uint16_t>(*word >> 16));
+    *word = low | high << 16;
+  }
+  *piece = value;
+}
+
 }  // namespace
+
+void convert_scales(const ScalesToConvert& scales, void* stream) {
+  const auto blocks = static_cast<unsigned>(ceil_div(scales.pieces(), kConvertThreads));
+  convert<<<blocks, kConvertThreads, 0, static_cast<cudaStream_t>(stream)>>>(scales);
+  MARLINQ_CUDA_CHECK(cudaGetLastError());
+}
 
 void pack_pieces(std::span<const PieceToPack> pieces, void* stream) {
   while (!pieces.empty()) {

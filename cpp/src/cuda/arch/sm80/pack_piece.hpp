@@ -231,6 +231,42 @@ struct CodeTile {
   }
 };
 
+/// Whether float16 has all numbers of bfloat16 between these magnitudes, and 0: such numbers have 8 significant bits, and
+/// float16 has multiples of 2^-24.
+constexpr bool has_as_half(float least, float most) noexcept {
+  return most == 0.0F || (least >= 0x1p-17F && most < 0x1p16F);
+}
+
+/// The float16 that is such a bfloat16.
+constexpr std::uint16_t bfloat16_as_half(std::uint16_t bits) noexcept {
+  constexpr int kLeastExponent = 127 - 14;  // of a bfloat16 that is a normal float16
+  const int exponent = bits >> 7 & 0xff;
+  const int significand = (bits & 0x7f) << 3;
+  if (exponent == 0) return bits & 0x8000U;
+  const int magnitude = exponent >= kLeastExponent
+                            ? (exponent - kLeastExponent + 1) << 10 | significand
+                            : (0x400 | significand) >> (kLeastExponent - exponent);
+  return static_cast<std::uint16_t>((bits & 0x8000U) | static_cast<unsigned>(magnitude));
+}
+
+/// Scales of bfloat16 that are to become float16, of packed weights of one shape.
+struct ScalesToConvert {
+  unsigned char* records;  // of the first weight
+  std::int64_t count;      // of a weight
+  std::int32_t record_bytes;
+  std::int64_t weights;
+  std::int64_t weight_bytes;  // from one to the next
+
+  /// A piece is what 16 bytes hold of a record's scales.
+  static constexpr int kPieces = Layout::kStripFeatures / 8;
+  constexpr std::int64_t pieces() const noexcept { return weights * count * kPieces; }
+  constexpr unsigned char* piece(std::int64_t index) const noexcept {
+    const std::int64_t record = index / kPieces;
+    return records + record / count * weight_bytes + record % count * record_bytes +
+           index % kPieces * 16;
+  }
+};
+
 /// Writes the scale and zero point of one feature and group; index below columns x num_groups.
 constexpr void pack_scale(const PieceToPack& piece, std::int64_t index) noexcept {
   const std::int64_t column = index % piece.columns;
