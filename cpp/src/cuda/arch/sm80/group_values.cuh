@@ -136,13 +136,18 @@ struct ChunkGroups {
   __device__ __forceinline__ int count() const { return 1 + __popc(word & 0xe); }
 };
 
+__device__ __forceinline__ ChunkGroups look_up_chunk_groups(const WeightView& w, int chunk) {
+  return {__ldg(w.chunk_groups + chunk)};
+}
+/// The same, without a table where groups are of whole chunks.
 __device__ __forceinline__ ChunkGroups load_chunk_groups(const WeightView& w, int chunk) {
-  return {w.chunk_shift >= 0 ? (chunk >> w.chunk_shift) << 4 : __ldg(w.chunk_groups + chunk)};
+  return w.chunk_shift >= 0 ? ChunkGroups{(chunk >> w.chunk_shift) << 4}
+                            : look_up_chunk_groups(w, chunk);
 }
 
-/// The next chunk that a group may start in.
+/// The next chunk that a group starts in, where groups are of whole chunks.
 __device__ __forceinline__ int next_change(const WeightView& w, int chunk) {
-  return w.chunk_shift >= 0 ? ((chunk >> w.chunk_shift) + 1) << w.chunk_shift : chunk + 1;
+  return ((chunk >> w.chunk_shift) + 1) << w.chunk_shift;
 }
 
 }  // namespace marlinq::cuda::sm80

@@ -247,14 +247,13 @@ class StripLoop {
         }
         multiply<kWidth, Starts::kNone>(stage_, groups);
       } else {
-        groups = load_chunk_groups(w_, chunk);
+        groups = look_up_chunk_groups(w_, chunk);
         if (groups.first() != quant_group) change_group(stage_.records);
         quant_group = groups.last();
         multiply<kWidth, Starts::kAny>(stage_, groups);
       }
       if (fill_left_ > 0) {
-        if ((S::kForm == GroupForm::kAny && w_.chunk_shift < 0) || fill_chunk_ == missing_chunk_)
-          fill_rest(fill_slot_);
+        if (S::kForm == GroupForm::kAny || fill_chunk_ == missing_chunk_) fill_rest(fill_slot_);
         advance_fill();
         if (fill_left_ == 0 && warp_ == 0) ptx::launch_dependents();
       }
@@ -361,7 +360,7 @@ class StripLoop {
     }
     const int group = S::kShortGroups  ? fill_chunk_ * w_.groups_per_chunk
                       : S::kLongGroups ? fill_chunk_ >> w_.chunk_shift
-                                       : load_chunk_groups(w_, fill_chunk_).first();
+                                       : look_up_chunk_groups(w_, fill_chunk_).first();
     ptx::copy_async_if(on && fill_record_, slot.records + lane_ * 16, record_source(group));
   }
 
@@ -380,7 +379,7 @@ class StripLoop {
   // What few items have: groups that start inside the chunk, columns that x does not have.
   __device__ __forceinline__ void fill_rest(Stage slot) const {
     if constexpr (S::kForm == GroupForm::kAny) {
-      const ChunkGroups groups = load_chunk_groups(w_, fill_chunk_);
+      const ChunkGroups groups = look_up_chunk_groups(w_, fill_chunk_);
       if (groups.changes() && fill_record_) {
 #pragma unroll 1
         for (int i = 1; i < groups.count(); ++i) {
