@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -17,6 +18,7 @@
 #include "cuda/packed_layer.hpp"
 #include "cuda/raw_pieces.hpp"
 #include "support/compare.hpp"
+#include "support/numbers.hpp"
 
 namespace marlinq {
 namespace {
@@ -314,6 +316,27 @@ TEST(Sm80PackTest, LargeLayers) {
                      test::packed_by_definition(one.parts, {}, test::ScaleTypes::kOfFile)))
         << one.what;
   }
+}
+
+TEST(Sm80PackTest, EveryBFloat16ThatFloat16HoldsBecomesIt) {
+  using cuda::sm80::has_as_half;
+  EXPECT_TRUE(has_as_half(0x1p-17F, 0x1.fep15F));
+  EXPECT_TRUE(has_as_half(0.0F, 0.0F));  // no scale but 0
+  EXPECT_FALSE(has_as_half(0x1.fep-18F, 1.0F));
+  EXPECT_FALSE(has_as_half(1.0F, 0x1p16F));
+  int converted = 0;
+  for (std::uint32_t bits = 0; bits < 1U << 16; ++bits) {
+    const auto from = static_cast<std::uint16_t>(bits);
+    const double value = test::read_element(&from, DType::kBFloat16, 0);
+    const double magnitude = std::abs(value);
+    if (value != 0.0 && !(magnitude >= 0x1p-17 && magnitude < 0x1p16)) continue;
+    std::uint16_t half = 0;
+    test::write_element(&half, DType::kFloat16, 0, value);
+    ASSERT_EQ(test::read_element(&half, DType::kFloat16, 0), value) << value;
+    ASSERT_EQ(cuda::sm80::bfloat16_as_half(from), half) << value;
+    ++converted;
+  }
+  EXPECT_EQ(converted, 2 * (33 * 128 + 1));  // of either sign
 }
 
 TEST(Sm80PackTest, NeverTakesSomeRowsOfAnotherOrder) {
