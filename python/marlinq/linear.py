@@ -367,8 +367,8 @@ def load_gptq(
 
     Args:
         qweight: int32 `[ceil(K * bits / 32), N]`, codes packed along K.
-        scales: float32, float16 or bfloat16 `[G, N]` with G = ceil(K / group_size); kept as they
-            are.
+        scales: float32, float16 or bfloat16 `[G, N]` with G = ceil(K / group_size); their values
+            are kept exactly.
         qzeros: int32 `[G, ceil(N * bits / 32)]`, packed along N; None means symmetric.
         g_idx: int32 `[K]`, the group of each input row; None means k // group_size.
         bias: float32, float16 or bfloat16 `[N]`.

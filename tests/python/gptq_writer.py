@@ -30,6 +30,10 @@ class Tensor(NamedTuple):
         return self.array.view(ml_dtypes.bfloat16) if self.dtype == "BF16" else self.array
 
 
+# Of bfloat16 and not of float16: where no scale is one of those, a GPU makes all of them float16.
+LEAST_SCALE = 2.0**-20
+
+
 def pack_fields(fields: Array, bits: int) -> Array:
     """Packs along the first axis, as one little-endian bit stream, into int32 words."""
     count, columns = fields.shape
@@ -184,7 +188,7 @@ def make_layer(
     count = -(-k // rows)
     middle = np.full((count, n), 1 << (bits - 1), np.uint8)
     groups = np.arange(k) // rows
-    return Layer(
+    layer = Layer(
         codes=random.integers(0, 1 << bits, (k, n), np.uint8),
         zeros=middle if symmetric else random.integers(1, 1 << bits, (count, n), np.uint8),
         scales=round_to(random.uniform(0.5, 1.5, (count, n)) / (1 << bits), scale_dtype),
@@ -195,6 +199,9 @@ def make_layer(
         scale_dtype=scale_dtype,
         bias_dtype=bias_dtype,
     )
+    if scale_dtype == "BF16" and n >= 16:
+        layer.scales[0, n // 2] = LEAST_SCALE
+    return layer
 
 
 def fuse(layers: Sequence[Layer]) -> Array:

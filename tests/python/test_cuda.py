@@ -26,7 +26,7 @@ from cuda_support import (
     torch,
     untouched,
 )
-from gptq_writer import Layer, make_layer, with_zeros, write_checkpoint
+from gptq_writer import LEAST_SCALE, Layer, make_layer, with_zeros, write_checkpoint
 from marlinq.cli import main
 from safetensors.numpy import load_file
 from support import DATA, assert_close
@@ -318,15 +318,19 @@ def test_scales_of_any_size_in_one_column(
 
 
 @each_kernel
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group_size", [32, 128])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_bfloat16_scales_that_float16_holds(group_size: int, symmetric: bool, arch: str) -> None:
+def test_bfloat16_scales_that_float16_holds(
+    bits: int, group_size: int, symmetric: bool, arch: str
+) -> None:
     """Their type is a matter of the file alone: outputs have the same bits."""
     layer = make_layer(
-        200, 576, group_size=group_size, symmetric=symmetric, scale_dtype="BF16", seed=14
+        200, 576, bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype="BF16", seed=14
     )
-    sizes = 2.0 ** -(np.arange(len(layer.scales)) % 12)  # down to 2^-16
-    layer = replace(layer, scales=layer.scales * sizes[:, None])
+    sizes = 2.0 ** -(np.arange(len(layer.scales)) % 8)  # down to 2^-16
+    scales = np.where(layer.scales == LEAST_SCALE, 2.0**-5, layer.scales) * sizes[:, None]
+    layer = replace(layer, scales=scales)
     linear = load(layer, kernel=arch)
     same = load(replace(layer, scale_dtype="F16"), kernel=arch)
     for dtype, m in itertools.product(TYPES, (1, 8, 16, 24, 33, 130)):

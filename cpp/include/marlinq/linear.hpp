@@ -32,8 +32,8 @@ struct Description {
   bool act_order = false;
   bool bias = false;
   bool batch_invariant = false;
-  std::string zero_points;  // "v1", "v2" or "mixed"
-  std::string scale_dtype;
+  std::string zero_points;            // "v1", "v2" or "mixed"
+  std::string scale_dtype;            // of the checkpoint
   std::int64_t packed_bytes = 0;      // of the weight as held
   std::int64_t checkpoint_bytes = 0;  // of the tensors it came from
   std::vector<std::string> warnings;

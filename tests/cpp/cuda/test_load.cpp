@@ -13,6 +13,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -27,6 +28,7 @@
 #include "cuda/packed_layer.hpp"
 #include "cuda/upload.hpp"
 #include "support/compare.hpp"
+#include "support/numbers.hpp"
 
 namespace marlinq {
 namespace {
@@ -203,8 +205,8 @@ class LoadTest : public ::testing::Test {
 
   // Loads a stack from memory of every kind, and expects the bytes of each expert to be those that
   // `expected` has for it.
-  static void check_stack(const std::vector<PackCase>& experts,
-                          const std::vector<Bytes>& expected) {
+  static void check_stack(const std::vector<PackCase>& experts, const std::vector<Bytes>& expected,
+                          std::optional<cuda::FloatType> scale_type = std::nullopt) {
     GptqSpec spec = experts.front().spec();
     spec.n = 0;
     for (const Source source : kSources) {
@@ -218,6 +220,9 @@ class LoadTest : public ::testing::Test {
         Uploader uploader(0, sizes);
         const DeviceWeight stack = load(uploader, layers, spec);
         ASSERT_EQ(stack.experts, static_cast<std::int64_t>(experts.size()));
+        if (scale_type) {
+          EXPECT_EQ(stack.segments[0].view.scale_type, *scale_type);
+        }
         const Bytes all = bytes_of(stack);
         ASSERT_EQ(static_cast<std::int64_t>(all.size()), stack.experts * stack.expert_bytes);
         for (std::size_t e = 0; e < experts.size(); ++e) {
@@ -507,10 +512,20 @@ TEST_F(LoadTest, ScalesThatAreTooFarApartDoNotDivide) {
   EXPECT_TRUE(load(uploader, least).segments[0].view.scales_divide);
 }
 
+// With scales of bfloat16 that float16 holds.
+Layer layer_of_halves() {
+  Layer layer = make_layer({.n = 70, .scales = DType::kBFloat16});
+  for (std::int64_t i = 0; i < layer.groups * 70; ++i) {
+    const double scale = test::read_element(layer.scales.data(), DType::kBFloat16, i);
+    if (scale < 0x1p-17) test::write_element(layer.scales.data(), DType::kBFloat16, i, 0.01);
+  }
+  return layer;
+}
+
 TEST_F(LoadTest, BFloat16ScalesThatFloat16HoldsBecomeFloat16) {
   Uploader uploader(0);
   const auto layer_with = [](double scale) {
-    PackCase one{.what = "", .parts = {make_layer({.n = 70, .scales = DType::kBFloat16})}};
+    PackCase one{.what = "", .parts = {layer_of_halves()}};
     test::write_element(one.parts[0].scales.data(), DType::kBFloat16, 69, scale);
     return one;
   };
@@ -531,17 +546,17 @@ TEST_F(LoadTest, BFloat16ScalesThatFloat16HoldsBecomeFloat16) {
 
 // All experts of a stack have the same kernels.
 TEST_F(LoadTest, BFloat16ScalesOfAStackBecomeFloat16Together) {
-  for (const double last : {0x1p-17, 0x1p-18}) {
+  for (const double scale : {0x1p-17, 0x1p-18}) {
+    const bool is_half = scale >= 0x1p-17;
     std::vector<PackCase> experts;
-    for (int e = 0; e < 3; ++e)
-      experts.push_back({.what = "", .parts = {make_layer({.n = 70, .scales = DType::kBFloat16})}});
-    test::write_element(experts.back().parts[0].scales.data(), DType::kBFloat16, 3, last);
+    for (int e = 0; e < 3; ++e) experts.push_back({.what = "", .parts = {layer_of_halves()}});
+    test::write_element(experts[1].parts[0].scales.data(), DType::kBFloat16, 3, scale);
     std::vector<Bytes> expected;
     for (const PackCase& one : experts) {
       expected.push_back(test::packed_by_definition(
-          one.parts, {}, last < 0x1p-17 ? test::ScaleTypes::kOfFile : test::ScaleTypes::kLoaded));
+          one.parts, {}, is_half ? test::ScaleTypes::kLoaded : test::ScaleTypes::kOfFile));
     }
-    check_stack(experts, expected);
+    check_stack(experts, expected, is_half ? cuda::FloatType::kF16 : cuda::FloatType::kBF16);
   }
 }
 

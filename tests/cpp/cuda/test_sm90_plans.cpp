@@ -163,13 +163,15 @@ TEST(Sm90PlanTest, FewRowsOfLargeLayersHaveTwoBlocksOnAMultiprocessorOrOneOfMany
       EXPECT_LE(plan_of(n, k, m, 8).blocks, limits.multiprocessors)
           << n << " x " << k << ", m " << m;
     }
-    // Of many features each, one block: of whole packed blocks, for which K is cut or not.
-    for (const auto& [n, k, cluster] :
-         {std::tuple{28672, 4096, 2}, {57344, 8192, 1}, {51200, 5120, 2}}) {
+    // Of many features each, one block: of whole packed blocks where K is cut for that or not, or of halves.
+    for (const auto& [n, k, cluster, halves] :
+         {std::tuple{28672, 4096, 2, 2}, {57344, 8192, 1, 2}, {51200, 5120, 2, 1}}) {
       const GemmPlan plan = plan_of(n, k, m, 4);
       EXPECT_EQ(plan.kind, KernelKind::kStrip);
       EXPECT_LE(plan.blocks, limits.multiprocessors) << n << " x " << k << ", m " << m;
       EXPECT_EQ(plan.cluster_blocks, cluster) << n << " x " << k << ", m " << m;
+      EXPECT_EQ(plan.share_halves, halves) << n << " x " << k << ", m " << m;
+      EXPECT_EQ(plan_of(n, k, m, 8).cluster_blocks, 2) << n << " x " << k << ", m " << m;
     }
     // A block of this kernel and one of the next, on each.
     const GemmPlan small = plan_of(4096, 4096, m, 4);

@@ -105,6 +105,9 @@ Layer make_layer(const LayerOptions& options) {
     const double size = 0.08 / static_cast<double>(middle);  // weights of about 0.05
     write_element(layer.scales.data(), o.scales, i, size * std::exp2(random.uniform() * 2 - 1));
   }
+  // One that float16 does not hold, so that the others are not made float16.
+  if (o.scales == DType::kBFloat16 && o.n >= 16)
+    write_element(layer.scales.data(), o.scales, o.n / 2, 0x1p-20);
   if (o.bias) {
     layer.bias.resize(static_cast<std::size_t>(o.n) * size_of(*o.bias));
     for (std::int64_t i = 0; i < o.n; ++i) {

@@ -16,7 +16,8 @@
 //     8 bits, two pieces of 32 rows: words 2j, 2j+1 of a piece serve the 16 rows of its step j.
 //       word 2j + h: bytes 0, 1: feature g, rows 2t+8h, 2t+8h+1; bytes 2, 3: the same rows of
 //       feature g + 8.
-//   groups  [block][group][4 strips] records: 16 scales in the checkpoint's dtype, then 16 zero
+//   groups  [block][group][4 strips] records: 16 scales in the checkpoint's dtype (bfloat16 ones
+//     that float16 can hold are that in the end), then 16 zero
 //     points of a byte unless all of the layer are the middle of the codes. Inside both the order
 //     is g, g + 8 for g = 0..7. Groups without rows are left out.
 //   chunk_groups  [chunk] words: the group of the chunk's first step from bit 4 on; bit s (1..3) is

@@ -11,7 +11,7 @@ namespace marlinq::cuda::sm80 {
 /// features are packed one after another. Asynchronous. Throws device.
 void pack_pieces(std::span<const PieceToPack> pieces, void* stream);
 
-/// Makes scales float16 that has_as_half(). Asynchronous. Throws device.
+/// Makes bfloat16 scales, all of which has_as_half(), float16 in place: once, after all pieces. Asynchronous. Throws device.
 void convert_scales(const ScalesToConvert& scales, void* stream);
 
 }  // namespace marlinq::cuda::sm80
