@@ -15,7 +15,7 @@ from typing import Any
 import marlinq
 import numpy as np
 import pytest
-from gptq_writer import LEAST_SCALE, Layer
+from gptq_writer import TINY_SCALE, Layer
 from marlinq.errors import InvalidArgumentError
 from support import run_python, tolerance
 
@@ -108,7 +108,7 @@ class DeviceLayer:
         kind = getattr(torch, _SCALE_DTYPES[scale_dtype])
         self.scales = ((torch.rand((count, n), **options) + 0.5) / (1 << bits)).to(kind)
         if scale_dtype == "BF16" and n >= 16:
-            self.scales[0, n // 2] = LEAST_SCALE
+            self.scales[0, n // 2] = TINY_SCALE
         self.groups = torch.arange(k, device=device) // rows
         if act_order:
             self.groups = self.groups[torch.randperm(k, **options)]
@@ -179,7 +179,7 @@ class DeviceStack:
         kind = getattr(torch, _SCALE_DTYPES[scale_dtype])
         self.scales = ((torch.rand(shape, **options) + 0.5) / (1 << bits)).to(kind)
         if scale_dtype == "BF16" and n >= 16:
-            self.scales[:, 0, n // 2] = LEAST_SCALE
+            self.scales[:, 0, n // 2] = TINY_SCALE
         self.groups = (torch.arange(k, device=DEVICE) // rows).repeat(experts, 1)
         if act_order:
             order = torch.rand((experts, k), **options).argsort(1)

@@ -30,8 +30,8 @@ class Tensor(NamedTuple):
         return self.array.view(ml_dtypes.bfloat16) if self.dtype == "BF16" else self.array
 
 
-# Of bfloat16 and not of float16: where no scale is one of those, a GPU makes all of them float16.
-LEAST_SCALE = 2.0**-20
+# Smaller than bfloat16 scales that a GPU makes float16: beside one of these all stay as they are.
+TINY_SCALE = 2.0**-20
 
 
 def pack_fields(fields: Array, bits: int) -> Array:
@@ -200,7 +200,7 @@ def make_layer(
         bias_dtype=bias_dtype,
     )
     if scale_dtype == "BF16" and n >= 16:
-        layer.scales[0, n // 2] = LEAST_SCALE
+        layer.scales[0, n // 2] = TINY_SCALE
     return layer
 
 

@@ -26,7 +26,7 @@ from cuda_support import (
     torch,
     untouched,
 )
-from gptq_writer import LEAST_SCALE, Layer, make_layer, with_zeros, write_checkpoint
+from gptq_writer import TINY_SCALE, Layer, make_layer, with_zeros, write_checkpoint
 from marlinq.cli import main
 from safetensors.numpy import load_file
 from support import DATA, assert_close
@@ -329,7 +329,7 @@ def test_bfloat16_scales_that_float16_holds(
         200, 576, bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype="BF16", seed=14
     )
     sizes = 2.0 ** -(np.arange(len(layer.scales)) % 8)  # down to 2^-16
-    scales = np.where(layer.scales == LEAST_SCALE, 2.0**-5, layer.scales) * sizes[:, None]
+    scales = np.where(layer.scales == TINY_SCALE, 2.0**-5, layer.scales) * sizes[:, None]
     layer = replace(layer, scales=scales)
     linear = load(layer, kernel=arch)
     same = load(replace(layer, scale_dtype="F16"), kernel=arch)

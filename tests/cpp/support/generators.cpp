@@ -105,7 +105,7 @@ Layer make_layer(const LayerOptions& options) {
     const double size = 0.08 / static_cast<double>(middle);  // weights of about 0.05
     write_element(layer.scales.data(), o.scales, i, size * std::exp2(random.uniform() * 2 - 1));
   }
-  // One that float16 does not hold, so that the others are not made float16.
+  // One that is too small for a GPU to make them all float16.
   if (o.scales == DType::kBFloat16 && o.n >= 16)
     write_element(layer.scales.data(), o.scales, o.n / 2, 0x1p-20);
   if (o.bias) {
